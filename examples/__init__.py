@@ -1,0 +1,1 @@
+"""Runnable examples: the flights of New York in 2013 as a cached view."""
