@@ -1,0 +1,190 @@
+"""What type checkers say about the public API: checked by mypy and pyright, never run.
+
+`assert_type` pins what an expression is; a comment that ignores an error pins that there is one,
+because unused ignores are errors of both checkers. The types that differ between versions of
+SQLAlchemy are pinned in the neighbouring files.
+"""
+
+# pyright: basic, reportUnnecessaryTypeIgnoreComment=true
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, assert_type
+
+from sqlalchemy import ForeignKey, create_engine, func, select
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, Session, mapped_column
+
+from sa_tablecache import (
+    AsyncCacheSession,
+    AsyncTableCache,
+    CachedView,
+    CacheSession,
+    ScoreIndex,
+    TableCache,
+    bypass_cache,
+    no_store,
+)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Plane(Base):
+    __tablename__ = "planes"
+    tailnum: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str | None]
+
+
+class Flight(Base):
+    __tablename__ = "flights"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    time_hour: Mapped[datetime]
+    tailnum: Mapped[str | None] = mapped_column(ForeignKey("planes.tailnum"))
+    dep_delay: Mapped[float | None]
+
+
+class FlightBoard(CachedView):
+    __select__ = select(
+        Flight.id,
+        Flight.time_hour,
+        Flight.tailnum,
+        Flight.dep_delay,
+        Plane.model.label("plane_model"),
+    ).outerjoin(Plane, Flight.tailnum == Plane.tailnum)
+
+    id: Mapped[int]
+    time_hour: Mapped[datetime]
+    plane_model: Mapped[str | None]
+
+    by_time = ScoreIndex("time_hour")
+    by_plane = ScoreIndex("tailnum", "time_hour")
+    by_delay = ScoreIndex(func.coalesce(Flight.dep_delay, 0))
+
+    @property
+    def title(self) -> str:
+        return f"{self.id}: {self.plane_model or '?'}"
+
+
+since = datetime(2013, 1, 1)
+
+
+def a_view_is_a_source_of_sql_on_the_class_and_of_values_on_records() -> None:
+    assert_type(FlightBoard.id, InstrumentedAttribute[int])
+    assert_type(FlightBoard.plane_model, InstrumentedAttribute[str | None])
+    record = FlightBoard(id=1, time_hour=since, plane_model=None)
+    assert_type(record, FlightBoard)
+    assert_type(record.id, int)
+    assert_type(record.time_hour, datetime)
+    assert_type(record.plane_model, str | None)
+    assert_type(record.title, str)
+    assert_type(record._asdict(), dict[str, Any])
+
+
+def a_record_is_built_by_keyword_and_never_changed(record: FlightBoard) -> None:
+    FlightBoard(1, since, None)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    FlightBoard(id="1", time_hour=since, plane_model=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    record.id = 2  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def a_range_is_a_list_of_records(session: CacheSession, last: FlightBoard) -> None:
+    assert_type(session.range(FlightBoard.by_time), list[FlightBoard])
+    assert_type(
+        session.range(FlightBoard.by_time, ge=since, lt=since + timedelta(days=1)),
+        list[FlightBoard],
+    )
+    assert_type(
+        session.range(
+            FlightBoard.by_plane,
+            "N14228",
+            gt=since,
+            le=since,
+            descending=True,
+            limit=10,
+            after=last,
+        ),
+        list[FlightBoard],
+    )
+
+
+def a_select_of_a_view_gives_records(session: CacheSession) -> None:
+    statement = select(FlightBoard).where(FlightBoard.time_hour >= since)
+    statement = statement.order_by(FlightBoard.time_hour.desc()).limit(10)
+    assert_type(session.scalars(statement).all(), Sequence[FlightBoard])
+    assert_type(session.scalars(statement).first(), FlightBoard | None)
+    assert_type(session.scalars(statement).one(), FlightBoard)
+    assert_type(session.scalar(statement), FlightBoard | None)
+    assert_type(session.execute(statement).scalars().all(), Sequence[FlightBoard])
+    assert_type(session.scalars(statement.options(bypass_cache())).all(), Sequence[FlightBoard])
+    assert_type(session.scalars(statement.options(no_store())).all(), Sequence[FlightBoard])
+
+
+def a_select_of_columns_gives_values(session: CacheSession) -> None:
+    assert_type(session.scalars(select(FlightBoard.time_hour)).all(), Sequence[datetime])
+    assert_type(session.scalars(select(FlightBoard.plane_model)).all(), Sequence[str | None])
+
+
+def a_query_of_a_view_gives_records(session: CacheSession) -> None:
+    query = session.query(FlightBoard).filter(FlightBoard.time_hour >= since)
+    assert_type(query.order_by(FlightBoard.time_hour).limit(10).all(), list[FlightBoard])
+    assert_type(query.first(), FlightBoard | None)
+    assert_type(query.one(), FlightBoard)
+    assert_type(query.one_or_none(), FlightBoard | None)
+    assert_type(query.count(), int)
+    for record in query:
+        assert_type(record, FlightBoard)
+
+
+def a_record_is_found_by_its_key(session: CacheSession) -> None:
+    assert_type(session.get(FlightBoard, 17), FlightBoard | None)
+
+
+def an_index_serves_as_an_expression(session: CacheSession) -> None:
+    statement = select(FlightBoard).where(FlightBoard.by_delay >= 60)
+    assert_type(
+        session.scalars(statement.order_by(FlightBoard.by_delay)).all(), Sequence[FlightBoard]
+    )
+
+
+def a_cache_session_is_a_session(session: CacheSession) -> Session:
+    assert_type(session.scalars(select(Flight)).all(), Sequence[Flight])
+    assert_type(session.get(Plane, "N14228"), Plane | None)
+    return session
+
+
+def a_cache_makes_sessions() -> None:
+    with TableCache(create_engine("sqlite:///board.db"), views=[FlightBoard]) as cache:
+        assert_type(cache, TableCache)
+        cache.add(FlightBoard)
+        cache.load(FlightBoard, FlightBoard.time_hour >= since)
+        cache.extend(FlightBoard, FlightBoard.time_hour >= since)
+        cache.evict(FlightBoard, FlightBoard.time_hour >= since)
+        cache.invalidate(Plane, "N14228")
+        cache.refresh(FlightBoard)
+        cache.clear(FlightBoard)
+        assert_type(cache.ready(FlightBoard), bool)
+        assert_type(cache.covers(FlightBoard, FlightBoard.time_hour >= since), bool)
+        Session = cache.sessionmaker()
+        with Session() as session:
+            assert_type(session, CacheSession)
+
+
+async def the_asynchronous_twin_has_the_same_types() -> None:
+    cache = AsyncTableCache(create_async_engine("sqlite+aiosqlite:///board.db"))
+    cache.add(FlightBoard)
+    await cache.load(FlightBoard, FlightBoard.time_hour >= since)
+    await cache.refresh(FlightBoard)
+    assert_type(cache.ready(FlightBoard), bool)
+    Session = cache.sessionmaker()
+    async with Session() as session:
+        assert_type(session, AsyncCacheSession)
+        assert_type(await session.range(FlightBoard.by_time, ge=since), list[FlightBoard])
+        statement = select(FlightBoard)
+        found = await session.scalars(statement)
+        assert_type(found.all(), Sequence[FlightBoard])
+        assert_type(await session.scalar(statement), FlightBoard | None)
+        assert_type(await session.get(FlightBoard, 17), FlightBoard | None)
+        plain: AsyncSession = session
+        await plain.close()
+    await cache.close()
