@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).parents[2] / "sa_tablecache"
 
 # fmt: off
 ORDER = [
-    "exc", "scores", "view", "analysis", "storage", "coverage", "loading", "planner", "changes",
-    "events", "table", "policies", "cache", "session", "asyncio", "transactions", "feed",
-    "migrations", "metrics", "testing", "__init__",
+    "exc", "scores", "comparison", "criteria", "options", "view", "analysis", "storage", "coverage",
+    "loading", "planner", "changes", "events", "table", "policies", "cache", "session", "asyncio",
+    "transactions", "feed", "migrations", "metrics", "testing", "__init__",
 ]
 # fmt: on
 
