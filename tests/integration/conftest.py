@@ -1,0 +1,62 @@
+"""Fixtures of the integration tests: databases with the tables of the zoo, empty at the start.
+
+============== ================================================================================
+fixture        what a test gets
+============== ================================================================================
+``database``   a :class:`~tests.integration.databases.Database`; the test runs twice: on an
+               SQLite file, on PostgreSQL
+``sqlite``     the first of the two
+``postgresql`` the second of the two
+============== ================================================================================
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import URL
+
+from tests.integration.databases import Database
+from tests.postgres import Postgres
+
+
+@pytest.fixture(scope="session")
+def created_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Database:
+    """An SQLite file with the tables."""
+    path = tmp_path_factory.mktemp("zoo") / "zoo.sqlite"
+    database = Database(URL.create("sqlite", database=str(path)))
+    database.create()
+    return database
+
+
+@pytest.fixture
+def sqlite(created_sqlite: Database, tmp_path: Path) -> Database:
+    """An SQLite file of the test's own, with empty tables."""
+    original = Path(str(created_sqlite.url.database))
+    copy = tmp_path / "zoo.sqlite"
+    for suffix in (".sqlite", ".depot"):
+        copy.with_suffix(suffix).write_bytes(original.with_suffix(suffix).read_bytes())
+    return Database(created_sqlite.url.set(database=str(copy)))
+
+
+@pytest.fixture(scope="session")
+def created_postgresql(postgres: Postgres) -> Iterator[Database]:
+    """A PostgreSQL database with the tables."""
+    with postgres.database() as url:
+        database = Database(url)
+        database.create()
+        yield database
+
+
+@pytest.fixture
+def postgresql(created_postgresql: Database) -> Database:
+    """A PostgreSQL database with empty tables; text compares by bytes."""
+    created_postgresql.empty()
+    return created_postgresql
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> Database:
+    """A database of each kind in turn."""
+    database: Database = request.getfixturevalue(request.param)
+    return database

@@ -1,0 +1,76 @@
+"""Databases with the tables of the zoo, to be emptied and used again by one test after another."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Engine, create_engine, event, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from tests.conftest import asynchronous
+from tests.zoo import DEPOT, Base
+
+
+@dataclass(frozen=True)
+class Database:
+    """A database that has the tables of the zoo."""
+
+    url: URL
+
+    @property
+    def dialect(self) -> str:
+        """The name of the dialect: `sqlite` or `postgresql`."""
+        return self.url.get_backend_name()
+
+    def engine(self, **options: Any) -> Engine:
+        """Return a new engine with a connection pool of its own."""
+        engine = create_engine(self.url, **options)
+        self._prepare(engine)
+        return engine
+
+    def async_engine(self, **options: Any) -> AsyncEngine:
+        """Return a new asynchronous engine."""
+        engine = create_async_engine(asynchronous(self.url), **options)
+        self._prepare(engine.sync_engine)
+        return engine
+
+    def create(self) -> None:
+        """Create the tables."""
+        engine = self.engine(poolclass=NullPool)
+        with engine.begin() as connection:
+            if self.dialect == "postgresql":
+                connection.execute(text(f"CREATE SCHEMA {DEPOT}"))
+            Base.metadata.create_all(connection)
+
+    def empty(self) -> None:
+        """Delete all rows, after ending the connections that a failed test left behind."""
+        engine = self.engine(poolclass=NullPool)
+        with engine.begin() as connection:
+            if self.dialect == "postgresql":
+                connection.execute(
+                    text(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE"
+                        " datname = current_database() AND pid <> pg_backend_pid()"
+                    )
+                )
+            for table in reversed(Base.metadata.sorted_tables):
+                connection.execute(table.delete())
+
+    def _prepare(self, engine: Engine) -> None:
+        if self.dialect == "sqlite":
+            event.listen(engine, "connect", _sqlite_connect(str(self.url.database)))
+
+
+def _sqlite_connect(database: str) -> Callable[..., None]:
+    depot = str(Path(database).with_suffix(".depot"))
+
+    def connect(dbapi_connection: Any, _record: Any) -> None:
+        cursor = dbapi_connection.cursor()
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.execute("PRAGMA synchronous = OFF")
+        cursor.execute(f"ATTACH DATABASE '{depot}' AS {DEPOT}")
+        cursor.close()
+
+    return connect
