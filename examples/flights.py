@@ -1,0 +1,338 @@
+"""The flights of New York in 2013, from the database and from the cache, side by side.
+
+``python -m examples.flights`` takes SQLite in a temporary file and the synchronous API,
+``python -m examples.flights --postgres`` an embedded PostgreSQL and the asynchronous one, through
+asyncpg. The story is told once, for both: what the asynchronous API awaits, the synchronous one
+returns at once, and :func:`done` takes either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from inspect import isawaitable
+from operator import attrgetter
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from sqlalchemy import URL, Engine, Select, create_engine, event, select
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from examples.flights_data import FIRST_DAY, ROWS, fill, tune_sqlite
+from examples.flights_models import FlightBoard, Plane
+from examples.postgres import embedded_postgres
+from sa_tablecache import AsyncTableCache, TableCache, bypass_cache
+
+DAY = timedelta(days=1)
+WEEK = timedelta(days=7)
+
+
+async def done(value: Any) -> Any:
+    """Return what a call of either API gives: the value itself, or what awaiting it gives."""
+    return await value if isawaitable(value) else value
+
+
+@dataclass
+class Demo:
+    """A database, its cache, and a console that shows what they take."""
+
+    console: Console
+    cache: Any
+    days: int | None
+    statements: list[str] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Any]:
+        """Open a session of either API."""
+        session = self.cache.sessionmaker()()
+        try:
+            yield session
+        finally:
+            await done(session.close())
+
+    def title(self, text: str) -> None:
+        """Begin a section."""
+        self.console.print(f"\n[bold]{text}[/]")
+        self.console.print(
+            f"  [dim]{'':<30}{'records':>9}{'time':>11}{'SQL':>5}  answered by[/]", highlight=False
+        )
+
+    def note(self, text: str) -> None:
+        """Print a line that explains."""
+        self.console.print(f"  {text}", highlight=False, markup=False, style="dim")
+
+    def row(self, what: str, records: int, seconds: float, statements: int, how: str = "") -> None:
+        """Print one measured step."""
+        self.console.print(
+            f"  {what:<30}{records:>9,}{duration(seconds):>11}{statements:>5}  {how}",
+            highlight=False,
+        )
+
+    async def step(self, what: str, run: Callable[[], Any]) -> None:
+        """Do something to the cache; print the records it holds then, and the time it took."""
+        self.statements.clear()
+        start = perf_counter()
+        await done(run())
+        seconds = perf_counter() - start
+        self.row(what, self.cache.stats(FlightBoard).records, seconds, len(self.statements))
+
+    async def read(
+        self, what: str, session: Any, run: Callable[[], Any], *, times: int = 1
+    ) -> tuple[list[Any], float]:
+        """Read ``times`` times; print and return the records and the median of the seconds."""
+        samples = []
+        self.statements.clear()
+        for _ in range(times):
+            start = perf_counter()
+            result = await done(run())
+            records = result if isinstance(result, list) else result.all()
+            samples.append(perf_counter() - start)
+        seconds = median(samples)
+        statements = len(self.statements) // times
+        self.row(what, len(records), seconds, statements, str(session.last_read.outcome))
+        return records, seconds
+
+    async def compare(self, statement: Select[Any], ranged: Callable[[Any], Any]) -> list[Any]:
+        """Read the same from the database and from the cache; print how much sooner it came."""
+        from_database = statement.options(bypass_cache())
+        async with self.session() as session:
+            slow, seconds = await self.read(
+                "database", session, lambda: session.scalars(from_database), times=5
+            )
+            fast, _ = await self.read(
+                "cache, the same select", session, lambda: session.scalars(statement), times=200
+            )
+            best, faster = await self.read(
+                "cache, session.range", session, lambda: ranged(session), times=200
+            )
+        by_id = attrgetter("id")
+        assert sorted(slow, key=by_id) == sorted(fast, key=by_id) == sorted(best, key=by_id)
+        self.note(f"the same records, {seconds / faster:,.0f} times sooner")
+        return best
+
+
+def duration(seconds: float) -> str:
+    """Return a time with its unit, three digits of it."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+async def tell(demo: Demo) -> None:
+    """Show everything, in the order in which a reader would ask."""
+    day = FIRST_DAY + ((153 if demo.days is None else demo.days // 2) * DAY)
+
+    await load(demo)
+    board = await one_day(demo, day)
+    aircraft = Counter(flight.tailnum for flight in board if flight.plane_model)
+    tailnum = max(aircraft, key=lambda each: aircraft[each])
+    await one_aircraft(demo, tailnum, day - 3 * DAY)
+    await write(demo, tailnum, day - 3 * DAY)
+    await slide(demo, day)
+
+
+async def load(demo: Demo) -> None:
+    """Load the whole view, with a progress bar."""
+    estimate = await done(demo.cache.estimate(FlightBoard))
+    with _progress(demo.console) as progress:
+        bar = progress.add_task("joining, into memory", total=estimate.rows)
+        await done(
+            demo.cache.load(
+                FlightBoard, progress=lambda records: progress.update(bar, completed=records)
+            )
+        )
+        stats = demo.cache.stats(FlightBoard)
+        progress.update(bar, completed=stats.records, total=stats.records)
+    demo.note(f"{stats.records:,} records, {stats.bytes / 2**20:,.0f} MB, three indexes")
+
+
+async def one_day(demo: Demo, day: Any) -> list[Any]:
+    """Read all departures of one day."""
+    demo.title(f"The departures of {day:%-d %B}")
+    statement = (
+        select(FlightBoard)
+        .where(FlightBoard.time_hour >= day, FlightBoard.time_hour < day + DAY)
+        .order_by(FlightBoard.time_hour)
+    )
+    return await demo.compare(
+        statement, lambda session: session.range(FlightBoard.by_time, ge=day, lt=day + DAY)
+    )
+
+
+async def one_aircraft(demo: Demo, tailnum: str, start: Any) -> None:
+    """Read one aircraft's week, through the index of two columns."""
+    demo.title(f"The week of {tailnum} from {start:%-d %B}")
+    statement = (
+        select(FlightBoard)
+        .where(
+            FlightBoard.tailnum == tailnum,
+            FlightBoard.time_hour >= start,
+            FlightBoard.time_hour < start + WEEK,
+        )
+        .order_by(FlightBoard.time_hour)
+    )
+    flights = await demo.compare(
+        statement,
+        lambda session: session.range(FlightBoard.by_plane, tailnum, ge=start, lt=start + WEEK),
+    )
+    for flight in flights[:3]:
+        demo.note(
+            f"{flight.time_hour:%a %H:%M}  {flight.origin}-{flight.dest}  {flight.airline:<24.24}"
+            f" {flight.dest_name or flight.dest:<20.20} {flight.plane_model}"
+        )
+
+
+async def write(demo: Demo, tailnum: str, start: Any) -> None:
+    """Change an aircraft's model, commit, and read; change it again, roll back, and read."""
+    demo.title("A commit, and what the next read sees")
+
+    async def week(what: str, session: Any) -> None:
+        records, _ = await demo.read(
+            what,
+            session,
+            lambda: session.range(FlightBoard.by_plane, tailnum, ge=start, lt=start + WEEK),
+        )
+        models = ", ".join(sorted({record.plane_model for record in records}))
+        demo.note(f"{'':28}plane_model: {models}")
+
+    async with demo.session() as session:
+        await week("before", session)
+        plane = await done(session.get(Plane, tailnum))
+        plane.model += "-X"
+        await done(session.commit())
+        await week("after the commit", session)
+        await week("once more", session)
+
+        plane = await done(session.get(Plane, tailnum))
+        plane.model = "never"
+        await done(session.flush())
+        async with demo.session() as other:
+            await week("another's open transaction", other)
+        await week("one's own", session)
+        await done(session.rollback())
+        await week("after the rollback", session)
+
+
+async def slide(demo: Demo, day: Any) -> None:
+    """Keep a few weeks only, read across their edge and outside of them, and move on by a week."""
+    weeks = 4 if demo.days is None else 2
+    start = day - WEEK
+    end = start + weeks * WEEK
+    hour = FlightBoard.time_hour
+
+    demo.title(f"Keeping {weeks} weeks")
+    await demo.step(
+        f"from {start:%-d %B}", lambda: demo.cache.load(FlightBoard, hour >= start, hour < end)
+    )
+    async with demo.session() as session:
+        for what, since in (("a day of them", start), ("a day across the edge", start - DAY / 2)):
+            await demo.read(
+                what,
+                session,
+                lambda since=since: session.range(FlightBoard.by_time, ge=since, lt=since + DAY),
+            )
+        outside = select(FlightBoard).where(hour >= start - 2 * DAY, hour < start - DAY)
+        await demo.read("a day before them", session, lambda: session.scalars(outside))
+    start, end = start + WEEK, end + WEEK
+    await demo.step(
+        "sliding on by a week", lambda: demo.cache.load(FlightBoard, hour >= start, hour < end)
+    )
+
+    inside = select(FlightBoard).where(
+        hour >= start, hour < start + DAY, FlightBoard.origin == "JFK"
+    )
+    for what, statement in (("a hit", inside), ("a miss", outside)):
+        demo.console.print(f"\n[bold]explain() of {what}[/]")
+        for line in str(await done(demo.cache.explain(statement))).splitlines():
+            demo.note(line)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+@contextmanager
+def _filling(console: Console, days: int | None) -> Iterator[Callable[[str, int], None]]:
+    with _progress(console) as progress:
+        bar = progress.add_task(
+            "filling the database", total=sum(ROWS.values()) if days is None else None
+        )
+        yield lambda _, rows: progress.update(bar, advance=rows)
+
+
+async def main_postgres(console: Console, days: int | None) -> None:
+    """Tell the story on PostgreSQL, with the asynchronous API."""
+    with embedded_postgres() as url:
+        engine = create_async_engine(url)
+        with _filling(console, days) as progress:
+            async with engine.begin() as connection:
+                await connection.run_sync(fill, days=days, progress=progress)
+        async with AsyncTableCache(engine, views=[FlightBoard]) as cache:
+            with _counting(Demo(console, cache, days)) as demo:
+                await tell(demo)
+        await engine.dispose()
+
+
+async def main_sqlite(console: Console, days: int | None) -> None:
+    """Tell the story on SQLite, with the synchronous API."""
+    with tempfile.TemporaryDirectory() as directory:
+        engine = create_engine(URL.create("sqlite", database=str(Path(directory) / "flights")))
+        tune_sqlite(engine)
+        with _filling(console, days) as progress, engine.begin() as connection:
+            fill(connection, days=days, progress=progress)
+        with (
+            TableCache(engine, views=[FlightBoard]) as cache,
+            _counting(Demo(console, cache, days)) as demo,
+        ):
+            await tell(demo)
+        engine.dispose()
+
+
+@contextmanager
+def _counting(demo: Demo) -> Iterator[Demo]:
+    """Have the demo note the queries and writes of all engines, the cache's own too."""
+
+    def noted(_conn: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if not statement.startswith("BEGIN"):
+            demo.statements.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", noted)
+    try:
+        yield demo
+    finally:
+        event.remove(Engine, "before_cursor_execute", noted)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m examples.flights", description=__doc__)
+    parser.add_argument("--postgres", action="store_true", help="embedded PostgreSQL, asyncpg")
+    parser.add_argument("--days", type=int, help="only so many days, 21 at least")
+    options = parser.parse_args()
+    if options.days is not None and options.days < 21:
+        parser.error("--days must be 21 or more: the demo looks at weeks")
+    console = Console(highlight=False)
+    name = "PostgreSQL, asynchronous API" if options.postgres else "SQLite, synchronous API"
+    console.print(f"[bold]The flights of New York, 2013[/], five tables joined ({name})")
+    asyncio.run((main_postgres if options.postgres else main_sqlite)(console, options.days))
+
+
+if __name__ == "__main__":
+    main()
