@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).parents[2] / "sa_tablecache"
 
 # fmt: off
 ORDER = [
-    "exc", "scores", "comparison", "criteria", "options", "view", "analysis", "storage", "coverage",
-    "loading", "planner", "changes", "events", "table", "policies", "cache", "session", "asyncio",
-    "transactions", "feed", "migrations", "metrics", "testing", "__init__",
+    "exc", "scores", "comparison", "criteria", "options", "turns", "view", "analysis", "storage",
+    "coverage", "loading", "planner", "changes", "statements", "events", "table", "policies",
+    "cache", "session", "asyncio", "transactions", "feed", "migrations", "metrics", "testing",
+    "__init__",
 ]
 # fmt: on
 
