@@ -1,0 +1,49 @@
+"""Cached views of SQLAlchemy joins: see README.md."""
+
+from .asyncio import AsyncCacheSession, AsyncTableCache
+from .cache import Explanation, Problem
+from .exc import (
+    CacheUnavailable,
+    Closed,
+    CriteriaError,
+    DuplicateKey,
+    NotExpressible,
+    TableCacheError,
+    Unbound,
+    UnknownView,
+    UnsuitableEngine,
+    ViewDefinitionError,
+)
+from .options import bypass_cache, no_store
+from .reading import LastRead
+from .session import CacheSession, TableCache
+from .table import Estimate, Stats
+from .view import CachedView, ScoreIndex
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "AsyncCacheSession",
+    "AsyncTableCache",
+    "CacheSession",
+    "CacheUnavailable",
+    "CachedView",
+    "Closed",
+    "CriteriaError",
+    "DuplicateKey",
+    "Estimate",
+    "Explanation",
+    "LastRead",
+    "NotExpressible",
+    "Problem",
+    "ScoreIndex",
+    "Stats",
+    "TableCache",
+    "TableCacheError",
+    "Unbound",
+    "UnknownView",
+    "UnsuitableEngine",
+    "ViewDefinitionError",
+    "bypass_cache",
+    "no_store",
+]

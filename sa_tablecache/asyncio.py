@@ -1,0 +1,264 @@
+"""The cache for ``asyncio``: thin proxies, as ``sqlalchemy.ext.asyncio`` is one of the ORM.
+
+There is one implementation, the synchronous one. What may ask the database runs in a greenlet
+(:func:`~sqlalchemy.util.greenlet_spawn`); what memory alone can answer is answered inline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
+from sqlalchemy.sql import ColumnElement
+from sqlalchemy.util import greenlet_spawn
+
+from . import reading
+from .cache import Explanation, Problem
+from .exc import TableCacheError, Unbound
+from .loading import Progress
+from .reading import LastRead, RangeRead
+from .session import CacheSession, TableCache, _check_range, _result, listen
+from .table import Estimate, Stats
+from .view import CachedView, ViewIndex, ViewMeta
+
+V = TypeVar("V", bound=CachedView)
+Criterion = ColumnElement[bool] | bool
+
+
+class AsyncTableCache:
+    """A :class:`.TableCache` for an :class:`~sqlalchemy.ext.asyncio.AsyncEngine`.
+
+    It has the methods of :class:`.TableCache`. Those that may ask the database are awaited;
+    those that only look at memory are not.
+
+    ::
+
+        cache = AsyncTableCache(async_engine, views=[FlightBoard])
+        await cache.load(FlightBoard)
+        Session = cache.sessionmaker()
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine | None = None,
+        *,
+        views: Iterable[type[CachedView]] = (),
+        load_engine: AsyncEngine | None = None,
+    ) -> None:
+        self._engine: AsyncEngine | None = None
+        self.sync_cache = TableCache(
+            load_engine=load_engine.sync_engine if load_engine is not None else None
+        )
+        """The cache that this one is a proxy of."""
+        if engine is not None:
+            self.bind(engine)
+        for view in views:
+            self.add(view)
+
+    def bind(self, engine: AsyncEngine) -> None:
+        """See :meth:`.TableCache.bind`."""
+        if not isinstance(engine, AsyncEngine):
+            raise TableCacheError(
+                f"an AsyncTableCache is bound to an AsyncEngine, not to a {type(engine).__name__}"
+            )
+        self.sync_cache.bind(engine.sync_engine)
+        self._engine = engine
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine that the cache is bound to."""
+        if self._engine is None:
+            raise Unbound("this cache is not bound to an engine yet: call cache.bind(engine)")
+        return self._engine
+
+    def add(self, view: type[CachedView]) -> None:
+        """See :meth:`.TableCache.add`."""
+        self.sync_cache.add(view)
+
+    @property
+    def views(self) -> tuple[type[CachedView], ...]:
+        """The views that were added."""
+        return self.sync_cache.views
+
+    async def load(
+        self, view: type[CachedView], *criteria: Criterion, progress: Progress | None = None
+    ) -> None:
+        """See :meth:`.TableCache.load`."""
+        await greenlet_spawn(self.sync_cache.load, view, *criteria, progress=progress)
+
+    async def extend(
+        self, view: type[CachedView], *criteria: Criterion, progress: Progress | None = None
+    ) -> None:
+        """See :meth:`.TableCache.extend`."""
+        await greenlet_spawn(self.sync_cache.extend, view, *criteria, progress=progress)
+
+    async def evict(self, view: type[CachedView], *criteria: Criterion) -> None:
+        """See :meth:`.TableCache.evict`."""
+        await greenlet_spawn(self.sync_cache.evict, view, *criteria)
+
+    async def clear(self, view: type[CachedView]) -> None:
+        """See :meth:`.TableCache.clear`."""
+        await greenlet_spawn(self.sync_cache.clear, view)
+
+    async def covers(self, view: type[CachedView], *criteria: Criterion) -> bool:
+        """See :meth:`.TableCache.covers`."""
+        return await greenlet_spawn(self.sync_cache.covers, view, *criteria)
+
+    def ready(self, view: type[CachedView]) -> bool:
+        """See :meth:`.TableCache.ready`."""
+        return self.sync_cache.ready(view)
+
+    async def wait_ready(self, view: type[CachedView], timeout: float | None = None) -> bool:
+        """See :meth:`.TableCache.wait_ready`."""
+        return await greenlet_spawn(self.sync_cache.wait_ready, view, timeout)
+
+    async def estimate(self, view: type[CachedView], *criteria: Criterion) -> Estimate:
+        """See :meth:`.TableCache.estimate`."""
+        return await greenlet_spawn(self.sync_cache.estimate, view, *criteria)
+
+    def invalidate(self, target: Any, *what: Any) -> None:
+        """See :meth:`.TableCache.invalidate`."""
+        self.sync_cache.invalidate(target, *what)
+
+    async def refresh(self, view: type[CachedView]) -> None:
+        """See :meth:`.TableCache.refresh`."""
+        await greenlet_spawn(self.sync_cache.refresh, view)
+
+    def stats(self, view: type[CachedView]) -> Stats:
+        """See :meth:`.TableCache.stats`."""
+        return self.sync_cache.stats(view)
+
+    async def check(self) -> list[Problem]:
+        """See :meth:`.TableCache.check`."""
+        return await greenlet_spawn(self.sync_cache.check)
+
+    async def explain(self, statement: Any) -> Explanation:
+        """See :meth:`.TableCache.explain`."""
+        return await greenlet_spawn(self.sync_cache.explain, statement)
+
+    def sessionmaker(self, **options: Any) -> async_sessionmaker[AsyncCacheSession]:
+        """Return a factory of async sessions that read from the cache, bound to its engine."""
+        sync_class: type[CacheSession] = options.pop("sync_session_class", CacheSession)
+        sync_class = type(sync_class.__name__, (sync_class,), {"cache": self.sync_cache})
+        listen(self.sync_cache, sync_class)
+        options.setdefault("bind", self.engine)
+        options.setdefault("class_", AsyncCacheSession)
+        return async_sessionmaker(sync_session_class=sync_class, **options)
+
+    def attach(self, target: Any) -> None:
+        """Have an application's own engine or sessions work with the cache.
+
+        :param target: an ``AsyncEngine``, an ``async_sessionmaker`` or an ``AsyncSession``, or
+            what :meth:`.TableCache.attach` takes.
+        """
+        if isinstance(target, AsyncEngine):
+            self.sync_cache.attach(target.sync_engine)
+        elif isinstance(target, AsyncSession):
+            self.sync_cache.attach(target.sync_session)
+        elif isinstance(target, async_sessionmaker):
+            # All async sessions share Session as their sync class, so this factory gets its own.
+            base = target.kw.get("sync_session_class") or target.class_.sync_session_class
+            sync_class = type(base.__name__, (base,), {"__module__": base.__module__})
+            target.configure(sync_session_class=sync_class)
+            bind = target.kw.get("bind")
+            if isinstance(bind, AsyncEngine):
+                self.sync_cache.attach(bind.sync_engine)
+            self.sync_cache.attach(sync_class)
+        elif isinstance(target, type) and issubclass(target, AsyncSession):
+            raise TableCacheError(
+                f"attach an async_sessionmaker of {target.__name__}, or an AsyncSession: all "
+                "classes of async sessions share one Session class"
+            )
+        else:
+            self.sync_cache.attach(target)
+
+    async def close(self) -> None:
+        """See :meth:`.TableCache.close`."""
+        await greenlet_spawn(self.sync_cache.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _check(self) -> None:
+        """Assert the invariants of all views."""
+        self.sync_cache._check()
+
+
+class AsyncCacheSession(AsyncSession):
+    """An :class:`~sqlalchemy.ext.asyncio.AsyncSession` that reads cached views from a cache.
+
+    Made by :meth:`AsyncTableCache.sessionmaker`. A hit is answered inline, without a greenlet.
+    """
+
+    sync_session_class: type[Session] = CacheSession
+
+    if TYPE_CHECKING:
+        sync_session: CacheSession
+    else:
+
+        async def execute(self, statement, params=None, **kwargs):
+            """Execute a statement; see :meth:`sqlalchemy.ext.asyncio.AsyncSession.execute`."""
+            if params is None and not kwargs:
+                answer = self.sync_session._from_cache(statement)
+                if answer is not None:
+                    return _result(answer, statement)
+            return await super().execute(statement, params, **kwargs)
+
+        async def scalars(self, statement, params=None, **kwargs):
+            """Execute a statement; see :meth:`sqlalchemy.ext.asyncio.AsyncSession.scalars`."""
+            if params is None and not kwargs:
+                answer = self.sync_session._from_cache(statement)
+                if answer is not None:
+                    return _result(answer, statement).scalars()
+            return await super().scalars(statement, params, **kwargs)
+
+        async def scalar(self, statement, params=None, **kwargs):
+            """Execute a statement; see :meth:`sqlalchemy.ext.asyncio.AsyncSession.scalar`."""
+            if params is None and not kwargs:
+                answer = self.sync_session._from_cache(statement)
+                if answer is not None:
+                    return _result(answer, statement).scalar()
+            return await super().scalar(statement, params, **kwargs)
+
+        async def get(self, entity, ident, **kwargs):
+            """Return a record or an instance by primary key; see :meth:`.CacheSession.get`."""
+            if isinstance(entity, ViewMeta):
+                return await greenlet_spawn(self.sync_session.get, entity, ident)
+            return await super().get(entity, ident, **kwargs)
+
+    async def range(
+        self,
+        index: ViewIndex[V],
+        *prefix: Any,
+        ge: Any = None,
+        gt: Any = None,
+        le: Any = None,
+        lt: Any = None,
+        descending: bool = False,
+        limit: int | None = None,
+        after: V | None = None,
+    ) -> list[V]:
+        """Return the records of a range of an index; see :meth:`.CacheSession.range`."""
+        _check_range(index, prefix, (ge, gt, le, lt), limit)
+        read = RangeRead(index, prefix, ge, gt, le, lt, descending, limit, after)
+        session = self.sync_session
+        records = reading.range_from_cache(session.cache, session, read, fetch=False)
+        if records is not None:
+            return records
+        return await greenlet_spawn(
+            session.range, index, *prefix, ge=ge, gt=gt, le=le, lt=lt,
+            descending=descending, limit=limit, after=after,
+        )  # fmt: skip
+
+    @property
+    def last_read(self) -> LastRead | None:
+        """How the last read of a view was answered."""
+        return self.sync_session.last_read

@@ -1,0 +1,505 @@
+"""The cached views of one database.
+
+In: an engine, views, and what the application says (load, evict, invalidate). A
+:class:`BaseTableCache` holds one :class:`.CachedTable` for each view, and is what the engine's events
+tell of commits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy import Engine, Table, inspect, select, text
+from sqlalchemy.orm import Mapper
+from sqlalchemy.sql import ColumnElement
+
+from .analysis import plan_of, table_label, table_name
+from .changes import ChangeSet, Marks
+from .comparison import Inexact
+from .events import Backend, unwatch, watch
+from .exc import Closed, CriteriaError, TableCacheError, Unbound, UnknownView
+from .loading import Progress, Snapshots
+from .planner import Shape, ask, index_direction, shape_of, view_of
+from .scores import IntervalSet
+from .statements import exact_value
+from .table import CachedTable, Estimate, Stats
+from .view import CachedView, ViewMeta
+
+ORPHAN_CHECK_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something about a cache that its owner should know."""
+
+    view: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.view}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """How a statement would be answered: ``hit``, ``partial``, ``miss`` or ``bypass``."""
+
+    kind: str
+    view: str
+    reason: str = ""
+    index: str = ""
+    intervals: str = ""
+    missing: str = ""
+    records: int = 0
+    """Records that would be scanned."""
+    residual: int = 0
+    """Conditions that would be tested record by record."""
+    sort: bool = False
+    """Whether the records would have to be sorted."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.kind} on {self.view}" + (f": {self.reason}" if self.reason else "")]
+        if self.index:
+            lines.append(f"  index      {self.index}")
+            lines.append(f"  intervals  {self.intervals}")
+        if self.missing:
+            lines.append(f"  missing    {self.missing}")
+        if self.index:
+            lines.append(f"  records    {self.records} scanned")
+            lines.append(f"  residual   {self.residual} condition(s)")
+            lines.append(f"  order      {'sorted' if self.sort else 'as indexed'}")
+        return "\n".join(lines)
+
+
+@dataclass(slots=True)
+class _Orphan:
+    """Leases of a COMMIT of which nobody knows how it ended."""
+
+    tables: list[CachedTable]
+    changes: ChangeSet
+    backend: Backend | None
+    checked: float = 0.0
+
+
+@dataclass(slots=True)
+class _Lease:
+    """The views that one commit may touch."""
+
+    tables: list[CachedTable]
+    changes: ChangeSet
+
+
+class BaseTableCache:
+    """What :class:`.TableCache` is but for its sessions, which stand to the right of this module.
+
+    See there.
+    """
+
+    def __init__(
+        self,
+        engine: Engine | None = None,
+        *,
+        views: Iterable[type[CachedView]] = (),
+        load_engine: Engine | None = None,
+    ) -> None:
+        self._engine: Engine | None = None
+        self._given_load_engine = load_engine
+        self._snapshots: Snapshots | None = None
+        self._watched: list[Engine] = []
+        self._views: list[type[CachedView]] = []
+        self._tables: dict[type[CachedView], CachedTable] = {}
+        self._orphans: list[_Orphan] = []
+        self._lock = Lock()
+        self._closed = False
+        if engine is not None:
+            self.bind(engine)
+        for view in views:
+            self.add(view)
+
+    # -- setting up -----------------------------------------------------------------------------
+
+    def bind(self, engine: Engine) -> None:
+        """Bind the cache to an engine, whose commits it notices from now on. Emits no SQL.
+
+        :raises UnsuitableEngine: if all connections of the engine's pool are one.
+        :raises TableCacheError: if it is bound already.
+        """
+        self._check_open()
+        if self._engine is not None:
+            raise TableCacheError(f"this cache is bound to {self._engine!r} already")
+        if not isinstance(engine, Engine):
+            raise TableCacheError(
+                f"a TableCache is bound to an Engine, not to a {type(engine).__name__}; for an "
+                "AsyncEngine use AsyncTableCache"
+            )
+        self._snapshots = Snapshots(engine, self._given_load_engine)
+        self._engine = engine
+        self._watch(engine)
+        for view in self._views:
+            self._tables[view] = CachedTable(plan_of(view), self._snapshots)
+
+    def _watch(self, engine: Engine) -> None:
+        watch(engine, self)
+        self._watched.append(engine)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that the cache is bound to."""
+        self._check_open()
+        if self._engine is None:
+            raise Unbound("this cache is not bound to an engine yet: call cache.bind(engine)")
+        return self._engine
+
+    @property
+    def load_engine(self) -> Engine:
+        """The engine through which the cache itself reads."""
+        assert self.engine is not None
+        assert self._snapshots is not None
+        return self._snapshots.engine
+
+    @property
+    def views(self) -> tuple[type[CachedView], ...]:
+        """The views that were added."""
+        return tuple(self._views)
+
+    def add(self, view: type[CachedView]) -> None:
+        """Add a view; nothing of it is loaded. Emits no SQL.
+
+        :raises ViewDefinitionError: if the view cannot be right.
+        """
+        self._check_open()
+        if not isinstance(view, ViewMeta):
+            raise TableCacheError(f"{view!r} is not a CachedView")
+        plan = plan_of(view)
+        with self._lock:
+            if view in self._views:
+                return
+            self._views.append(view)
+            if self._snapshots is not None:
+                self._tables[view] = CachedTable(plan, self._snapshots)
+
+    def table(self, view: type[CachedView]) -> CachedTable:
+        """Return what holds the records of a view."""
+        table = self._tables.get(view)
+        if table is None or self._closed:
+            assert self.engine is not None
+            name = getattr(view, "__name__", repr(view))
+            raise UnknownView(f"{name} is not in this cache: add it with cache.add({name})")
+        return table
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed("this cache was closed")
+
+    # -- coverage -------------------------------------------------------------------------------
+
+    def _target(
+        self, view: type[CachedView], criteria: Sequence[Any]
+    ) -> tuple[CachedTable, str, IntervalSet]:
+        table = self.table(view)
+        shape: Shape | None = None
+        parameters: Any = ()
+        if criteria:
+            try:
+                shape, parameters = shape_of(select(view).where(*criteria))
+            except Inexact as reason:
+                shape = None
+                table.set_up()
+                table.refuse_criteria(str(reason))
+        index, intervals = table.interval_target(criteria, shape, parameters)
+        return table, index, intervals
+
+    def load(
+        self,
+        view: type[CachedView],
+        *criteria: ColumnElement[bool] | bool,
+        progress: Progress | None = None,
+    ) -> None:
+        """Make the coverage exactly what the criteria say; without criteria, everything.
+
+        One SELECT fetches what is missing; what is covered no more is expired; what is there
+        stays. Readers go on meanwhile, with the old coverage until the new one is complete. A load
+        that fails leaves all as it was.
+
+        :param criteria: a range of one index, such as ``View.time_hour >= since``.
+        :param progress: called every 10,000 rows with the number of rows so far.
+        :raises NotExpressible: if no index can express the criteria; it says which one would.
+        """
+        table, index, intervals = self._target(view, criteria)
+        table.load(index, intervals, progress=progress)
+
+    def extend(
+        self,
+        view: type[CachedView],
+        *criteria: ColumnElement[bool] | bool,
+        progress: Progress | None = None,
+    ) -> None:
+        """Add what the criteria say to the coverage; like :meth:`load`, nothing is expired."""
+        table, index, intervals = self._target(view, criteria)
+        table.load(index, intervals, extend=True, progress=progress)
+
+    def evict(self, view: type[CachedView], *criteria: ColumnElement[bool] | bool) -> None:
+        """Take what the criteria say out of the coverage. Emits no SQL.
+
+        Records that the coverage of another index needs stay.
+        """
+        table, index, intervals = self._target(view, criteria)
+        table.evict(index, intervals)
+
+    def clear(self, view: type[CachedView]) -> None:
+        """Give up all records of a view. Emits no SQL."""
+        self.table(view).clear()
+
+    def covers(self, view: type[CachedView], *criteria: ColumnElement[bool] | bool) -> bool:
+        """Whether everything that meets the criteria is in storage, fresh or marked."""
+        table = self.table(view)
+        if not table.state.coverage:
+            return False
+        table.set_up()
+        if not criteria:
+            return table.state.coverage.everything
+        try:
+            shape, parameters = shape_of(select(view).where(*criteria))
+            assert table.columns is not None
+            question = ask(shape, parameters, table.columns)
+        except Inexact:
+            return table.state.coverage.everything
+        return table.covered_candidate(question, table.state) is not None
+
+    def ready(self, view: type[CachedView]) -> bool:
+        """Whether a load of the view has ended."""
+        return self.table(view).ready
+
+    def wait_ready(self, view: type[CachedView], timeout: float | None = None) -> bool:
+        """Wait until a load of the view has ended.
+
+        :param timeout: in seconds; ``None`` waits for ever.
+        :returns: whether it has.
+        """
+        return self.table(view).wait_ready(timeout)
+
+    def estimate(
+        self, view: type[CachedView], *criteria: ColumnElement[bool] | bool
+    ) -> Estimate:
+        """Estimate what a load would cost: two SELECTs, a count and a sample of 1,000 rows."""
+        table, index, intervals = self._target(view, criteria)
+        return table.estimate(index, intervals)
+
+    # -- freshness ------------------------------------------------------------------------------
+
+    def invalidate(self, target: Any, *what: Any) -> None:
+        """Mark records as stale, so that they are read again before the next answer.
+
+        ``invalidate(View)`` marks the whole view, and so do criteria of a view for now.
+        ``invalidate(Model, key)`` marks what was made from a base row, ``invalidate(Model)``
+        what was made from its table. A key of several columns is a tuple. Emits no SQL.
+        """
+        if isinstance(target, ViewMeta):
+            view: Any = target
+            if what:
+                shape_of_criteria(view, what)
+            self.table(view).mark(Marks(view=True))
+            return
+        changes = ChangeSet()
+        tables = _tables_of(target)
+        for table in tables:
+            if not what:
+                changes.add_table(table_name(table))
+                continue
+            for key in what:
+                values = key if isinstance(key, tuple) else (key,)
+                columns = tuple(table.primary_key.columns)
+                if len(values) != len(columns):
+                    raise CriteriaError(
+                        f"{key!r} is no primary key of {table.fullname}, which is "
+                        f"({', '.join(c.name for c in columns)})"
+                    )
+                exact = tuple(map(exact_value, columns, values))
+                if None in exact:
+                    changes.add_table(table_name(table))
+                else:
+                    changes.add_rows(table_name(table), [exact])
+        assert self.engine is not None
+        self.publish(changes, None)
+
+    def refresh(self, view: type[CachedView]) -> None:
+        """Read again what is marked now, instead of before the next answer."""
+        self.table(view).refresh()
+
+    # -- figures --------------------------------------------------------------------------------
+
+    def stats(self, view: type[CachedView]) -> Stats:
+        """Return the figures of a view. Emits no SQL."""
+        return self.table(view).stats()
+
+    def check(self) -> list[Problem]:
+        """Return what keeps views from being served exactly: coarse tables, unordered indexes.
+
+        Asks the catalog about views that were not used yet.
+        """
+        problems = []
+        for view, table in self._tables.items():
+            columns = table.set_up()
+            problems += [
+                Problem(
+                    view.__name__, f"any change of {table_label(name)} marks the whole view: {why}"
+                )
+                for name, why in sorted(table.coarse.items(), key=lambda item: item[0][1])
+            ]
+            for index in view.__indexes__.values():
+                for name in index.column_names:
+                    how = columns.comparisons[name]
+                    if not how.order:
+                        serves = "single values only" if how.equality else "nothing"
+                        problems.append(
+                            Problem(
+                                view.__name__,
+                                f"{index.name} serves {serves} of {name}: "
+                                f"{how.reason or 'no order that Python knows'}",
+                            )
+                        )
+        return problems
+
+    def explain(self, statement: Any) -> Explanation:
+        """Say how a SELECT of a view would be answered now, and why. Runs nothing."""
+        view = view_of(statement)
+        if view is None:
+            raise CriteriaError("this is not a SELECT of a cached view")
+        table, name = self.table(view), view.__name__
+        columns = table.set_up()
+        try:
+            shape, parameters = shape_of(statement)
+            question = ask(shape, parameters, columns)
+        except Inexact as reason:
+            return Explanation("bypass", name, str(reason))
+        if any(type(option).__name__ == "BypassCache" for option in shape.options):
+            return Explanation("bypass", name, "bypass_cache()")
+        state = table.state
+        fresh = ""
+        if table.leased:
+            return Explanation("bypass", name, "a commit is under way")
+        if table.current is None:
+            fresh = "after a refresh of what is marked"
+        candidate = table.covered_candidate(question, state)
+        missing: Any = ""
+        kind = "hit"
+        if candidate is None:
+            partial = table.partial_candidate(question, state)
+            if partial is None:
+                return Explanation("miss", name, f"the coverage is {state.coverage}")
+            candidate, missing = partial
+            kind, fresh = "partial", "the gaps are fetched"
+        order = state.storage.orders[candidate.index]
+        return Explanation(
+            kind,
+            name,
+            fresh,
+            index=candidate.index or "primary key",
+            intervals=repr(candidate.intervals),
+            missing=repr(missing) if missing else "",
+            records=sum(map(order.count, candidate.intervals)),
+            residual=len(candidate.residual),
+            sort=index_direction(candidate, shape.orderings, columns) is None,
+        )
+
+    # -- commits --------------------------------------------------------------------------------
+
+    def lease(self, changes: ChangeSet) -> _Lease:
+        """Take a lease on the views that the changes of a commit may touch."""
+        return _Lease([t for t in self._tables.values() if t.lease(changes)], changes)
+
+    def publish(self, changes: ChangeSet, lease: _Lease | None) -> None:
+        """Mark what a commit changed, and end its lease."""
+        leased = lease.tables if lease is not None else []
+        for table in list(self._tables.values()):
+            table.publish(changes, leased=table in leased)
+
+    def orphan(self, lease: _Lease, backend: Backend | None) -> None:
+        """Keep a lease until the transaction of a lost connection has ended."""
+        if lease.tables:
+            with self._lock:
+                self._orphans.append(_Orphan(lease.tables, lease.changes, backend))
+
+    def settle_orphans(self) -> None:
+        """End the leases of commits that have ended by now: one SELECT for each, now and then."""
+        if not self._orphans or self._snapshots is None:
+            return
+        now = time.monotonic()
+        with self._lock:
+            due = [o for o in self._orphans if now - o.checked > ORPHAN_CHECK_SECONDS]
+            for orphan in due:
+                orphan.checked = now
+        for orphan in due:
+            if self._has_ended(orphan):
+                with self._lock:
+                    if orphan not in self._orphans:
+                        continue
+                    self._orphans.remove(orphan)
+                for table in orphan.tables:
+                    table.publish(orphan.changes, leased=True)
+
+    def _has_ended(self, orphan: _Orphan) -> bool:
+        assert self._snapshots is not None
+        query = {
+            # Whether the server process holds the lock that a writing transaction holds on itself.
+            "postgresql": "SELECT count(*) FROM pg_locks WHERE pid = :pid "
+            "AND locktype IN ('transactionid', 'virtualxid') AND mode = 'ExclusiveLock'",
+            "mysql": "SELECT count(*) FROM information_schema.innodb_trx "
+            "WHERE trx_mysql_thread_id = :pid",
+        }.get(self._snapshots.engine.dialect.name.replace("mariadb", "mysql"))
+        if orphan.backend is None or query is None:
+            return False
+        with self._snapshots.open() as connection:
+            return not connection.scalar(text(query), {"pid": orphan.backend.pid})
+
+    # -- sessions and end -----------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop noticing commits, give up all records, close the cache's own connections."""
+        if self._closed:
+            return
+        for engine in self._watched:
+            unwatch(engine, self)
+        self._closed = True
+        if self._snapshots is not None:
+            self._snapshots.close()
+        self._tables.clear()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the cache was closed."""
+        return self._closed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        """Assert the invariants of all views."""
+        for table in list(self._tables.values()):
+            table._check()
+
+
+def shape_of_criteria(view: type[CachedView], criteria: Sequence[Any]) -> None:
+    """Refuse criteria that are not the view's."""
+    try:
+        shape_of(select(view).where(*criteria))
+    except Inexact:
+        return
+
+
+def _tables_of(target: Any) -> list[Table]:
+    if isinstance(target, Table):
+        return [target]
+    mapper = inspect(target, raiseerr=False)
+    if not isinstance(mapper, Mapper):
+        raise CriteriaError(f"{target!r} is neither a cached view, nor a mapped class, nor a Table")
+    return [table for table in mapper.tables if isinstance(table, Table)]

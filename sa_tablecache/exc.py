@@ -1,0 +1,59 @@
+"""The errors of sa_tablecache, one tree.
+
+::
+
+    TableCacheError                    everything raised by this package
+     ├── ViewDefinitionError           a view that cannot be right: names the culprit and the way out
+     ├── CriteriaError                 criteria that make no sense for the view that they are used with
+     │    └── NotExpressible           load criteria that no score index of the view can express
+     ├── UnknownView                   a view that this cache does not hold
+     ├── CacheUnavailable              the cache cannot be used now
+     │    ├── Unbound                  used before bind()
+     │    └── Closed                   used after close()
+     ├── UnsuitableEngine              an engine through which no consistent snapshot can be read
+     └── DuplicateKey                  two rows of a view share its primary key
+
+An error of the database reaches the caller as SQLAlchemy raised it; the cache wraps none.
+"""
+
+from __future__ import annotations
+
+
+class TableCacheError(Exception):
+    """Base class of all errors of this package."""
+
+
+class ViewDefinitionError(TableCacheError):
+    """The declaration of a view cannot be right; the message names the culprit and the way out."""
+
+
+class CriteriaError(TableCacheError):
+    """Criteria use something that does not belong to the view, such as a base table's column."""
+
+
+class NotExpressible(CriteriaError):  # noqa: N818 - reads as a statement, like NoResultFound
+    """Load criteria that no score index of the view can express as a range."""
+
+
+class UnknownView(TableCacheError):  # noqa: N818
+    """The view was not added to this cache."""
+
+
+class CacheUnavailable(TableCacheError):  # noqa: N818
+    """The cache cannot be used now."""
+
+
+class Unbound(CacheUnavailable):
+    """The cache was used before it was bound to an engine."""
+
+
+class Closed(CacheUnavailable):
+    """The cache was used after it had been closed."""
+
+
+class UnsuitableEngine(TableCacheError):  # noqa: N818
+    """No consistent, committed snapshot can be read through this engine."""
+
+
+class DuplicateKey(TableCacheError):  # noqa: N818
+    """Two rows of a view have the same primary key: ``__primary_key__`` is not a key of the view."""

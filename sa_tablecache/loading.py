@@ -1,0 +1,443 @@
+"""Reading the database: snapshots, the catalog, and rows into records.
+
+In: a plan and the criteria of what to read. Out: :class:`Rows`, records with their hidden values.
+
+Every load and refresh runs in one read-only REPEATABLE READ transaction on a small pool of the
+cache's own: on the application's pool it could starve behind the very readers that wait for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from sqlalchemy import (
+    Boolean,
+    Connection,
+    Date,
+    DateTime,
+    Engine,
+    Enum,
+    Float,
+    Integer,
+    Interval,
+    LargeBinary,
+    Numeric,
+    String,
+    Time,
+    Uuid,
+    and_,
+    false,
+    or_,
+    select,
+    text,
+    true,
+)
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
+from sqlalchemy.sql import ColumnElement
+from sqlalchemy.sql.elements import ColumnClause
+
+from .analysis import TableName, ViewPlan, table_label
+from .comparison import Comparison, StoredColumn, comparison
+from .exc import UnsuitableEngine, ViewDefinitionError
+from .scores import MAX, MIN, NULLS_FIRST, NULLS_LAST, Interval as ScoreInterval, IntervalSet
+
+Progress = Callable[[int], object]
+"""Called now and then during a load with the number of records read so far."""
+
+PARTITION = 10_000
+"""Rows fetched at a time."""
+
+#: Marks a pooled connection as one of ours, for listeners that the pool was copied with.
+READER = "sa_tablecache.reader"
+
+_IMMUTABLE = (
+    Boolean, Date, DateTime, Enum, Float, Integer, Interval, LargeBinary, Numeric, String, Time,
+    Uuid,
+)  # fmt: skip
+_SHARED = (Date, DateTime, Enum, Float, Integer, LargeBinary, String, Time, Uuid)
+
+
+class Snapshots:
+    """Opens read-only snapshots of one database.
+
+    :param engine: the application's engine; its connection settings are taken over.
+    :param load_engine: an engine to use instead of a pool of the cache's own.
+    :raises UnsuitableEngine: if all connections of the pool are one, so that a snapshot would
+        show what others have not committed, and end their transaction.
+    """
+
+    def __init__(self, engine: Engine, load_engine: Engine | None = None) -> None:
+        source = load_engine or engine
+        database = source.url.database or ""
+        in_memory = source.dialect.name == "sqlite" and (
+            database in ("", ":memory:") or "mode=memory" in str(source.url)
+        )
+        if isinstance(source.pool, StaticPool | SingletonThreadPool) or in_memory:
+            raise UnsuitableEngine(
+                f"{source!r} shares one DBAPI connection ({type(source.pool).__name__}): a load "
+                "through it would read uncommitted rows and end the application's transaction; "
+                "use a database file (SQLite) or a QueuePool, or give load_engine= to the cache"
+            )
+        if load_engine is None:
+            options = engine.get_execution_options()
+            self.engine = Engine(engine.pool.recreate(), engine.dialect, engine.url)
+            self.engine.update_execution_options(**options)
+            self._owned = True
+        else:
+            self.engine = load_engine
+            self._owned = False
+
+    @contextmanager
+    def open(self) -> Iterator[Connection]:
+        """Open one snapshot. It emits BEGIN, and on a new PostgreSQL connection one SELECT.
+
+        :raises UnsuitableEngine: if the server is a standby.
+        """
+        dialect = self.engine.dialect.name
+        with self.engine.connect() as connection:
+            connection.info[READER] = True
+            if dialect == "sqlite":
+                connection = connection.execution_options()
+                dbapi = cast("Any", connection.connection.dbapi_connection)
+                if not dbapi.in_transaction:
+                    connection.exec_driver_sql("BEGIN")
+            else:
+                options: dict[str, Any] = {"isolation_level": "REPEATABLE READ"}
+                if dialect == "postgresql":
+                    options["postgresql_readonly"] = True
+                connection = connection.execution_options(**options)
+                if dialect == "postgresql" and "sa_tablecache.primary" not in connection.info:
+                    if connection.scalar(text("SELECT pg_is_in_recovery()")):
+                        raise UnsuitableEngine(
+                            f"{self.engine!r} is connected to a standby, which lags behind: a "
+                            "cache reads the primary only"
+                        )
+                    connection.info["sa_tablecache.primary"] = True
+            yield connection
+
+    def close(self) -> None:
+        """Close the pool, if it is the cache's own."""
+        if self._owned:
+            self.engine.dispose()
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What the database says of the tables of one view."""
+
+    columns: dict[tuple[TableName, str], StoredColumn] = field(default_factory=dict)
+
+    def comparison(self, plan: ViewPlan, name: str, connection_dialect: Any) -> Comparison:
+        """Return how the values of a view's column compare."""
+        column = plan.column(name)
+        stored = None
+        if column.source is not None:
+            table = column.source.table
+            stored = self.columns.get(
+                ((table.schema, table.name), column.source.name), StoredColumn()
+            )
+        return comparison(column.clause.type, connection_dialect, stored)
+
+
+_POSTGRESQL_COLUMNS = text(
+    """
+    SELECT c.relkind::text AS kind, c.relrowsecurity AS row_security, a.attname AS column,
+           t.typname AS type, co.collname AS collation, co.collprovider::text AS provider,
+           co.collcollate AS locale, co.collisdeterministic AS deterministic,
+           to_jsonb(d) ->> 'datlocprovider' AS database_provider, d.datcollate AS database_locale,
+           coalesce(to_jsonb(d) ->> 'datlocale', to_jsonb(d) ->> 'daticulocale') AS builtin_locale
+    FROM pg_class c
+    JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    JOIN pg_type t ON t.oid = a.atttypid
+    LEFT JOIN pg_collation co ON co.oid = a.attcollation
+    JOIN pg_database d ON d.datname = current_database()
+    WHERE c.oid = to_regclass(:name)
+    """
+)
+
+
+def probe(connection: Connection, plan: ViewPlan) -> Catalog:
+    """Look up how the tables of a view are stored: one statement for each table.
+
+    :raises ViewDefinitionError: if one of them is a database view, a foreign table, or under row
+        security, so that a change of what the cache read could go unnoticed or a cached answer
+        show what the reader may not see.
+    """
+    dialect = connection.dialect.name
+    columns: dict[tuple[TableName, str], StoredColumn] = {}
+    if dialect == "postgresql":
+        for table in sorted(plan.tables, key=table_label):
+            columns.update(_probe_postgresql(connection, plan, table))
+    elif dialect == "sqlite":
+        for table in sorted(plan.tables, key=table_label):
+            columns.update(_probe_sqlite(connection, plan, table))
+    elif dialect in ("mysql", "mariadb"):
+        for table in sorted(plan.tables, key=table_label):
+            kind = connection.scalar(
+                text(
+                    "SELECT table_type FROM information_schema.tables "
+                    "WHERE table_name = :name AND table_schema = coalesce(:schema, database())"
+                ),
+                {"name": table[1], "schema": _translated(connection, table)[0]},
+            )
+            if kind is not None and kind != "BASE TABLE":
+                raise _not_a_table(plan, table, str(kind).lower())
+    return Catalog(columns)
+
+
+def _translated(connection: Connection, table: TableName) -> TableName:
+    """Return a table's name after ``schema_translate_map``."""
+    translate = connection.get_execution_options().get("schema_translate_map") or {}
+    return translate.get(table[0], table[0]), table[1]
+
+
+def _not_a_table(plan: ViewPlan, table: TableName, kind: str) -> ViewDefinitionError:
+    return ViewDefinitionError(
+        f"view {plan.name}: {table_label(table)} is a {kind}, so that changes of what feeds it "
+        "would not be noticed; select from the tables behind it"
+    )
+
+
+def _probe_postgresql(
+    connection: Connection, plan: ViewPlan, table: TableName
+) -> Iterator[tuple[tuple[TableName, str], StoredColumn]]:
+    quote = connection.dialect.identifier_preparer.quote
+    name = ".".join(quote(part) for part in _translated(connection, table) if part)
+    kinds = {"v": "view", "m": "materialized view", "f": "foreign table"}
+    for row in connection.execute(_POSTGRESQL_COLUMNS, {"name": name}):
+        if row.kind in kinds:
+            raise _not_a_table(plan, table, kinds[row.kind])
+        if row.row_security and getattr(plan.view, "__row_security__", None) != "ignore":
+            raise ViewDefinitionError(
+                f"view {plan.name}: {table_label(table)} is under row-level security, which a "
+                "cache shared by all cannot apply; say __row_security__ = 'ignore' if every "
+                "reader of the view may see every row of it"
+            )
+        provider, locale = row.provider, row.locale
+        if row.collation == "default":
+            provider = row.database_provider or "c"
+            locale = row.builtin_locale if provider == "b" else row.database_locale
+        bytewise = row.collation in ("C", "POSIX", "ucs_basic", "pg_c_utf8") or (
+            provider in ("c", "b") and str(locale).lower() in ("c", "posix", "c.utf-8", "c.utf8")
+        )
+        yield (
+            (table, row.column),
+            StoredColumn(row.type, row.deterministic is not False, bytewise),
+        )
+
+
+def _probe_sqlite(
+    connection: Connection, plan: ViewPlan, table: TableName
+) -> Iterator[tuple[tuple[TableName, str], StoredColumn]]:
+    schema, name = _translated(connection, table)
+    quote = connection.dialect.identifier_preparer.quote
+    master = f"{quote(schema)}.sqlite_master" if schema else "sqlite_master"
+    row = connection.exec_driver_sql(
+        f"SELECT type, sql FROM {master} WHERE lower(name) = lower(?)",  # noqa: S608 - quoted
+        (name,),
+    ).first()
+    if row is None:
+        return
+    if row[0] != "table" or re.match(r"\s*CREATE\s+VIRTUAL", row[1] or "", re.IGNORECASE):
+        raise _not_a_table(plan, table, row[0] if row[0] != "table" else "virtual table")
+    collations = re.findall(r"\bCOLLATE\s+\W?(\w+)", row[1] or "", re.IGNORECASE)
+    # Which column a COLLATE belongs to is the database's to parse: one makes all text coarse.
+    bytewise = all(collation.upper() == "BINARY" for collation in collations)
+    for column in plan.columns + plan.hidden:
+        source = column.source
+        if source is not None and (source.table.schema, source.table.name) == table:
+            yield (table, source.name), StoredColumn(None, bytewise, bytewise)
+
+
+@dataclass(slots=True)
+class Rows:
+    """Records, and beside each its hidden values if the view keeps any."""
+
+    records: list[Any] = field(default_factory=list)
+    hidden: list[tuple[Any, ...]] | None = None
+
+    def pairs(self) -> list[tuple[Any, tuple[Any, ...] | None]]:
+        """Return the records with their hidden values."""
+        return list(zip(self.records, self.hidden or [None] * len(self.records), strict=True))
+
+
+class Loader:
+    """Reads records of one view.
+
+    Equal values of a column are shared between records: that makes a record of the flights view
+    three times smaller. Each column has a pool of its own, since ``1 == 1.0 == True``; one that
+    turns out not to repeat itself is given up.
+    """
+
+    def __init__(
+        self, plan: ViewPlan, hidden: Sequence[str], comparisons: dict[str, Comparison]
+    ) -> None:
+        self.plan = plan
+        self.hidden = tuple(hidden)
+        self.columns = (*(c.name for c in plan.columns), *self.hidden)
+        self.clauses = tuple(plan.column(name).clause for name in self.columns)
+        self.mutable = tuple(
+            c.name for c in plan.columns if not isinstance(c.clause.type, _IMMUTABLE)
+        )
+        """Columns whose values a reader could change; copied for each reader."""
+        self._normalise = [
+            comparisons[name].normalise if name in comparisons else None for name in self.columns
+        ]
+        self._makers: dict[tuple[bool, ...], Callable[..., None]] = {}
+
+    def statement(self, *criteria: ColumnElement[bool]) -> Any:
+        """Return the SELECT that reads the records that meet the criteria."""
+        return select(*self.clauses).where(*criteria)
+
+    def read(
+        self,
+        connection: Connection,
+        criteria: Sequence[ColumnElement[bool]],
+        *,
+        stream: bool = False,
+        progress: Progress | None = None,
+    ) -> Rows:
+        """Read records: one SELECT; ``stream`` for many, in parts of 10,000 rows."""
+        rows = Rows(hidden=[] if self.hidden else None)
+        statement = self.statement(*criteria)
+        if not stream:
+            self._add(rows, connection.execute(statement).all(), None)
+            return rows
+        pools: list[dict[Any, Any] | None] = [
+            {} if isinstance(clause.type, _SHARED) else None for clause in self.clauses
+        ]
+        options = {"yield_per": PARTITION}
+        with connection.execution_options(**options).execute(statement) as result:
+            for partition in result.partitions():
+                self._add(rows, partition, pools)
+                for at, pool in enumerate(pools):
+                    if pool is not None and len(pool) * 2 > len(rows.records):
+                        pools[at] = None
+                if progress is not None:
+                    progress(len(rows.records))
+        return rows
+
+    def _add(
+        self, rows: Rows, batch: Sequence[Any], pools: list[dict[Any, Any] | None] | None
+    ) -> None:
+        shared = tuple(pool is not None for pool in pools or [None] * len(self.columns))
+        maker = self._makers.get(shared)
+        if maker is None:
+            maker = self._makers[shared] = self._maker(shared)
+        maker(
+            batch,
+            rows.records.append,
+            rows.hidden.append if rows.hidden is not None else None,
+            *(pool.setdefault for pool in pools or () if pool is not None),
+        )
+
+    def _maker(self, shared: tuple[bool, ...]) -> Callable[..., None]:
+        """Generate the loop that turns rows into records: it is most of the cost of a load."""
+        names = [f"v{at}" for at in range(len(self.columns))]
+        public = len(self.plan.columns)
+        pools = [f"share{at}" for at, used in enumerate(shared) if used]
+        body: list[str] = []
+        for at, name in enumerate(names):
+            if self._normalise[at] is not None:
+                body.append(f"{name} = normalise{at}({name})")
+            if not shared[at]:
+                continue
+            if isinstance(self.clauses[at].type, Float):
+                # Neither 0.0 and -0.0, which are equal, nor a NaN may be exchanged.
+                body.append(f"if {name} and {name} == {name}: {name} = share{at}({name}, {name})")
+            else:
+                body.append(f"{name} = share{at}({name}, {name})")
+        body.append(f"add(Record({', '.join(names[:public])}))")
+        if self.hidden:
+            body.append(f"add_hidden(({', '.join(names[public:])},))")
+        source = (
+            f"def make(batch, add, add_hidden, {', '.join(pools)}):\n"
+            f"    for {', '.join(names)}, in batch:\n        " + "\n        ".join(body)
+        )
+        scope: dict[str, Any] = {
+            "Record": self.plan.view.__record__,
+            **{f"normalise{at}": f for at, f in enumerate(self._normalise) if f is not None},
+        }
+        exec(source, scope)  # noqa: S102 - built from numbers and our own words only
+        return cast("Callable[..., None]", scope["make"])
+
+
+# -- intervals as SQL --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreColumn:
+    """A column that an index sorts by, as SQL."""
+
+    clause: ColumnClause[Any]
+    nullable: bool
+    nulls_first: bool
+
+
+def intervals_clause(
+    columns: Sequence[ScoreColumn], intervals: IntervalSet
+) -> ColumnElement[bool]:
+    """Return the criteria that select exactly the rows whose scores are in the intervals."""
+    return or_(false(), *(_interval_clause(columns, i) for i in intervals))
+
+
+def _interval_clause(
+    columns: Sequence[ScoreColumn], interval: ScoreInterval
+) -> ColumnElement[bool]:
+    lower, upper = interval
+    clauses: list[ColumnElement[bool]] = [true()]
+    at = 0
+    while at < min(len(lower), len(upper)) - 1 and lower[at] == upper[at]:
+        clauses.append(_equals(columns[at].clause, lower[at]))
+        at += 1
+    columns, lower, upper = columns[at:], lower[at:], upper[at:]
+    # "All but NULL" is said by any comparison with a value.
+    if upper == (NULLS_LAST, MIN) and len(lower) > 1:
+        columns = (ScoreColumn(columns[0].clause, False, False), *columns[1:])
+    elif lower == (NULLS_FIRST, MAX) and len(upper) > 1:
+        columns = (ScoreColumn(columns[0].clause, False, True), *columns[1:])
+        clauses.append(_beyond(columns, upper, above=False))
+        return and_(*clauses)
+    else:
+        clauses.append(_beyond(columns, upper, above=False))
+    clauses.append(_beyond(columns, lower, above=True))
+    return and_(*clauses)
+
+
+def _equals(column: ColumnClause[Any], value: Any) -> ColumnElement[bool]:
+    if value is NULLS_FIRST or value is NULLS_LAST:
+        return column.is_(None)
+    return column == value
+
+
+def _beyond(
+    columns: Sequence[ScoreColumn], cut: tuple[Any, ...], *, above: bool
+) -> ColumnElement[bool]:
+    """Return "the scores are after (before) the cut", compared column by column."""
+    value = cut[0]
+    if len(cut) == 1:
+        return true() if (value is MIN) is above else false()
+    column = columns[0].clause
+    nulls_beyond = columns[0].nullable and columns[0].nulls_first is not above
+    inclusive = len(cut) == 2 and (cut[1] is MIN) is above  # noqa: PLR2004 - one score, one side
+    whole = len(cut) == 2 and cut[1] in (MIN, MAX)  # noqa: PLR2004
+    if value is NULLS_FIRST or value is NULLS_LAST:
+        strictly = false() if (value is NULLS_LAST) is above else column.is_not(None)
+        if whole:
+            return or_(strictly, column.is_(None)) if inclusive else strictly
+    else:
+        compare = (
+            (column >= value if above else column <= value)
+            if whole and inclusive
+            else (column > value if above else column < value)
+        )
+        strictly = or_(compare, column.is_(None)) if nulls_beyond else compare
+        if whole:
+            return strictly
+    return or_(
+        strictly, and_(_equals(column, value), _beyond(columns[1:], cut[1:], above=above))
+    )

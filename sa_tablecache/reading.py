@@ -1,0 +1,567 @@
+"""Answering one read of one session: from the cache, partly from it, or not at all.
+
+In: a cache, a session, a SELECT of a view. Out: an :class:`Answer`, or ``None``, which means that
+the database has to answer; ``session.last_read`` tells which it was, and why.
+
+The order of the questions is the order of the guarantees. May this session read from a cache
+(own writes, isolation, scope)? Is the cache clean, or can it be refreshed? Does it cover what is
+asked, wholly or in part? Every "no" is a reason to ask the database, never an error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, DateTime, Engine, Select, select
+from sqlalchemy.orm import Session
+from sqlalchemy.sql.elements import ColumnElement
+
+from .cache import BaseTableCache
+from .comparison import Inexact, to_utc
+from .events import KEY, Transaction, root_of
+from .loading import intervals_clause
+from .options import BypassCache
+from .planner import (
+    Candidate,
+    Question,
+    Shape,
+    ask,
+    check_sortable,
+    index_direction,
+    shape_of,
+    sort,
+)
+from .exc import CriteriaError
+from .scores import MAX, MIN, NULLS_LAST, Interval, IntervalSet
+from .storage import Record
+from .table import CachedTable, State
+from .view import CachedView, ViewIndex, ViewTable
+
+log = logging.getLogger(__name__)
+
+#: Execution option of a statement that the database is to answer.
+SKIP = "sa_tablecache_skip"
+
+CONNECTIONS = "sa_tablecache.connections"
+"""In ``Session.info``: the connections of its transaction."""
+
+_ASKED = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
+
+
+class LastRead(NamedTuple):
+    """How the last read of a view was answered.
+
+    ``kind`` is ``hit`` (from the cache), ``partial`` (gaps fetched and merged), ``miss`` (by the
+    database, coverage lacking) or ``bypass`` (by the database, by rule); ``reason`` says why.
+    """
+
+    kind: str
+    reason: str
+    view: type[CachedView]
+
+
+class Answer(NamedTuple):
+    """What the cache answered: records, tuples of columns, or one count."""
+
+    rows: Sequence[Any]
+    shape: Shape
+
+
+def remember(
+    session: Any, table: CachedTable, kind: str, reason: str = ""
+) -> None:
+    """Note how a read was answered."""
+    table.counts[kind] += 1
+    session.last_read = LastRead(kind, reason, table.view)
+    if kind != "hit":
+        log.debug("view %s: %s (%s)", table.plan.name, kind, reason)
+
+
+# -- may this session read from the cache? -----------------------------------------------------
+
+
+def flush_pending(session: Session) -> None:
+    """Flush as any query would, so that the session's own changes count as written."""
+    # The public way, new/dirty/deleted, builds three sets for each read.
+    if session.autoflush and not session._flushing and not session._is_clean():
+        session.flush()
+
+
+def database_reason(session: Session, cache: BaseTableCache, table: CachedTable) -> str | None:
+    """Return why a session has to read the database, or ``None`` if it may use the cache."""
+    flush_pending(session)
+    engine = cache.engine
+    bind = session.bind
+    if bind is not engine:
+        reason = _foreign_bind(session, engine)
+        if reason is not None:
+            return reason
+    if isolation_asked_for(engine):
+        return "an isolation level was asked for on the engine"
+    if not isinstance(bind, Connection) and not session.in_transaction():
+        return None
+    connections = list(session.info.get(CONNECTIONS, ()))
+    if isinstance(bind, Connection):
+        connections.append(bind)
+    for connection in connections:
+        if connection.closed or connection.invalidated:
+            continue
+        reason = _connection_reason(connection, table, engine)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _foreign_bind(session: Session, engine: Engine) -> str | None:
+    try:
+        bind = session.bind or session.get_bind()
+    except Exception:  # noqa: BLE001 - no bind for no mapper: binds by class, or none at all
+        return "the session has no bind that the cache could recognise"
+    other = bind.engine
+    if root_of(other) is not root_of(engine):
+        return "the session is bound to another engine"
+    mine, theirs = (
+        e.get_execution_options().get("schema_translate_map") for e in (engine, bind)
+    )
+    if mine != theirs:
+        return "another schema_translate_map"
+    return None
+
+
+def isolation_asked_for(engine: Engine) -> bool:
+    """Whether all transactions of an engine are to be REPEATABLE READ or SERIALIZABLE."""
+    dialect = engine.dialect
+    asked = engine.get_execution_options().get("isolation_level") or getattr(
+        dialect, "_on_connect_isolation_level", None
+    )
+    if asked is not None:
+        return asked in _ASKED
+    # On PostgreSQL a default other than READ COMMITTED was set by someone: server, database, role.
+    return dialect.name == "postgresql" and dialect.default_isolation_level in _ASKED
+
+
+def _connection_reason(connection: Connection, table: CachedTable, engine: Engine) -> str | None:
+    transaction: Transaction | None = connection.info.get(KEY)
+    if transaction is not None and transaction.touches(table.plan.tables):
+        return "the transaction wrote a table of the view"
+    if transaction is not None and transaction.tainted:
+        return "the transaction ran SET or the like"
+    options = connection.get_execution_options()
+    asked = options.get("isolation_level")
+    if asked in _ASKED:
+        return f"{asked} was asked for"
+    if options.get("schema_translate_map") != engine.get_execution_options().get(
+        "schema_translate_map"
+    ):
+        return "another schema_translate_map"
+    if (
+        asked is None
+        and engine.dialect.name != "postgresql"
+        and connection.in_transaction()
+        and (transaction is None or transaction.began < table.changed_at)
+    ):
+        return "the view changed since the transaction began"
+    return None
+
+
+# -- what the cache can say --------------------------------------------------------------------
+
+
+def fresh_state(
+    session: Session, cache: BaseTableCache, table: CachedTable
+) -> State | None:
+    """Return the state to answer from, refreshed if need be; ``None`` after noting why not."""
+    for _ in range(3):
+        state = table.current
+        if state is not None:
+            return state
+        if table.leased:
+            cache.settle_orphans()
+            if table.leased:
+                remember(session, table, "bypass", "a commit is under way")
+                return None
+        try:
+            table.refresh()
+        except Exception as error:  # noqa: BLE001 - the database itself answers, or says why not
+            log.warning("view %s: refresh failed: %s", table.plan.name, error)
+            remember(session, table, "bypass", f"the refresh failed: {error}")
+            return None
+    remember(session, table, "bypass", "changes arrive faster than refreshes")
+    return None
+
+
+def answer(
+    cache: BaseTableCache, session: Session, statement: Select[Any], *, fetch: bool = True
+) -> Answer | None:
+    """Answer a SELECT of a view, or return ``None`` after noting why the database has to.
+
+    :param fetch: whether refreshing and fetching gaps is allowed. Without it the caller tries
+        whether the cache alone can answer, and nothing is noted if not.
+    :raises CriteriaError: if the criteria use a table that the statement does not join.
+    """
+    view = _view(statement)
+    table = cache.table(view)
+    try:
+        shape, parameters = shape_of(statement)
+        for option in shape.options:
+            if isinstance(option, BypassCache):
+                raise Inexact("bypass_cache()")
+        if not fetch and not session._is_clean():
+            return None
+        reason = database_reason(session, cache, table)
+        if reason is not None:
+            raise Inexact(reason)
+        state = table.current
+        if state is None:
+            state = fresh_state(session, cache, table) if fetch else None
+            if state is None:
+                return None
+        if not state.coverage:
+            if fetch:
+                remember(session, table, "miss", "nothing is loaded")
+            return None
+        columns = table.columns
+        assert columns is not None
+        question = ask(shape, parameters, columns)
+        candidate = table.covered_candidate(question, state)
+        if candidate is not None:
+            rows = _from_state(table, question, state, candidate)
+            remember(session, table, "hit")
+            return Answer(rows, shape)
+        if not fetch:
+            return None
+        return _partial(session, table, statement, question, state)
+    except Inexact as reason:
+        if fetch:
+            remember(session, table, "bypass", str(reason))
+        return None
+
+
+def _view(statement: Select[Any]) -> type[CachedView]:
+    for raw in (*statement._raw_columns, *statement._from_obj):
+        table = raw if type(raw) is ViewTable else getattr(raw, "table", None)
+        if type(table) is ViewTable:
+            return table.view
+    raise AssertionError(statement)
+
+
+def _from_state(
+    table: CachedTable, question: Question, state: State, candidate: Candidate
+) -> Sequence[Any]:
+    """Return the rows of a question that storage covers."""
+    shape, columns = question.shape, table.columns
+    assert columns is not None
+    if shape.count and not candidate.residual:
+        order = state.storage.orders[candidate.index]
+        return [(sum(map(order.count, candidate.intervals)),)]
+    direction = index_direction(candidate, shape.orderings, columns)
+    if direction is None:
+        check_sortable(shape.orderings, columns)
+    records: Sequence[Record] = table.records_in(
+        state, candidate.index, candidate.intervals, descending=bool(direction)
+    )
+    records = shape.filter(candidate.residual, question, columns, records)
+    return _finished(table, question, records, ordered=direction is not None)
+
+
+def _finished(
+    table: CachedTable, question: Question, records: Sequence[Record], *, ordered: bool
+) -> Sequence[Any]:
+    """Apply order, offset, limit and projection."""
+    shape, columns = question.shape, table.columns
+    assert columns is not None
+    if shape.count:
+        return [(len(records),)]
+    if not ordered:
+        records = sort(records, shape.orderings, columns)
+    if question.limit is not None:
+        records = records[question.offset : question.offset + question.limit]
+    elif question.offset:
+        records = records[question.offset :]
+    records = table.given(records if isinstance(records, list) else list(records))
+    if shape.projection is None:
+        return records
+    values = attrgetter(*shape.projection)
+    if len(shape.projection) == 1:
+        return [(values(record),) for record in records]
+    return list(map(values, records))
+
+
+def _partial(
+    session: Session,
+    table: CachedTable,
+    statement: Select[Any],
+    question: Question,
+    state: State,
+) -> Answer | None:
+    """Fetch what storage lacks of an answer, and merge: one SELECT, in the session."""
+    columns = table.columns
+    assert columns is not None
+    found = table.partial_candidate(question, state)
+    if found is None:
+        remember(session, table, "miss", f"the coverage is {state.coverage}")
+        return None
+    candidate, missing = found
+    check_sortable(question.shape.orderings, columns)
+    gaps = (
+        select(table.view)
+        .where(*statement._where_criteria)
+        .where(intervals_clause(table.score_columns(candidate.index), missing))
+    )
+    if question.limit is not None and question.shape.orderings:
+        gaps = gaps.order_by(*statement._order_by_clauses).limit(question.limit + question.offset)
+    fetched = fetch_records(session, table.view, gaps)
+    if table.current is not state:
+        # Something was written between the two halves: together they may be no answer at all.
+        remember(session, table, "miss", "the view changed while gaps were fetched")
+        return None
+    records = table.records_in(state, candidate.index, candidate.intervals - missing)
+    kept = question.shape.filter(candidate.residual, question, columns, records)
+    rows = _finished(
+        table, question, [*kept, *fetched], ordered=not question.shape.orderings
+    )
+    remember(session, table, "partial", f"{missing} was fetched")
+    return Answer(rows, question.shape)
+
+
+# -- rows of the database as records -----------------------------------------------------------
+
+
+def record_maker(view: type[CachedView], dialect_name: str) -> Callable[..., Record]:
+    """Return what makes a record from the values of a row, in the form that the cache has them."""
+    make = view.__record__
+    aware = {
+        at
+        for at, column in enumerate(view.__table__.c)
+        if isinstance(column.type, DateTime) and column.type.timezone
+    }
+    if not aware or dialect_name != "postgresql":
+        return make
+    return lambda *values: make(*(to_utc(v) if at in aware else v for at, v in enumerate(values)))
+
+
+def fetch_records(
+    session: Session, view: type[CachedView], statement: Select[Any]
+) -> list[Record]:
+    """Have the database answer a SELECT of whole records, in the session's transaction."""
+    result = session.connection().execute(statement)
+    make = record_maker(view, session.connection().dialect.name)
+    return [make(*row) for row in result]
+
+
+# -- ranges ------------------------------------------------------------------------------------
+
+
+class RangeRead(NamedTuple):
+    """The arguments of one ``session.range(...)``."""
+
+    index: ViewIndex[Any]
+    prefix: tuple[Any, ...]
+    ge: Any
+    gt: Any
+    le: Any
+    lt: Any
+    descending: bool
+    limit: int | None
+    after: Any
+
+
+def range_from_cache(
+    cache: BaseTableCache, session: Session, read: RangeRead, *, fetch: bool = True
+) -> list[Record] | None:
+    """Answer a range read from storage, or return ``None`` after noting why not."""
+    table = cache.table(read.index.view)
+    try:
+        if not fetch and not session._is_clean():
+            return None
+        reason = database_reason(session, cache, table)
+        if reason is not None:
+            raise Inexact(reason)
+        state = table.current
+        if state is None:
+            state = fresh_state(session, cache, table) if fetch else None
+            if state is None:
+                return None
+        if not state.coverage:
+            if fetch:
+                remember(session, table, "miss", "nothing is loaded")
+            return None
+        name = read.index.name
+        interval = range_interval(table, read, state)
+        if not state.coverage.everything and not state.coverage.of(name).covers(interval):
+            covered = _covered_otherwise(table, read, state)
+            if not covered:
+                if fetch:
+                    remember(session, table, "miss", f"the coverage is {state.coverage}")
+                return None
+        order = state.storage.orders[name]
+        if read.limit is None:
+            records = order.between(interval)
+            if read.descending:
+                records.reverse()
+        else:
+            records = order.some(interval, read.limit, from_end=read.descending)
+        remember(session, table, "hit")
+        return table.given(records)
+    except Inexact as inexact:
+        if fetch:
+            remember(session, table, "bypass", str(inexact))
+        return None
+
+
+def _covered_otherwise(table: CachedTable, read: RangeRead, state: State) -> bool:
+    """Whether the coverage of another index contains the range.
+
+    A range of ("tailnum", "time_hour") is covered by times that contain its times, for instance.
+    """
+    assert table.columns is not None
+    names = read.index.column_names
+    at = len(read.prefix)
+    for index, covered in state.coverage.sets.items():
+        parts = table.orders[index].parts
+        if not parts or parts[0].name not in names[: at + 1]:
+            continue
+        position = names.index(parts[0].name)
+        if position < at:
+            inner = table.orders[index].prefix((read.prefix[position],))
+        else:
+            inner = _bounds(table, read, position, ())
+        if covered.covers(inner):
+            return True
+    return False
+
+
+def _bounds(
+    table: CachedTable, read: RangeRead, position: int, prefix: tuple[Any, ...]
+) -> Interval:
+    """Return the interval of the bounds on one score, below a prefix of others."""
+    assert table.columns is not None
+    part = table.orders[read.index.name].parts[position]
+    how = table.columns.comparisons[part.name]
+    bounded = any(value is not None for value in (read.ge, read.gt, read.le, read.lt))
+    if bounded and not how.order:
+        raise Inexact(f"{part.name}: {how.reason or 'no order that Python knows'}")
+    lower: tuple[Any, ...] = (*prefix, MIN)
+    upper: tuple[Any, ...] = (*prefix, MAX)
+    if bounded and part.nullable:
+        null = table.orders[read.index.name].cut_values((None,) * (position + 1))[position]
+        if null is NULLS_LAST:
+            upper = (*prefix, null, MIN)
+        else:
+            lower = (*prefix, null, MAX)
+    if read.ge is not None:
+        lower = max(lower, (*prefix, how.parameter(read.ge), MIN))
+    if read.gt is not None:
+        lower = max(lower, (*prefix, how.parameter(read.gt), MAX))
+    if read.le is not None:
+        upper = min(upper, (*prefix, how.parameter(read.le), MAX))
+    if read.lt is not None:
+        upper = min(upper, (*prefix, how.parameter(read.lt), MIN))
+    return Interval(lower, upper)
+
+
+def range_interval(table: CachedTable, read: RangeRead, state: State) -> Interval:
+    """Return the interval of the index that a range read asks for.
+
+    :raises Inexact: if the database has to answer.
+    """
+    columns = table.columns
+    assert columns is not None
+    order = table.orders[read.index.name]
+    values = []
+    for value, part in zip(read.prefix, order.parts, strict=False):
+        how = columns.comparisons[part.name]
+        if not how.equality:
+            raise Inexact(f"{part.name}: {how.reason}")
+        values.append(None if value is None else how.parameter(value))
+    prefix = order.cut_values(values)
+    paged = read.limit is not None or read.after is not None
+    for part in order.parts[len(prefix) : None if paged else order.scores]:
+        if part.hashed or not columns.comparisons[part.name].order:
+            raise Inexact(f"{part.name}: {columns.comparisons[part.name].reason}")
+    if len(prefix) == order.scores:
+        lower, upper = Interval((*prefix, MIN), (*prefix, MAX))
+    else:
+        lower, upper = _bounds(table, read, len(prefix), prefix)
+    if read.after is not None:
+        key = _key_after(table, read, state)
+        if read.descending:
+            upper = min(upper, (*key, MIN))
+        else:
+            lower = max(lower, (*key, MAX))
+    return Interval(lower, upper)
+
+
+def _key_after(table: CachedTable, read: RangeRead, state: State) -> tuple[Any, ...]:
+    """Return the place in the index of the record that a page comes after."""
+    order = table.orders[read.index.name]
+    if not order.stored:
+        return order.key_of(read.after, None)
+    found = state.storage.get(table.plan.key_tuple(read.after))
+    if found is None:
+        raise Inexact("the score of the record to go on after is not in storage")
+    return order.key_of(*found)
+
+
+def range_statement(session: Session, table: CachedTable, read: RangeRead) -> Select[Any]:
+    """Return the SELECT that answers a range read from the database.
+
+    With ``after=`` of an index that sorts by an expression, it emits one to learn the score.
+    """
+    index = read.index
+    columns: list[ColumnElement[Any]] = list(index.columns)
+    statement = select(index.view)
+    for column, value in zip(columns, read.prefix, strict=False):
+        statement = statement.where(column.is_(None) if value is None else column == value)
+    rest = columns[len(read.prefix) :]
+    if rest:
+        for symbol, value in ((">=", read.ge), (">", read.gt), ("<=", read.le), ("<", read.lt)):
+            if value is not None:
+                statement = statement.where(_compare(rest[0], symbol, value))
+    if read.after is not None:
+        table.set_up()
+        cut = _database_key(session, table, read)
+        interval = (
+            Interval((MIN,), (*cut, MIN)) if read.descending else Interval((*cut, MAX), (MAX,))
+        )
+        statement = statement.where(
+            intervals_clause(table.score_columns(index.name), IntervalSet([interval]))
+        )
+    names = [name for name in table.plan.key if name not in index.column_names]
+    ordered = [*rest, *(index.view.__table__.c[name] for name in names)]
+    if read.descending:
+        ordered = [column.desc() for column in ordered]
+    return statement.order_by(*ordered).limit(read.limit)
+
+
+def _database_key(session: Session, table: CachedTable, read: RangeRead) -> tuple[Any, ...]:
+    """Return the place in the index of the record that a page comes after, asking if need be."""
+    order = table.orders[read.index.name]
+    public = {column.name for column in table.plan.columns}
+    values = {name: getattr(read.after, name) for name in public}
+    hidden = [part.name for part in order.parts if part.hidden is not None]
+    if hidden:
+        key = zip(table.plan.key, table.plan.key_tuple(read.after), strict=True)
+        columns = read.index.view.__table__.c
+        row = session.connection().execute(
+            select(*(table.plan.column(name).clause for name in hidden)).where(
+                *(columns[name] == value for name, value in key)
+            )
+        ).first()
+        if row is None:
+            raise CriteriaError(
+                f"after={read.after!r} is no record of {table.plan.name} any more, so that its "
+                f"place in {read.index.name} is not known: start again from the first page"
+            )
+        values |= dict(zip(hidden, row, strict=True))
+    return order.cut_values([values[part.name] for part in order.parts])
+
+
+def _compare(column: ColumnElement[Any], symbol: str, value: Any) -> ColumnElement[bool]:
+    result: ColumnElement[bool] = {
+        ">=": column.__ge__, ">": column.__gt__, "<=": column.__le__, "<": column.__lt__,
+    }[symbol](value)  # fmt: skip
+    return result

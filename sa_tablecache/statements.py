@@ -1,0 +1,378 @@
+"""What a statement writes, read from its compiled form.
+
+In: the execution context of one statement. Out: :class:`Writes`: nothing, rows by primary key,
+tables, or anything. The answer depends on the compiled statement alone but for the values of the
+key, so that it is worked out once for each compiled statement.
+
+A row is known exactly where the statement names it: an INSERT with the whole primary key among its
+parameters, an UPDATE or DELETE whose WHERE pins it. All statements of a unit of work are such. Text
+names no table and counts as writing anything, unless it can be seen to only read.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Column, Delete, Insert, MetaData, Table, Update, types
+from sqlalchemy.sql import operators, visitors
+from sqlalchemy.sql.ddl import ExecutableDDLElement
+from sqlalchemy.sql.dml import UpdateBase
+from sqlalchemy.sql.elements import (
+    BinaryExpression,
+    BindParameter,
+    ReleaseSavepointClause,
+    RollbackToSavepointClause,
+    SavepointClause,
+    TextClause,
+)
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.selectable import SelectBase
+
+from .analysis import (
+    IMMUTABLE_FUNCTIONS,
+    VOLATILE_FUNCTIONS,
+    TableName,
+    _conjuncts,
+    table_name,
+)
+from .changes import RowKey
+from .comparison import to_utc
+
+#: Functions that write nothing, whatever they return.
+READING_FUNCTIONS: Final = (
+    IMMUTABLE_FUNCTIONS
+    | VOLATILE_FUNCTIONS
+    | frozenset(
+        """date_trunc date_part extract strftime date time datetime julianday version
+        generate_series json_each json_tree jsonb_array_elements json_array_elements to_regclass
+        to_jsonb to_json row_to_json format format_type pg_is_in_recovery pg_current_snapshot
+        pg_table_is_visible pg_get_expr pg_get_constraintdef pg_get_indexdef obj_description
+        col_description year month day hour minute second values in exists and or not as on using
+        any all some filter over numeric decimal varchar char int integer float then when else
+        case interval similarity count_distinct from where select by""".split()
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyColumn:
+    """Where the value of one column of a primary key is found among the parameters."""
+
+    column: Column[Any]
+    parameters: tuple[str, ...]
+    """More than one for an UPDATE of the key: the old and the new value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Writes:
+    """What a compiled statement writes."""
+
+    tables: frozenset[TableName] = frozenset()
+    """Tables of which any row may have changed."""
+    table: TableName | None = None
+    """The table of which it names the rows, or inserts rows that have their key afterwards."""
+    key: tuple[KeyColumn, ...] = ()
+    inserts: bool = False
+    anything: bool = False
+    opaque: bool = False
+    """Whether it could have ended the transaction, or be undone by no rollback."""
+    sets: bool = False
+    """Whether it may have changed what the connection sees (SET and the like)."""
+    primary_key: tuple[Column[Any], ...] = field(default=(), compare=False)
+
+    def __bool__(self) -> bool:
+        return self.anything or self.table is not None or bool(self.tables)
+
+
+NOTHING: Final = Writes()
+ANYTHING: Final = Writes(anything=True, opaque=True)
+
+_by_compiled: WeakKeyDictionary[Any, Writes] = WeakKeyDictionary()
+_by_text: dict[str, Writes] = {}
+
+
+def writes_of(context: Any, statement: str) -> Writes:
+    """Return what a statement about to be executed writes."""
+    compiled = None if context is None else context.compiled
+    if compiled is None:
+        return _text(statement)
+    known = _by_compiled.get(compiled)
+    if known is None:
+        known = _by_compiled[compiled] = _read(compiled, statement)
+    return known
+
+
+def rows_of(writes: Writes, context: Any) -> list[RowKey] | None:
+    """Return the keys of the rows that a statement names, or ``None`` if they are not known."""
+    if not writes.key:
+        return None
+    keys: list[RowKey] = []
+    for parameters in context.compiled_parameters:
+        for which in (0, 1):
+            key = []
+            for column in writes.key:
+                name = column.parameters[min(which, len(column.parameters) - 1)]
+                value = exact_value(column.column, parameters.get(name))
+                if value is None:
+                    return None
+                key.append(value)
+            keys.append(tuple(key))
+            if all(len(column.parameters) == 1 for column in writes.key):
+                break
+    return keys
+
+
+def inserted_rows(writes: Writes, context: Any) -> list[RowKey] | None:
+    """Return the keys that an executed INSERT gave its rows, or ``None`` if they are not known."""
+    rows = context.inserted_primary_key_rows
+    if rows is None or len(rows) != len(context.compiled_parameters):
+        return None
+    keys = []
+    for row in rows:
+        key = tuple(
+            exact_value(column, value)
+            for column, value in zip(writes.primary_key, row, strict=True)
+        )
+        if None in key:
+            return None
+        keys.append(key)
+    return keys
+
+
+_EXACT: Final[tuple[tuple[type[types.TypeEngine[Any]], type], ...]] = (
+    (types.Integer, int),
+    (types.Uuid, uuid.UUID),
+    (types.LargeBinary, bytes),
+    (types.String, str),
+    (types.Date, dt.date),
+    (types.DateTime, dt.datetime),
+)
+
+
+def exact_value(column: Column[Any], value: Any) -> Any:
+    """Return a key's value as the database will give it back, or ``None`` if that is not sure."""
+    type_ = column.type
+    if value is None or isinstance(type_, types.Enum | types.CHAR):
+        return None
+    for kind, python in _EXACT:
+        if isinstance(type_, kind):
+            if type(value) is not python:
+                return None
+            if isinstance(type_, types.DateTime):
+                if (value.tzinfo is not None) is not type_.timezone:
+                    return None
+                return to_utc(value) if type_.timezone else value
+            return value
+    return None
+
+
+# -- compiled statements -----------------------------------------------------------------------
+
+
+def _read(compiled: Any, text: str) -> Writes:
+    statement = compiled.statement
+    if isinstance(
+        statement, SavepointClause | RollbackToSavepointClause | ReleaseSavepointClause
+    ):
+        return NOTHING
+    if isinstance(statement, TextClause):
+        return _text(text)
+    if isinstance(statement, ExecutableDDLElement):
+        return ANYTHING
+    if isinstance(statement, Insert | Update | Delete) and isinstance(statement.table, Table):
+        inside = _reading(statement, inside_of=statement)
+        if inside is None:
+            return ANYTHING
+        writes = _dml(statement, compiled.column_keys or ())
+        return Writes(
+            tables=writes.tables | inside,
+            table=writes.table,
+            key=writes.key,
+            inserts=writes.inserts,
+            primary_key=writes.primary_key,
+        )
+    if isinstance(statement, SelectBase):
+        tables = _reading(statement, inside_of=None)
+        return ANYTHING if tables is None else Writes(tables=tables)
+    return ANYTHING
+
+
+def _reading(statement: Any, *, inside_of: Any) -> frozenset[TableName] | None:
+    """Return the tables written by parts of a statement (CTEs); ``None`` if it may do anything."""
+    tables: set[TableName] = set()
+    for element in visitors.iterate(statement):
+        if isinstance(element, UpdateBase) and element is not inside_of:
+            if not isinstance(element.table, Table):
+                return None
+            tables.add(table_name(element.table))
+            tables |= cascades(element.table, deleted=True, columns=None)
+        elif isinstance(element, FunctionElement):
+            name = str(getattr(element, "name", "")).lower()
+            if name and name not in READING_FUNCTIONS:
+                return None
+        elif isinstance(element, TextClause) and not _only_reads(element.text):
+            return None
+    return frozenset(tables)
+
+
+def _dml(statement: Any, parameters: Sequence[str]) -> Writes:
+    table = statement.table
+    name = table_name(table)
+    primary_key = tuple(table.primary_key.columns)
+    if isinstance(statement, Insert):
+        # ON CONFLICT, ON DUPLICATE KEY and OR REPLACE change rows that the statement does not name.
+        if statement._post_values_clause is not None or statement._prefixes:
+            return Writes(
+                tables=frozenset({name}) | cascades(table, deleted=True, columns=None)
+            )
+        if statement.select is not None or statement._multi_values or not primary_key:
+            return Writes(tables=frozenset({name}))
+        key = tuple(KeyColumn(column, (column.key,)) for column in primary_key)
+        return Writes(table=name, key=key, inserts=True, primary_key=primary_key)
+    deleted = isinstance(statement, Delete)
+    written = frozenset() if deleted else _written_columns(statement, table, parameters)
+    further = cascades(table, deleted=deleted, columns=written)
+    pinned: dict[str, str] = {}
+    for criterion in statement._where_criteria:
+        for conjunct in _conjuncts(criterion):
+            if isinstance(conjunct, BinaryExpression) and conjunct.operator is operators.eq:
+                left, right = conjunct.left, conjunct.right
+                if (
+                    isinstance(left, Column)
+                    and isinstance(right, BindParameter)
+                    and table.c.get(left.key) is not None
+                    and left.table == table
+                ):
+                    pinned[left.key] = right.key
+    keys = []
+    for column in primary_key:
+        if column.key not in pinned:
+            return Writes(tables=frozenset({name}) | further)
+        names: tuple[str, ...] = (pinned[column.key],)
+        if column.key in written:
+            names = (*names, column.key)
+        keys.append(KeyColumn(column, names))
+    if not keys:
+        return Writes(tables=frozenset({name}) | further)
+    return Writes(tables=further, table=name, key=tuple(keys), primary_key=primary_key)
+
+
+def _written_columns(statement: Any, table: Table, parameters: Sequence[str]) -> frozenset[str]:
+    """Return the columns that an UPDATE sets, by its values and by its parameters' names."""
+    values = [
+        *(statement._values or ()),
+        *(column for column, _ in getattr(statement, "_ordered_values", None) or ()),
+    ]
+    names = {str(getattr(column, "key", column)) for column in values}
+    return frozenset(names | {name for name in parameters if name in table.c})
+
+
+_references: WeakKeyDictionary[MetaData, tuple[int, dict[TableName, list[Any]]]] = (
+    WeakKeyDictionary()
+)
+
+
+def cascades(
+    table: Table, *, deleted: bool, columns: frozenset[str] | None
+) -> frozenset[TableName]:
+    """Return the tables that the database itself changes through ON DELETE and ON UPDATE.
+
+    :param columns: for an UPDATE, the columns it sets; ``None`` if any.
+    """
+    found: set[TableName] = set()
+    todo = [(table, deleted, columns)]
+    while todo:
+        parent, gone, changed = todo.pop()
+        for constraint in _constraints_on(parent):
+            action = constraint.ondelete if gone else constraint.onupdate
+            if (action or "NO ACTION").upper() in ("NO ACTION", "RESTRICT"):
+                continue
+            if not gone and changed is not None:
+                referred = {element.column.key for element in constraint.elements}
+                if not referred & changed:
+                    continue
+            child = constraint.table
+            if table_name(child) in found:
+                continue
+            found.add(table_name(child))
+            cascade = (action or "").upper() == "CASCADE"
+            todo.append((child, gone and cascade, frozenset(c.key for c in constraint.columns)))
+            if gone and cascade:
+                todo.append((child, False, None))
+    return frozenset(found)
+
+
+def _constraints_on(table: Table) -> Iterator[Any]:
+    metadata = table.metadata
+    known = _references.get(metadata)
+    if known is None or known[0] != len(metadata.tables):
+        references: dict[TableName, list[Any]] = {}
+        for child in metadata.tables.values():
+            for constraint in child.foreign_key_constraints:
+                try:
+                    parent = constraint.referred_table
+                except Exception:  # noqa: BLE001, S112 - a table that is not declared (yet)
+                    continue
+                references.setdefault(table_name(parent), []).append(constraint)
+        known = _references[metadata] = (len(metadata.tables), references)
+    return iter(known[1].get(table_name(table), ()))
+
+
+# -- text --------------------------------------------------------------------------------------
+
+_QUOTED = re.compile(
+    r"'(?:[^'\\]|''|\\.)*'|\"[^\"]*\"|`[^`]*`|\$(\w*)\$.*?\$\1\$|--[^\n]*|/\*.*?\*/", re.DOTALL
+)
+_WRITING = re.compile(
+    r"\b(insert|update|delete|merge|into|call|do|copy|create|alter|drop|truncate|execute|import"
+    r"|refresh|grant|revoke|rename|attach|detach|load|handler)\b|\breplace\b(?!\s*\()",
+    re.IGNORECASE,
+)
+_CALLS = re.compile(r"(\w+)\s*\(")
+_LOCKS = re.compile(r"\bfor\s+(no\s+key\s+)?update\b", re.IGNORECASE)
+
+#: First words of statements that write no row.
+_QUIET: Final = frozenset(
+    """show set reset begin start savepoint release rollback lock pragma describe desc deallocate
+    fetch close listen unlisten notify analyze vacuum use""".split()
+)
+_READS: Final = frozenset("select values table with explain".split())
+_ENDS: Final = frozenset("commit end prepare".split())
+_SETS: Final = frozenset("set reset use".split())
+
+
+def _only_reads(text: str) -> bool:
+    """Whether text can be seen to write nothing: no writing word, and known functions only."""
+    if "\\" in text or "/*!" in text:
+        return False  # an escape or an executable comment may hide anything
+    bare = _LOCKS.sub(" ", _QUOTED.sub(" '' ", text))
+    if _WRITING.search(bare) or ";" in bare.strip().rstrip(";"):
+        return False
+    return all(name.lower() in READING_FUNCTIONS for name in _CALLS.findall(bare))
+
+
+def _text(text: str) -> Writes:
+    known = _by_text.get(text)
+    if known is None:
+        bare = _QUOTED.sub(" '' ", text).strip().lstrip("(").lower()
+        word = re.match(r"\w*", bare)
+        first = word.group() if word else ""
+        single = ";" not in bare.rstrip(";").rstrip() and "\\" not in text and "/*!" not in text
+        if single and first in _QUIET:
+            known = Writes(sets=first in _SETS)
+        elif first in _READS and _only_reads(text):
+            known = Writes(sets="set_config" in bare)
+        elif single and first in _ENDS:
+            known = Writes(opaque=True)
+        else:
+            known = Writes(anything=True, opaque=True)
+        if len(_by_text) > 1_000:  # noqa: PLR2004 - text with values in it never repeats
+            _by_text.clear()
+        _by_text[text] = known
+    return known

@@ -1,0 +1,71 @@
+"""Taking turns: one at a time, in threads and in tasks alike.
+
+A lock that is held while the database is asked cannot be a ``threading.Lock``: two tasks of one
+event loop would wait for each other for ever. A :class:`Turn` waits on a future, which a thread
+waits for by blocking and a task by awaiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+from sqlalchemy.util import await_only
+
+
+def wait_for(future: Future[Any], timeout: float | None = None, *, in_task: bool) -> bool:
+    """Wait for a future, as a thread or from inside a greenlet; say whether it was done in time.
+
+    A caller that gives up, or is cancelled, does not cancel the future for the others.
+    """
+    if not in_task:
+        try:
+            future.result(timeout)
+        except TimeoutError:
+            return False
+        return True
+
+    async def wait() -> bool:
+        done, _ = await asyncio.wait([asyncio.wrap_future(future)], timeout=timeout)
+        return bool(done)
+
+    return bool(await_only(wait()))
+
+
+def new_future() -> Future[Any]:
+    """Return a future that nobody who waits for it can cancel."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+class Turn:
+    """Mutual exclusion that may span I/O. Use as a context manager.
+
+    :param in_task: whether callers are greenlets of an event loop.
+    """
+
+    def __init__(self, *, in_task: bool) -> None:
+        self._in_task = in_task
+        self._lock = Lock()
+        self._current: Future[Any] | None = None
+
+    def __enter__(self) -> None:
+        while True:
+            with self._lock:
+                current = self._current
+                if current is None:
+                    self._current = new_future()
+                    return
+            wait_for(current, in_task=self._in_task)
+
+    def __exit__(
+        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
+    ) -> None:
+        with self._lock:
+            current, self._current = self._current, None
+        assert current is not None
+        current.set_result(None)
