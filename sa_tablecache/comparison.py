@@ -50,6 +50,8 @@ class Comparison:
     def parameter(self, value: Any) -> Any:
         """Return a parameter in the form in which it compares, or raise :class:`Inexact`."""
         kind = type(value)
+        if kind is int and float in self.accepts and abs(value) <= EXACT_FLOATS:
+            return float(value)
         if kind not in self.accepts:
             raise Inexact(f"a {kind.__name__} is not what this column holds")
         if self.bounds is not None and not self.bounds[0] <= value <= self.bounds[1]:
@@ -96,6 +98,9 @@ _POSTGRESQL_NAMES: Final[dict[type, tuple[str, ...]]] = {
 
 #: Python types whose values sort among themselves.
 _SORTABLE: Final = (int, float, str, bytes, dt.date, dt.time, dt.timedelta, uuid.UUID, Decimal)
+
+EXACT_FLOATS: Final = 2**53
+"""Integers up to this are doubles without rounding."""
 
 _UNKNOWN: Final = Comparison(False, False, reason="of a type that is not known to be exact")
 

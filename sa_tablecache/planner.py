@@ -160,9 +160,9 @@ _KNOWN: Final = frozenset(
 )
 
 #: Execution options that change nothing about which rows are right.
-_HARMLESS: Final = frozenset(
+HARMLESS_OPTIONS: Final = frozenset(
     """yield_per stream_results max_row_buffer populate_existing autoflush compiled_cache
-    logging_token preserve_rowcount _sa_orm_load_options prebuffer_rows""".split()
+    logging_token preserve_rowcount prebuffer_rows""".split()
 )
 
 _by_statement: WeakKeyDictionary[Any, tuple[Shape | Inexact, list[BindParameter[Any]]]] = (
@@ -184,6 +184,10 @@ def view_of(statement: Any) -> type[CachedView] | None:
     for source in statement._from_obj:
         if type(source) is ViewTable:
             return source.view
+    for raw in statement._raw_columns:
+        for source in raw._from_objects:
+            if type(source) is ViewTable:
+                return source.view
     return None
 
 
@@ -227,7 +231,7 @@ def _read(statement: Select[Any], parameters: list[BindParameter[Any]]) -> Shape
     if statement._fetch_clause is not None:
         raise Inexact("FETCH is left to the database")
     for name in statement._execution_options:
-        if name not in _HARMLESS:
+        if name not in HARMLESS_OPTIONS:
             raise Inexact(f"execution option {name} is left to the database")
     options = tuple(o for o in statement._with_options if isinstance(o, CacheOption))
     if len(options) < len(statement._with_options):

@@ -33,12 +33,13 @@ from .planner import (
     index_direction,
     shape_of,
     sort,
+    view_of,
 )
 from .exc import CriteriaError
 from .scores import MAX, MIN, NULLS_LAST, Interval, IntervalSet
 from .storage import Record
 from .table import CachedTable, State
-from .view import CachedView, ViewIndex, ViewTable
+from .view import CachedView, ViewIndex
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +203,8 @@ def answer(
         whether the cache alone can answer, and nothing is noted if not.
     :raises CriteriaError: if the criteria use a table that the statement does not join.
     """
-    view = _view(statement)
+    view = view_of(statement)
+    assert view is not None
     table = cache.table(view)
     try:
         shape, parameters = shape_of(statement)
@@ -238,14 +240,6 @@ def answer(
         if fetch:
             remember(session, table, "bypass", str(reason))
         return None
-
-
-def _view(statement: Select[Any]) -> type[CachedView]:
-    for raw in (*statement._raw_columns, *statement._from_obj):
-        table = raw if type(raw) is ViewTable else getattr(raw, "table", None)
-        if type(table) is ViewTable:
-            return table.view
-    raise AssertionError(statement)
 
 
 def _from_state(

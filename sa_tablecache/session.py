@@ -24,7 +24,7 @@ from . import reading
 from .cache import BaseTableCache, Explanation
 from .comparison import Inexact
 from .exc import CriteriaError, TableCacheError
-from .planner import view_of
+from .planner import HARMLESS_OPTIONS, view_of
 from .reading import CONNECTIONS, SKIP, Answer, LastRead, RangeRead
 from .storage import Record
 from .view import CachedView, ViewIndex, ViewMeta, ViewTable
@@ -123,7 +123,7 @@ def listen(cache: BaseTableCache, target: Any) -> None:
                     return _result(answer, statement)
             else:
                 reading.remember(
-                    state.session, cache.table(view), "bypass", "parameters or options"
+                    state.session, cache.table(view), "bypass", "parameters or execution options of the call"
                 )
         if _selects_views(statement):
             result = state.invoke_statement(execution_options={SKIP: True})
@@ -140,16 +140,11 @@ def listen(cache: BaseTableCache, target: Any) -> None:
     event.listen(target, "after_begin", after_begin)
 
 
-#: Execution options of a call that change nothing about which rows are right.
-_HARMLESS = frozenset(
-    """yield_per stream_results max_row_buffer populate_existing autoflush compiled_cache
-    logging_token preserve_rowcount _sa_orm_load_options prebuffer_rows _sa_orm_update_options
-    """.split()
-)
-
-
 def _plain(options: Any) -> bool:
-    return not options or all(name in _HARMLESS for name in options)
+    """Whether the execution options of a call change nothing about which rows are right."""
+    return not options or all(
+        name in HARMLESS_OPTIONS or name.startswith(("_sa_orm_", "_result_")) for name in options
+    )
 
 
 # -- the session -------------------------------------------------------------------------------

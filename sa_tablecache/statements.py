@@ -189,7 +189,7 @@ def _read(compiled: Any, text: str) -> Writes:
         inside = _reading(statement, inside_of=statement)
         if inside is None:
             return ANYTHING
-        writes = _dml(statement, compiled.column_keys or ())
+        writes = _dml(statement, compiled)
         return Writes(
             tables=writes.tables | inside,
             table=writes.table,
@@ -221,7 +221,7 @@ def _reading(statement: Any, *, inside_of: Any) -> frozenset[TableName] | None:
     return frozenset(tables)
 
 
-def _dml(statement: Any, parameters: Sequence[str]) -> Writes:
+def _dml(statement: Any, compiled: Any) -> Writes:
     table = statement.table
     name = table_name(table)
     primary_key = tuple(table.primary_key.columns)
@@ -236,7 +236,9 @@ def _dml(statement: Any, parameters: Sequence[str]) -> Writes:
         key = tuple(KeyColumn(column, (column.key,)) for column in primary_key)
         return Writes(table=name, key=key, inserts=True, primary_key=primary_key)
     deleted = isinstance(statement, Delete)
-    written = frozenset() if deleted else _written_columns(statement, table, parameters)
+    written = frozenset() if deleted else _written_columns(
+        statement, table, compiled.column_keys or ()
+    )
     further = cascades(table, deleted=deleted, columns=written)
     pinned: dict[str, str] = {}
     for criterion in statement._where_criteria:
@@ -249,7 +251,7 @@ def _dml(statement: Any, parameters: Sequence[str]) -> Writes:
                     and table.c.get(left.key) is not None
                     and left.table == table
                 ):
-                    pinned[left.key] = right.key
+                    pinned[left.key] = compiled.bind_names.get(right, right.key)
     keys = []
     for column in primary_key:
         if column.key not in pinned:

@@ -318,10 +318,10 @@ class SortedRecords:
         added: Sequence[tuple[Record, Hidden | None]],
     ) -> SortedRecords:
         gone = {id(record) for record, _ in removed}
-        if self.order.stored or self.beside is not None or any(h is not None for _, h in added):
+        if self.beside is not None:
             pairs = [
                 (record, beside)
-                for chunk, values in zip(self.chunks, self.beside or (), strict=False)
+                for chunk, values in zip(self.chunks, self.beside, strict=True)
                 for record, beside in zip(chunk, values, strict=True)
                 if id(record) not in gone
             ]
