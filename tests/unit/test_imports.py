@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "sa_tablecache"
 ORDER = [
     "exc", "scores", "comparison", "criteria", "options", "turns", "view", "analysis", "storage",
     "coverage", "loading", "planner", "changes", "statements", "events", "table", "policies",
-    "cache", "session", "asyncio", "transactions", "feed", "migrations", "metrics", "testing",
+    "cache", "reading", "session", "asyncio", "transactions", "feed", "migrations", "metrics", "testing",
     "__init__",
 ]
 # fmt: on
