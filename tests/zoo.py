@@ -552,6 +552,7 @@ class AirportChain(CachedView):
         .outerjoin(Weather, Weather.origin == Airport.faa)
         .outerjoin(Flight, and_(Flight.origin == Weather.origin, Flight.hour == Weather.hour))
     )
+    __primary_key__ = ("faa", "hour", "id")
 
     by_hour = ScoreIndex("hour")
     by_temp = ScoreIndex("temp", "hour")
@@ -748,6 +749,7 @@ class PeopleAndTags(CachedView):
     __select__ = select(Person.id, Person.kind, Tag.id.label("tag_id"), Tag.label).outerjoin(
         Person.tags
     )
+    __primary_key__ = ("id", "tag_id")
 
     by_id = ScoreIndex("id")
     by_tag = ScoreIndex("tag_id", "id")
@@ -883,6 +885,7 @@ class WholeChain(CachedView):
         .outerjoin(Order, Order.customer_id == Customer.id)
         .outerjoin(Item, Item.order_id == Order.id)
     )
+    __primary_key__ = ("customer_id", "order_id", "line")
 
     by_day = ScoreIndex("day", "line")
     by_qty = ScoreIndex("qty")
@@ -1075,7 +1078,6 @@ class Samples(CachedView):
     by_day = ScoreIndex("day")
     by_clock = ScoreIndex("clock")
     by_moment = ScoreIndex("moment", "id")
-    by_span = ScoreIndex("span")
 
 
 @kind("types", "id", "code", "badge", parts=("id",))

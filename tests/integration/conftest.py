@@ -7,6 +7,7 @@ fixture        what a test gets
                SQLite file, on PostgreSQL
 ``sqlite``     the first of the two
 ``postgresql`` the second of the two
+``linguistic`` the same, with a collation under which text does not sort by bytes
 ============== ================================================================================
 """
 
@@ -60,3 +61,21 @@ def database(request: pytest.FixtureRequest) -> Database:
     """A database of each kind in turn."""
     database: Database = request.getfixturevalue(request.param)
     return database
+
+
+@pytest.fixture(scope="session")
+def created_linguistic(postgres: Postgres) -> Iterator[Database]:
+    """A PostgreSQL database with the tables and a collation that is not bytewise."""
+    if postgres.linguistic is None:
+        pytest.skip("this PostgreSQL server has only bytewise collations")
+    with postgres.database(postgres.linguistic) as url:
+        database = Database(url)
+        database.create()
+        yield database
+
+
+@pytest.fixture
+def linguistic(created_linguistic: Database) -> Database:
+    """A PostgreSQL database with empty tables; text compares as in a natural language."""
+    created_linguistic.empty()
+    return created_linguistic

@@ -1,6 +1,7 @@
 """Databases with the tables of the zoo, to be emptied and used again by one test after another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,15 @@ class Database:
         engine = create_engine(self.url, **options)
         self._prepare(engine)
         return engine
+
+    @contextmanager
+    def lent_engine(self, **options: Any) -> Iterator[Engine]:
+        """Lend a new engine."""
+        engine = self.engine(**options)
+        try:
+            yield engine
+        finally:
+            engine.dispose()
 
     def async_engine(self, **options: Any) -> AsyncEngine:
         """Return a new asynchronous engine."""
