@@ -17,7 +17,7 @@ import argparse
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,8 +45,7 @@ def create_app(engine: AsyncEngine) -> FastAPI:
             app.state.loading = asyncio.create_task(cache.load(FlightBoard))
             yield
             app.state.loading.cancel()
-            with suppress(asyncio.CancelledError):
-                await app.state.loading
+            await asyncio.gather(app.state.loading, return_exceptions=True)
         await engine.dispose()
 
     app = FastAPI(title="Departures of New York, 2013", lifespan=lifespan)
@@ -94,7 +93,7 @@ async def departures(
     return Response(
         msgspec.json.encode(board),
         media_type="application/json",
-        headers={"X-Cache": str(session.last_read.outcome)},
+        headers={"X-Cache": str(session.last_read.kind)},
     )
 
 

@@ -64,18 +64,19 @@ class Demo:
         """Begin a section."""
         self.console.print(f"\n[bold]{text}[/]")
         self.console.print(
-            f"  [dim]{'':<30}{'records':>9}{'time':>11}{'SQL':>5}  answered by[/]", highlight=False
+            f"  [dim]{'':<26}{'records':>9}{'time':>11}{'SQL':>5}  answered by[/]", highlight=False
         )
 
     def note(self, text: str) -> None:
         """Print a line that explains."""
-        self.console.print(f"  {text}", highlight=False, markup=False, style="dim")
+        self.console.print(f"  {text}", highlight=False, markup=False, style="dim", soft_wrap=True)
 
     def row(self, what: str, records: int, seconds: float, statements: int, how: str = "") -> None:
         """Print one measured step."""
         self.console.print(
-            f"  {what:<30}{records:>9,}{duration(seconds):>11}{statements:>5}  {how}",
+            f"  {what:<26}{records:>9,}{duration(seconds):>11}{statements:>5}  {how}",
             highlight=False,
+            soft_wrap=True,
         )
 
     async def step(self, what: str, run: Callable[[], Any]) -> None:
@@ -87,7 +88,13 @@ class Demo:
         self.row(what, self.cache.stats(FlightBoard).records, seconds, len(self.statements))
 
     async def read(
-        self, what: str, session: Any, run: Callable[[], Any], *, times: int = 1
+        self,
+        what: str,
+        session: Any,
+        run: Callable[[], Any],
+        *,
+        times: int = 1,
+        show: Callable[[list[Any]], str] = lambda _: "",
     ) -> tuple[list[Any], float]:
         """Read ``times`` times; print and return the records and the median of the seconds."""
         samples = []
@@ -99,7 +106,8 @@ class Demo:
             samples.append(perf_counter() - start)
         seconds = median(samples)
         statements = len(self.statements) // times
-        self.row(what, len(records), seconds, statements, str(session.last_read.outcome))
+        how = f"{session.last_read.kind:<9}{show(records)}".rstrip()
+        self.row(what, len(records), seconds, statements, how)
         return records, seconds
 
     async def compare(self, statement: Select[Any], ranged: Callable[[Any], Any]) -> list[Any]:
@@ -152,9 +160,12 @@ async def load(demo: Demo) -> None:
                 FlightBoard, progress=lambda records: progress.update(bar, completed=records)
             )
         )
-        stats = demo.cache.stats(FlightBoard)
-        progress.update(bar, completed=stats.records, total=stats.records)
-    demo.note(f"{stats.records:,} records, {stats.bytes / 2**20:,.0f} MB, three indexes")
+        records = demo.cache.stats(FlightBoard).records
+        progress.update(bar, completed=records, total=records)
+    demo.note(
+        f"cache.estimate() had said: {estimate.rows:,} records, {estimate.bytes / 2**20:,.0f} MiB,"
+        f" {duration(estimate.seconds)}"
+    )
 
 
 async def one_day(demo: Demo, day: Any) -> list[Any]:
@@ -198,13 +209,12 @@ async def write(demo: Demo, tailnum: str, start: Any) -> None:
     demo.title("A commit, and what the next read sees")
 
     async def week(what: str, session: Any) -> None:
-        records, _ = await demo.read(
+        await demo.read(
             what,
             session,
             lambda: session.range(FlightBoard.by_plane, tailnum, ge=start, lt=start + WEEK),
+            show=lambda records: "model " + ", ".join({record.plane_model for record in records}),
         )
-        models = ", ".join(sorted({record.plane_model for record in records}))
-        demo.note(f"{'':28}plane_model: {models}")
 
     async with demo.session() as session:
         await week("before", session)
@@ -236,14 +246,13 @@ async def slide(demo: Demo, day: Any) -> None:
         f"from {start:%-d %B}", lambda: demo.cache.load(FlightBoard, hour >= start, hour < end)
     )
     async with demo.session() as session:
-        for what, since in (("a day of them", start), ("a day across the edge", start - DAY / 2)):
-            await demo.read(
-                what,
-                session,
-                lambda since=since: session.range(FlightBoard.by_time, ge=since, lt=since + DAY),
-            )
-        outside = select(FlightBoard).where(hour >= start - 2 * DAY, hour < start - DAY)
-        await demo.read("a day before them", session, lambda: session.scalars(outside))
+        for what, since in (
+            ("a day of them", start),
+            ("a day across the edge", start - DAY / 2),
+            ("a day before them", start - 2 * DAY),
+        ):
+            statement = select(FlightBoard).where(hour >= since, hour < since + DAY)
+            await demo.read(what, session, lambda: session.scalars(statement))  # noqa: B023
     start, end = start + WEEK, end + WEEK
     await demo.step(
         "sliding on by a week", lambda: demo.cache.load(FlightBoard, hour >= start, hour < end)
@@ -252,9 +261,9 @@ async def slide(demo: Demo, day: Any) -> None:
     inside = select(FlightBoard).where(
         hour >= start, hour < start + DAY, FlightBoard.origin == "JFK"
     )
-    for what, statement in (("a hit", inside), ("a miss", outside)):
+    for what, asked in (("a hit", inside), ("a miss", statement)):
         demo.console.print(f"\n[bold]explain() of {what}[/]")
-        for line in str(await done(demo.cache.explain(statement))).splitlines():
+        for line in str(await done(demo.cache.explain(asked))).splitlines():
             demo.note(line)
 
 

