@@ -12,14 +12,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "sa_tablecache"
 
-# fmt: off
-ORDER = [
-    "exc", "scores", "comparison", "criteria", "options", "turns", "view", "analysis", "storage",
-    "coverage", "loading", "planner", "changes", "statements", "events", "table", "policies",
-    "cache", "reading", "session", "asyncio", "transactions", "feed", "migrations", "metrics", "testing",
-    "__init__",
-]
-# fmt: on
+ORDER = """
+    exc scores comparison criteria options turns view analysis storage coverage loading planner
+    changes statements events table policies cache reading session asyncio transactions feed
+    migrations metrics testing __init__
+""".split()
 
 MAX_LINES = 500
 # Modules that may be longer, and how long: the number may fall but not rise.
