@@ -167,6 +167,15 @@ class ViewPlan:
         key = self.key_of(record)
         return (key,) if len(self.key) == 1 else key
 
+    def key_without(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the columns of the primary key that are not among the names."""
+        return tuple(name for name in self.key if name not in names)
+
+    def hidden_among(self, names: tuple[str, ...]) -> list[str]:
+        """Return the names that are those of hidden columns."""
+        hidden = {column.name for column in self.hidden}
+        return [name for name in names if name in hidden]
+
     @property
     def name(self) -> str:
         """The name of the view."""
@@ -236,10 +245,10 @@ class _TableCollector(StrSQLCompiler):
 
     found: set[TableName]
 
-    def visit_table(self, table: Any, asfrom: bool = False, **kwargs: Any) -> Any:  # noqa: FBT001, FBT002
-        if asfrom and not isinstance(table, ViewTable):
+    def visit_table(self, table: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("asfrom") and not isinstance(table, ViewTable):
             self.found.add(table_name(table))
-        return super().visit_table(table, asfrom=asfrom, **kwargs)
+        return cast("Any", super()).visit_table(table, *args, **kwargs)
 
 
 class _TableCollectingDialect(StrCompileDialect):
@@ -250,7 +259,7 @@ class _TableCollectingDialect(StrCompileDialect):
 def rendered_tables(statement: Any) -> frozenset[TableName]:
     """Return every table that a statement reads, those inside subqueries and views included."""
     found: set[TableName] = set()
-    collector = type("_Collector", (_TableCollector,), {"found": found})
+    collector: Any = type("_Collector", (_TableCollector,), {"found": found})
     dialect = _TableCollectingDialect()
     dialect.statement_compiler = collector
     statement.compile(dialect=dialect)
@@ -302,6 +311,8 @@ class _Analysis:
 
     def __init__(self, view: Any) -> None:
         self.view = view
+        self.visible: dict[LeafColumn, str] = {}
+        """The name of each base column that the view shows."""
         self.name = view.__name__
         self.table: ViewTable = view.__table__
         self.names: list[str] = list(self.table.c.keys())
@@ -545,9 +556,7 @@ class _Analysis:
         if not isinstance(base, Table):
             self.reasons.append(f"{type(selectable).__name__.lower()} in FROM")
             return
-        self.occurrences.append(
-            _Occurrence(len(self.occurrences), selectable, base, nullable)
-        )
+        self.occurrences.append(_Occurrence(len(self.occurrences), selectable, base, nullable))
 
     # -- lineage and keys -----------------------------------------------------------------------
 
@@ -559,7 +568,7 @@ class _Analysis:
         columns = tuple(
             ViewColumn(
                 name,
-                cast("ColumnClause[Any]", self.table.c[name]),
+                self.table.c[name],
                 self._is_nullable(source),
                 source[1] if source is not None and not self.reasons else None,
             )
@@ -664,9 +673,7 @@ class _Analysis:
 
     def _read_equality(self, conjunct: Any, right_of_outer: frozenset[int]) -> None:
         """Read ``a = b``: an equality of all rows, or (outer join) of rows not NULL-extended."""
-        if not (
-            isinstance(conjunct, BinaryExpression) and conjunct.operator is operators.eq
-        ):
+        if not (isinstance(conjunct, BinaryExpression) and conjunct.operator is operators.eq):
             return
         sides = [
             self._leaf_column(side) if hasattr(side, "table") else None
@@ -786,7 +793,8 @@ class _Analysis:
             )
         position = {name: at for at, name in enumerate(self.names)}
         for column in sorted(
-            candidates, key=lambda c: (c not in wanted, c.leaf, position[self.visible[c]]),
+            candidates,
+            key=lambda c: (c not in wanted, c.leaf, position[self.visible[c]]),
             reverse=True,
         ):
             rest = [c for c in candidates if c != column]
@@ -820,9 +828,7 @@ class _Analysis:
         if self.reasons:
             why = ", ".join(dict.fromkeys(self.reasons))
             return dict.fromkeys(tables, why)
-        coarse = {
-            table: "read by a subquery" for table in tables - {leaf.table for leaf in leaves}
-        }
+        coarse = dict.fromkeys(tables - {leaf.table for leaf in leaves}, "read by a subquery")
         filtered = set()
         for criterion in self.statement._where_criteria:
             for element in visitors.iterate(criterion):

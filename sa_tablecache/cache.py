@@ -12,13 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from sqlalchemy import Engine, Table, inspect, select, text
 from sqlalchemy.orm import Mapper
 from sqlalchemy.sql import ColumnElement
 
 from .analysis import plan_of, table_label, table_name
+from .answering import covered_candidate, partial_candidate
 from .changes import ChangeSet, Marks
 from .comparison import Inexact
 from .events import Backend, unwatch, watch
@@ -263,12 +264,11 @@ class BaseTableCache:
         if not criteria:
             return table.state.coverage.everything
         try:
-            shape, parameters = shape_of(select(view).where(*criteria))
-            assert table.columns is not None
-            question = ask(shape, parameters, table.columns)
+            shape, parameters = shape_of(select(view).where(*cast("Any", criteria)))
+            question = ask(shape, parameters, table.set_up().columns)
         except Inexact:
             return table.state.coverage.everything
-        return table.covered_candidate(question, table.state) is not None
+        return covered_candidate(question, table.state) is not None
 
     def ready(self, view: type[CachedView]) -> bool:
         """Whether a load of the view has ended."""
@@ -282,9 +282,7 @@ class BaseTableCache:
         """
         return self.table(view).wait_ready(timeout)
 
-    def estimate(
-        self, view: type[CachedView], *criteria: ColumnElement[bool] | bool
-    ) -> Estimate:
+    def estimate(self, view: type[CachedView], *criteria: ColumnElement[bool] | bool) -> Estimate:
         """Estimate what a load would cost: two SELECTs, a count and a sample of 1,000 rows."""
         table, index, intervals = self._target(view, criteria)
         return table.estimate(index, intervals)
@@ -343,7 +341,7 @@ class BaseTableCache:
         """
         problems = []
         for view, table in self._tables.items():
-            columns = table.set_up()
+            columns = table.set_up().columns
             problems += [
                 Problem(
                     view.__name__, f"any change of {table_label(name)} marks the whole view: {why}"
@@ -370,7 +368,7 @@ class BaseTableCache:
         if view is None:
             raise CriteriaError("this is not a SELECT of a cached view")
         table, name = self.table(view), view.__name__
-        columns = table.set_up()
+        columns = table.set_up().columns
         try:
             shape, parameters = shape_of(statement)
             question = ask(shape, parameters, columns)
@@ -384,11 +382,11 @@ class BaseTableCache:
             return Explanation("bypass", name, "a commit is under way")
         if table.current is None:
             fresh = "after a refresh of what is marked"
-        candidate = table.covered_candidate(question, state)
+        candidate = covered_candidate(question, state)
         missing: Any = ""
         kind = "hit"
         if candidate is None:
-            partial = table.partial_candidate(question, state)
+            partial = partial_candidate(table.set_up(), question, state)
             if partial is None:
                 return Explanation("miss", name, f"the coverage is {state.coverage}")
             candidate, missing = partial

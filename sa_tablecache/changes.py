@@ -74,9 +74,7 @@ class Marks:
         return self.view or bool(self.rows)
 
 
-def marks_of(
-    plan: ViewPlan, changes: ChangeSet, followed: frozenset[TableName]
-) -> Marks:
+def marks_of(plan: ViewPlan, changes: ChangeSet, followed: frozenset[TableName]) -> Marks:
     """Return what changes mark of a view.
 
     :param followed: the tables whose rows can be followed to the view's records by key.

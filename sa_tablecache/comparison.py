@@ -65,7 +65,7 @@ class Comparison:
         return value if self.normalise is None else self.normalise(value)
 
 
-class Inexact(Exception):  # noqa: N818 - not an error: the database is asked instead
+class Inexact(Exception):
     """Python could not compare this as the database does; never leaves the package."""
 
 
@@ -138,9 +138,7 @@ def comparison(
     return _by_type(type_, name, stored)
 
 
-def _by_type(  # noqa: PLR0911 - one return for each kind of type
-    type_: types.TypeEngine[Any], dialect: str, stored: StoredColumn | None
-) -> Comparison:
+def _by_type(type_: types.TypeEngine[Any], dialect: str, stored: StoredColumn | None) -> Comparison:
     match type_:
         case types.Boolean():
             return Comparison(True, False, (bool,), "a truth value")

@@ -364,19 +364,15 @@ def predicate_source(
                 name = f"p{node.parameter}"
                 _, has_null, empty = bound[node.parameter]
                 if not node.negated:
-                    return joined(
-                        "and", [*known(node.column), f"r.{node.column} in {name}[0]"]
-                    )
+                    return joined("and", [*known(node.column), f"r.{node.column} in {name}[0]"])
                 if empty:
                     return "True"
                 if has_null:
                     return "False"
-                return joined(
-                    "and", [*known(node.column), f"r.{node.column} not in {name}[0]"]
-                )
+                return joined("and", [*known(node.column), f"r.{node.column} not in {name}[0]"])
             case RowIn():
-                row = "".join(f"r.{c}, " for c in node.columns)
-                return joined("and", [*known(*node.columns), f"({row}) in p{node.parameter}"])
+                values = "".join(f"r.{c}, " for c in node.columns)
+                return joined("and", [*known(*node.columns), f"({values}) in p{node.parameter}"])
             case RowCompare():
                 return row(node.columns, node.op, node.parameters)
 

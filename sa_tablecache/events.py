@@ -25,7 +25,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, event
@@ -202,6 +202,8 @@ class Watcher:
             transaction.opaque or connection.dialect.name in ("mysql", "mariadb")
         ):
             _publish(self, transaction)
+        else:
+            _release(transaction)  # taken for a COMMIT that was never sent
 
     def rollback_twophase(self, connection: Connection, _xid: Any, _prepared: Any) -> None:
         """Forget what is rolled back."""
@@ -273,14 +275,14 @@ def _autocommits(connection: Connection) -> bool:
     """Whether each statement of a connection commits by itself."""
     if connection._is_autocommit_isolation():
         return True
-    dbapi = connection.connection.dbapi_connection
     if connection.dialect.name == "sqlite":
-        return getattr(dbapi, "isolation_level", "") is None and not _in_transaction(connection)
-    return getattr(dbapi, "autocommit", False) is True
+        driver: Any = connection.connection.driver_connection
+        return driver.isolation_level is None and not driver.in_transaction
+    return getattr(connection.connection.dbapi_connection, "autocommit", False) is True
 
 
 def _in_transaction(connection: Connection) -> bool:
-    return bool(getattr(connection.connection.dbapi_connection, "in_transaction", True))
+    return bool(cast("Any", connection.connection.driver_connection).in_transaction)
 
 
 # -- COMMIT ------------------------------------------------------------------------------------
@@ -295,10 +297,12 @@ def _wrap_commit(dialect: Any) -> None:
     def commit(dbapi_connection: Any) -> None:
         info = getattr(dbapi_connection, "info", None)
         transaction = info.get(KEY) if isinstance(info, dict) else None
-        if transaction is None:
+        if not isinstance(info, dict) or transaction is None:
             do_commit(dbapi_connection)
         else:
-            _commit(dialect, transaction, info, dbapi_connection, lambda: do_commit(dbapi_connection))
+            _commit(
+                dialect, transaction, info, dbapi_connection, lambda: do_commit(dbapi_connection)
+            )
 
     def commit_twophase(connection: Connection, *args: Any, **kwargs: Any) -> None:
         transaction = connection.info.get(KEY)
@@ -364,7 +368,7 @@ def _server_refused(error: BaseException) -> bool:
     state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     if state:
         return not str(state).startswith(("08", "57P"))
-    arguments = getattr(error, "args", ())
+    arguments: tuple[Any, ...] = error.args
     lost = (2006, 2013, 2014, 2055, 4031)
     return (
         type(error).__module__.partition(".")[0] in ("pymysql", "MySQLdb", "mysql", "mariadb")

@@ -31,15 +31,15 @@ class CriteriaError(TableCacheError):
     """Criteria use something that does not belong to the view, such as a base table's column."""
 
 
-class NotExpressible(CriteriaError):  # noqa: N818 - reads as a statement, like NoResultFound
+class NotExpressible(CriteriaError):
     """Load criteria that no score index of the view can express as a range."""
 
 
-class UnknownView(TableCacheError):  # noqa: N818
+class UnknownView(TableCacheError):
     """The view was not added to this cache."""
 
 
-class CacheUnavailable(TableCacheError):  # noqa: N818
+class CacheUnavailable(TableCacheError):
     """The cache cannot be used now."""
 
 
@@ -51,9 +51,9 @@ class Closed(CacheUnavailable):
     """The cache was used after it had been closed."""
 
 
-class UnsuitableEngine(TableCacheError):  # noqa: N818
+class UnsuitableEngine(TableCacheError):
     """No consistent, committed snapshot can be read through this engine."""
 
 
-class DuplicateKey(TableCacheError):  # noqa: N818
+class DuplicateKey(TableCacheError):
     """Two rows of a view have the same primary key: ``__primary_key__`` is not a key of the view."""

@@ -31,6 +31,7 @@ from sqlalchemy import (
     Uuid,
     and_,
     false,
+    literal,
     or_,
     select,
     text,
@@ -43,7 +44,8 @@ from sqlalchemy.sql.elements import ColumnClause
 from .analysis import TableName, ViewPlan, table_label
 from .comparison import Comparison, StoredColumn, comparison
 from .exc import UnsuitableEngine, ViewDefinitionError
-from .scores import MAX, MIN, NULLS_FIRST, NULLS_LAST, Interval as ScoreInterval, IntervalSet
+from .scores import MAX, MIN, NULLS_FIRST, NULLS_LAST, IntervalSet
+from .scores import Interval as ScoreInterval
 
 Progress = Callable[[int], object]
 """Called now and then during a load with the number of records read so far."""
@@ -102,8 +104,8 @@ class Snapshots:
             connection.info[READER] = True
             if dialect == "sqlite":
                 connection = connection.execution_options()
-                dbapi = cast("Any", connection.connection.dbapi_connection)
-                if not dbapi.in_transaction:
+                driver = cast("Any", connection.connection.driver_connection)
+                if not driver.in_transaction:
                     connection.exec_driver_sql("BEGIN")
             else:
                 options: dict[str, Any] = {"isolation_level": "REPEATABLE READ"}
@@ -237,7 +239,7 @@ def _probe_sqlite(
     quote = connection.dialect.identifier_preparer.quote
     master = f"{quote(schema)}.sqlite_master" if schema else "sqlite_master"
     row = connection.exec_driver_sql(
-        f"SELECT type, sql FROM {master} WHERE lower(name) = lower(?)",  # noqa: S608 - quoted
+        f"SELECT type, sql FROM {master} WHERE lower(name) = lower(?)",
         (name,),
     ).first()
     if row is None:
@@ -262,7 +264,9 @@ class Rows:
 
     def pairs(self) -> list[tuple[Any, tuple[Any, ...] | None]]:
         """Return the records with their hidden values."""
-        return list(zip(self.records, self.hidden or [None] * len(self.records), strict=True))
+        if self.hidden is None:
+            return [(record, None) for record in self.records]
+        return list(zip(self.records, self.hidden, strict=True))
 
 
 class Loader:
@@ -378,9 +382,7 @@ class ScoreColumn:
     nulls_first: bool
 
 
-def intervals_clause(
-    columns: Sequence[ScoreColumn], intervals: IntervalSet
-) -> ColumnElement[bool]:
+def intervals_clause(columns: Sequence[ScoreColumn], intervals: IntervalSet) -> ColumnElement[bool]:
     """Return the criteria that select exactly the rows whose scores are in the intervals."""
     return or_(false(), *(_interval_clause(columns, i) for i in intervals))
 
@@ -411,7 +413,7 @@ def _interval_clause(
 def _equals(column: ColumnClause[Any], value: Any) -> ColumnElement[bool]:
     if value is NULLS_FIRST or value is NULLS_LAST:
         return column.is_(None)
-    return column == value
+    return column == literal(value, column.type)
 
 
 def _beyond(
@@ -423,21 +425,22 @@ def _beyond(
         return true() if (value is MIN) is above else false()
     column = columns[0].clause
     nulls_beyond = columns[0].nullable and columns[0].nulls_first is not above
-    inclusive = len(cut) == 2 and (cut[1] is MIN) is above  # noqa: PLR2004 - one score, one side
-    whole = len(cut) == 2 and cut[1] in (MIN, MAX)  # noqa: PLR2004
+    inclusive = len(cut) == 2 and (cut[1] is MIN) is above
+    whole = len(cut) == 2 and cut[1] in (MIN, MAX)
     if value is NULLS_FIRST or value is NULLS_LAST:
-        strictly = false() if (value is NULLS_LAST) is above else column.is_not(None)
+        strictly: ColumnElement[bool] = (
+            false() if (value is NULLS_LAST) is above else column.is_not(None)
+        )
         if whole:
             return or_(strictly, column.is_(None)) if inclusive else strictly
     else:
+        bound = literal(value, column.type)
         compare = (
-            (column >= value if above else column <= value)
+            (column >= bound if above else column <= bound)
             if whole and inclusive
-            else (column > value if above else column < value)
+            else (column > bound if above else column < bound)
         )
         strictly = or_(compare, column.is_(None)) if nulls_beyond else compare
         if whole:
             return strictly
-    return or_(
-        strictly, and_(_equals(column, value), _beyond(columns[1:], cut[1:], above=above))
-    )
+    return or_(strictly, and_(_equals(column, value), _beyond(columns[1:], cut[1:], above=above)))

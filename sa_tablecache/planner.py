@@ -103,7 +103,7 @@ class Shape:
             exec(  # noqa: S102 - built from column names and operators only
                 f"def keep(records, {names}):\n    return [r for r in records if {source}]", scope
             )
-            if len(self._filters) > 64:  # noqa: PLR2004 - one for each combination of NULLs
+            if len(self._filters) > 64:
                 self._filters.clear()
             function = self._filters[key] = cast("Callable[..., list[Record]]", scope["keep"])
         return function(records, *bound)
@@ -209,7 +209,7 @@ def shape_of(statement: Select[Any]) -> tuple[Shape, list[BindParameter[Any]]]:
                 shape = _read(statement, parameters)
             except Inexact as reason:
                 shape = reason
-            if len(_by_key) > 1_000:  # noqa: PLR2004 - statements that differ in shape
+            if len(_by_key) > 1_000:
                 _by_key.clear()
             _by_key[cache_key.key] = shape
         known = _by_statement[statement] = (shape, parameters)
@@ -271,9 +271,7 @@ def _read(statement: Select[Any], parameters: list[BindParameter[Any]]) -> Shape
         None if clause is None else _limit(clause, position)
         for clause in (statement._limit_clause, statement._offset_clause)
     )
-    return Shape(
-        view, plan, where, tuple(orderings), limit, offset, projection, count, options
-    )
+    return Shape(view, plan, where, tuple(orderings), limit, offset, projection, count, options)
 
 
 def _selected(
@@ -290,7 +288,7 @@ def _selected(
             if not arguments or getattr(arguments[0], "name", None) == "*":
                 return None, True
     names = [resolve(element) for element in raw]
-    if None in names or not all(name in table.c for name in names):
+    if any(name is None or name not in table.c for name in names):
         raise Inexact("an expression among the selected columns is left to the database")
     return cast("tuple[str, ...]", tuple(names)), False
 
@@ -338,8 +336,7 @@ def ask(shape: Shape, parameters: Sequence[BindParameter[Any]], columns: Columns
     if shape.offset is not None:
         offset = _row_count(raw[shape.offset])
     candidates = tuple(
-        candidate_of(order, shape.conjuncts, bound, columns)
-        for order in columns.orders.values()
+        candidate_of(order, shape.conjuncts, bound, columns) for order in columns.orders.values()
     )
     lists = tuple(v[1:] for v in bound if type(v) is tuple)
     return Question(shape, tuple(bound), lists, limit, offset or 0, candidates)
@@ -402,7 +399,7 @@ def _points(values: IntervalSet) -> list[Any] | None:
     """Return the single values that a set consists of, or ``None`` if it has a range."""
     points = []
     for lower, upper in values:
-        if len(lower) != 2 or len(upper) != 2:  # noqa: PLR2004 - a value and the side
+        if len(lower) != 2 or len(upper) != 2:
             return None
         if lower[0] is not upper[0] and lower[0] != upper[0]:
             return None

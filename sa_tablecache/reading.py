@@ -11,31 +11,30 @@ asked, wholly or in part? Every "no" is a reason to ask the database, never an e
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, DateTime, Engine, Select, select
+from sqlalchemy import Connection, DateTime, Engine, Select, literal, select
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
 
+from .answering import covered_candidate, finished, from_state, partial_candidate, records_in
 from .cache import BaseTableCache
 from .comparison import Inexact, to_utc
 from .events import KEY, Transaction, root_of
+from .exc import CriteriaError
+from .layout import Layout
 from .loading import intervals_clause
 from .options import BypassCache
 from .planner import (
-    Candidate,
     Question,
     Shape,
     ask,
     check_sortable,
-    index_direction,
     shape_of,
-    sort,
     view_of,
 )
-from .exc import CriteriaError
 from .scores import MAX, MIN, NULLS_LAST, Interval, IntervalSet
 from .storage import Record
 from .table import CachedTable, State
@@ -71,9 +70,7 @@ class Answer(NamedTuple):
     shape: Shape
 
 
-def remember(
-    session: Any, table: CachedTable, kind: str, reason: str = ""
-) -> None:
+def remember(session: Any, table: CachedTable, kind: str, reason: str = "") -> None:
     """Note how a read was answered."""
     table.counts[kind] += 1
     session.last_read = LastRead(kind, reason, table.view)
@@ -119,14 +116,12 @@ def database_reason(session: Session, cache: BaseTableCache, table: CachedTable)
 def _foreign_bind(session: Session, engine: Engine) -> str | None:
     try:
         bind = session.bind or session.get_bind()
-    except Exception:  # noqa: BLE001 - no bind for no mapper: binds by class, or none at all
+    except Exception:
         return "the session has no bind that the cache could recognise"
     other = bind.engine
     if root_of(other) is not root_of(engine):
         return "the session is bound to another engine"
-    mine, theirs = (
-        e.get_execution_options().get("schema_translate_map") for e in (engine, bind)
-    )
+    mine, theirs = (e.get_execution_options().get("schema_translate_map") for e in (engine, bind))
     if mine != theirs:
         return "another schema_translate_map"
     return None
@@ -171,9 +166,7 @@ def _connection_reason(connection: Connection, table: CachedTable, engine: Engin
 # -- what the cache can say --------------------------------------------------------------------
 
 
-def fresh_state(
-    session: Session, cache: BaseTableCache, table: CachedTable
-) -> State | None:
+def fresh_state(session: Session, cache: BaseTableCache, table: CachedTable) -> State | None:
     """Return the state to answer from, refreshed if need be; ``None`` after noting why not."""
     for _ in range(3):
         state = table.current
@@ -186,7 +179,7 @@ def fresh_state(
                 return None
         try:
             table.refresh()
-        except Exception as error:  # noqa: BLE001 - the database itself answers, or says why not
+        except Exception as error:
             log.warning("view %s: refresh failed: %s", table.plan.name, error)
             remember(session, table, "bypass", f"the refresh failed: {error}")
             return None
@@ -225,12 +218,11 @@ def answer(
             if fetch:
                 remember(session, table, "miss", "nothing is loaded")
             return None
-        columns = table.columns
-        assert columns is not None
-        question = ask(shape, parameters, columns)
-        candidate = table.covered_candidate(question, state)
+        layout = table.set_up()
+        question = ask(shape, parameters, layout.columns)
+        candidate = covered_candidate(question, state)
         if candidate is not None:
-            rows = _from_state(table, question, state, candidate)
+            rows = from_state(layout, question, state, candidate)
             remember(session, table, "hit")
             return Answer(rows, shape)
         if not fetch:
@@ -242,48 +234,6 @@ def answer(
         return None
 
 
-def _from_state(
-    table: CachedTable, question: Question, state: State, candidate: Candidate
-) -> Sequence[Any]:
-    """Return the rows of a question that storage covers."""
-    shape, columns = question.shape, table.columns
-    assert columns is not None
-    if shape.count and not candidate.residual:
-        order = state.storage.orders[candidate.index]
-        return [(sum(map(order.count, candidate.intervals)),)]
-    direction = index_direction(candidate, shape.orderings, columns)
-    if direction is None:
-        check_sortable(shape.orderings, columns)
-    records: Sequence[Record] = table.records_in(
-        state, candidate.index, candidate.intervals, descending=bool(direction)
-    )
-    records = shape.filter(candidate.residual, question, columns, records)
-    return _finished(table, question, records, ordered=direction is not None)
-
-
-def _finished(
-    table: CachedTable, question: Question, records: Sequence[Record], *, ordered: bool
-) -> Sequence[Any]:
-    """Apply order, offset, limit and projection."""
-    shape, columns = question.shape, table.columns
-    assert columns is not None
-    if shape.count:
-        return [(len(records),)]
-    if not ordered:
-        records = sort(records, shape.orderings, columns)
-    if question.limit is not None:
-        records = records[question.offset : question.offset + question.limit]
-    elif question.offset:
-        records = records[question.offset :]
-    records = table.given(records if isinstance(records, list) else list(records))
-    if shape.projection is None:
-        return records
-    values = attrgetter(*shape.projection)
-    if len(shape.projection) == 1:
-        return [(values(record),) for record in records]
-    return list(map(values, records))
-
-
 def _partial(
     session: Session,
     table: CachedTable,
@@ -292,9 +242,9 @@ def _partial(
     state: State,
 ) -> Answer | None:
     """Fetch what storage lacks of an answer, and merge: one SELECT, in the session."""
-    columns = table.columns
-    assert columns is not None
-    found = table.partial_candidate(question, state)
+    layout = table.set_up()
+    columns = layout.columns
+    found = partial_candidate(layout, question, state)
     if found is None:
         remember(session, table, "miss", f"the coverage is {state.coverage}")
         return None
@@ -303,7 +253,7 @@ def _partial(
     gaps = (
         select(table.view)
         .where(*statement._where_criteria)
-        .where(intervals_clause(table.score_columns(candidate.index), missing))
+        .where(intervals_clause(layout.score_columns(candidate.index), missing))
     )
     if question.limit is not None and question.shape.orderings:
         gaps = gaps.order_by(*statement._order_by_clauses).limit(question.limit + question.offset)
@@ -312,11 +262,9 @@ def _partial(
         # Something was written between the two halves: together they may be no answer at all.
         remember(session, table, "miss", "the view changed while gaps were fetched")
         return None
-    records = table.records_in(state, candidate.index, candidate.intervals - missing)
+    records = records_in(state, candidate.index, candidate.intervals - missing)
     kept = question.shape.filter(candidate.residual, question, columns, records)
-    rows = _finished(
-        table, question, [*kept, *fetched], ordered=not question.shape.orderings
-    )
+    rows = finished(layout, question, [*kept, *fetched], ordered=not question.shape.orderings)
     remember(session, table, "partial", f"{missing} was fetched")
     return Answer(rows, question.shape)
 
@@ -337,9 +285,7 @@ def record_maker(view: type[CachedView], dialect_name: str) -> Callable[..., Rec
     return lambda *values: make(*(to_utc(v) if at in aware else v for at, v in enumerate(values)))
 
 
-def fetch_records(
-    session: Session, view: type[CachedView], statement: Select[Any]
-) -> list[Record]:
+def fetch_records(session: Session, view: type[CachedView], statement: Select[Any]) -> list[Record]:
     """Have the database answer a SELECT of whole records, in the session's transaction."""
     result = session.connection().execute(statement)
     make = record_maker(view, session.connection().dialect.name)
@@ -352,7 +298,7 @@ def fetch_records(
 class RangeRead(NamedTuple):
     """The arguments of one ``session.range(...)``."""
 
-    index: ViewIndex[Any]
+    by: ViewIndex[Any]
     prefix: tuple[Any, ...]
     ge: Any
     gt: Any
@@ -367,7 +313,7 @@ def range_from_cache(
     cache: BaseTableCache, session: Session, read: RangeRead, *, fetch: bool = True
 ) -> list[Record] | None:
     """Answer a range read from storage, or return ``None`` after noting why not."""
-    table = cache.table(read.index.view)
+    table = cache.table(read.by.view)
     try:
         if not fetch and not session._is_clean():
             return None
@@ -383,10 +329,11 @@ def range_from_cache(
             if fetch:
                 remember(session, table, "miss", "nothing is loaded")
             return None
-        name = read.index.name
-        interval = range_interval(table, read, state)
+        layout = table.set_up()
+        name = read.by.name
+        interval = range_interval(layout, read, state)
         if not state.coverage.everything and not state.coverage.of(name).covers(interval):
-            covered = _covered_otherwise(table, read, state)
+            covered = _covered_otherwise(layout, read, state)
             if not covered:
                 if fetch:
                     remember(session, table, "miss", f"the coverage is {state.coverage}")
@@ -399,49 +346,45 @@ def range_from_cache(
         else:
             records = order.some(interval, read.limit, from_end=read.descending)
         remember(session, table, "hit")
-        return table.given(records)
+        return layout.given(records)
     except Inexact as inexact:
         if fetch:
             remember(session, table, "bypass", str(inexact))
         return None
 
 
-def _covered_otherwise(table: CachedTable, read: RangeRead, state: State) -> bool:
+def _covered_otherwise(layout: Layout, read: RangeRead, state: State) -> bool:
     """Whether the coverage of another index contains the range.
 
     A range of ("tailnum", "time_hour") is covered by times that contain its times, for instance.
     """
-    assert table.columns is not None
-    names = read.index.column_names
+    names = read.by.column_names
     at = len(read.prefix)
     for index, covered in state.coverage.sets.items():
-        parts = table.orders[index].parts
+        parts = layout.orders[index].parts
         if not parts or parts[0].name not in names[: at + 1]:
             continue
         position = names.index(parts[0].name)
         if position < at:
-            inner = table.orders[index].prefix((read.prefix[position],))
+            inner = layout.orders[index].prefix((read.prefix[position],))
         else:
-            inner = _bounds(table, read, position, ())
+            inner = _bounds(layout, read, position, ())
         if covered.covers(inner):
             return True
     return False
 
 
-def _bounds(
-    table: CachedTable, read: RangeRead, position: int, prefix: tuple[Any, ...]
-) -> Interval:
+def _bounds(layout: Layout, read: RangeRead, position: int, prefix: tuple[Any, ...]) -> Interval:
     """Return the interval of the bounds on one score, below a prefix of others."""
-    assert table.columns is not None
-    part = table.orders[read.index.name].parts[position]
-    how = table.columns.comparisons[part.name]
+    part = layout.orders[read.by.name].parts[position]
+    how = layout.columns.comparisons[part.name]
     bounded = any(value is not None for value in (read.ge, read.gt, read.le, read.lt))
     if bounded and not how.order:
         raise Inexact(f"{part.name}: {how.reason or 'no order that Python knows'}")
     lower: tuple[Any, ...] = (*prefix, MIN)
     upper: tuple[Any, ...] = (*prefix, MAX)
     if bounded and part.nullable:
-        null = table.orders[read.index.name].cut_values((None,) * (position + 1))[position]
+        null = layout.orders[read.by.name].cut_values((None,) * (position + 1))[position]
         if null is NULLS_LAST:
             upper = (*prefix, null, MIN)
         else:
@@ -457,14 +400,13 @@ def _bounds(
     return Interval(lower, upper)
 
 
-def range_interval(table: CachedTable, read: RangeRead, state: State) -> Interval:
+def range_interval(layout: Layout, read: RangeRead, state: State) -> Interval:
     """Return the interval of the index that a range read asks for.
 
     :raises Inexact: if the database has to answer.
     """
-    columns = table.columns
-    assert columns is not None
-    order = table.orders[read.index.name]
+    columns = layout.columns
+    order = layout.orders[read.by.name]
     values = []
     for value, part in zip(read.prefix, order.parts, strict=False):
         how = columns.comparisons[part.name]
@@ -479,9 +421,9 @@ def range_interval(table: CachedTable, read: RangeRead, state: State) -> Interva
     if len(prefix) == order.scores:
         lower, upper = Interval((*prefix, MIN), (*prefix, MAX))
     else:
-        lower, upper = _bounds(table, read, len(prefix), prefix)
+        lower, upper = _bounds(layout, read, len(prefix), prefix)
     if read.after is not None:
-        key = _key_after(table, read, state)
+        key = _key_after(layout, read, state)
         if read.descending:
             upper = min(upper, (*key, MIN))
         else:
@@ -489,12 +431,12 @@ def range_interval(table: CachedTable, read: RangeRead, state: State) -> Interva
     return Interval(lower, upper)
 
 
-def _key_after(table: CachedTable, read: RangeRead, state: State) -> tuple[Any, ...]:
+def _key_after(layout: Layout, read: RangeRead, state: State) -> tuple[Any, ...]:
     """Return the place in the index of the record that a page comes after."""
-    order = table.orders[read.index.name]
+    order = layout.orders[read.by.name]
     if not order.stored:
         return order.key_of(read.after, None)
-    found = state.storage.get(table.plan.key_tuple(read.after))
+    found = state.storage.get(layout.plan.key_tuple(read.after))
     if found is None:
         raise Inexact("the score of the record to go on after is not in storage")
     return order.key_of(*found)
@@ -505,24 +447,27 @@ def range_statement(session: Session, table: CachedTable, read: RangeRead) -> Se
 
     With ``after=`` of an index that sorts by an expression, it emits one to learn the score.
     """
-    index = read.index
+    index = read.by
     columns: list[ColumnElement[Any]] = list(index.columns)
     statement = select(index.view)
     for column, value in zip(columns, read.prefix, strict=False):
-        statement = statement.where(column.is_(None) if value is None else column == value)
+        statement = statement.where(
+            column.is_(None) if value is None else column == literal(value, column.type)
+        )
     rest = columns[len(read.prefix) :]
-    if rest:
-        for symbol, value in ((">=", read.ge), (">", read.gt), ("<=", read.le), ("<", read.lt)):
-            if value is not None:
-                statement = statement.where(_compare(rest[0], symbol, value))
+    bounds = ((operator.ge, read.ge), (operator.gt, read.gt),
+              (operator.le, read.le), (operator.lt, read.lt))  # fmt: skip
+    for compare, value in bounds:
+        if value is not None:
+            statement = statement.where(compare(rest[0], literal(value, rest[0].type)))
     if read.after is not None:
-        table.set_up()
-        cut = _database_key(session, table, read)
+        layout = table.set_up()
+        cut = _database_key(session, layout, read)
         interval = (
             Interval((MIN,), (*cut, MIN)) if read.descending else Interval((*cut, MAX), (MAX,))
         )
         statement = statement.where(
-            intervals_clause(table.score_columns(index.name), IntervalSet([interval]))
+            intervals_clause(layout.score_columns(index.name), IntervalSet([interval]))
         )
     names = [name for name in table.plan.key if name not in index.column_names]
     ordered = [*rest, *(index.view.__table__.c[name] for name in names)]
@@ -531,31 +476,28 @@ def range_statement(session: Session, table: CachedTable, read: RangeRead) -> Se
     return statement.order_by(*ordered).limit(read.limit)
 
 
-def _database_key(session: Session, table: CachedTable, read: RangeRead) -> tuple[Any, ...]:
+def _database_key(session: Session, layout: Layout, read: RangeRead) -> tuple[Any, ...]:
     """Return the place in the index of the record that a page comes after, asking if need be."""
-    order = table.orders[read.index.name]
-    public = {column.name for column in table.plan.columns}
+    order = layout.orders[read.by.name]
+    public = {column.name for column in layout.plan.columns}
     values = {name: getattr(read.after, name) for name in public}
     hidden = [part.name for part in order.parts if part.hidden is not None]
     if hidden:
-        key = zip(table.plan.key, table.plan.key_tuple(read.after), strict=True)
-        columns = read.index.view.__table__.c
-        row = session.connection().execute(
-            select(*(table.plan.column(name).clause for name in hidden)).where(
-                *(columns[name] == value for name, value in key)
+        key = zip(layout.plan.key, layout.plan.key_tuple(read.after), strict=True)
+        columns = read.by.view.__table__.c
+        row = (
+            session.connection()
+            .execute(
+                select(*(layout.plan.column(name).clause for name in hidden)).where(
+                    *(columns[name] == value for name, value in key)
+                )
             )
-        ).first()
+            .first()
+        )
         if row is None:
             raise CriteriaError(
-                f"after={read.after!r} is no record of {table.plan.name} any more, so that its "
-                f"place in {read.index.name} is not known: start again from the first page"
+                f"after={read.after!r} is no record of {layout.plan.name} any more, so that its "
+                f"place in {read.by.name} is not known: start again from the first page"
             )
         values |= dict(zip(hidden, row, strict=True))
     return order.cut_values([values[part.name] for part in order.parts])
-
-
-def _compare(column: ColumnElement[Any], symbol: str, value: Any) -> ColumnElement[bool]:
-    result: ColumnElement[bool] = {
-        ">=": column.__ge__, ">": column.__gt__, "<=": column.__le__, "<": column.__lt__,
-    }[symbol](value)  # fmt: skip
-    return result

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from typing import Any, Final, NamedTuple, TypeAlias
+from itertools import pairwise
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 Key: TypeAlias = tuple[Any, ...]
 Cut: TypeAlias = tuple[Any, ...]
@@ -127,8 +128,9 @@ class IntervalSet:
 
     def __contains__(self, key: object) -> bool:
         """Whether a key (or, for a cut, the place just before or after its prefix) is inside."""
-        at = bisect_right(self._lowers, key) - 1  # type: ignore[type-var]
-        return at >= 0 and key < self.intervals[at].upper  # type: ignore[operator]
+        place = cast("Key", key)
+        at = bisect_right(self._lowers, place) - 1
+        return at >= 0 and place < self.intervals[at].upper
 
     def covers(self, interval: Interval) -> bool:
         """Whether every key of the interval is in the set."""
@@ -173,7 +175,7 @@ class IntervalSet:
             assert interval.lower < interval.upper, interval
             assert interval.lower[-1] in (MIN, MAX), interval
             assert interval.upper[-1] in (MIN, MAX), interval
-        for left, right in zip(self.intervals, self.intervals[1:], strict=False):
+        for left, right in pairwise(self.intervals):
             assert left.upper < right.lower, (left, right)
         assert self._lowers == [i.lower for i in self.intervals]
 

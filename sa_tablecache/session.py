@@ -59,7 +59,7 @@ def _with_records(statement: Any, result: Result[Any], dialect_name: str) -> Res
     makers: list[tuple[int, Callable[..., Any] | None]] = []
     names: list[str] = []
     for element in raw:
-        base = element.element if isinstance(element, Alias) else element
+        base: Any = element.element if isinstance(element, Alias) else element
         if type(base) is ViewTable:
             make = reading.record_maker(base.view, dialect_name)
             makers.append((len(base.c), make))
@@ -123,7 +123,10 @@ def listen(cache: BaseTableCache, target: Any) -> None:
                     return _result(answer, statement)
             else:
                 reading.remember(
-                    state.session, cache.table(view), "bypass", "parameters or execution options of the call"
+                    state.session,
+                    cache.table(view),
+                    "bypass",
+                    "parameters or execution options of the call",
                 )
         if _selects_views(statement):
             result = state.invoke_statement(execution_options={SKIP: True})
@@ -237,7 +240,7 @@ class CacheSession(Session):
         return reading.answer(_cache_of(self), self, statement, fetch=False)
 
     @overload
-    def get(self, entity: type[V], ident: Any, **kwargs: Any) -> V | None: ...  # type: ignore[overload-overlap]
+    def get(self, entity: type[V], ident: Any, **kwargs: Any) -> V | None: ...
     @overload
     def get(self, entity: Any, ident: Any, **kwargs: Any) -> Any: ...
     def get(self, entity: Any, ident: Any, **kwargs: Any) -> Any:
@@ -270,26 +273,27 @@ class CacheSession(Session):
 
     def _get_stored(self, table: Any, key: tuple[Any, ...]) -> Any:
         """Return a stored record, if the cache may be used: it was read whole by any index."""
-        state = table.current
-        if state is None or not state.coverage or table.columns is None:
+        layout = table.layout
+        if table.current is None or layout is None:
             return None
+        comparisons = layout.columns.comparisons
         try:
             exact = tuple(
-                value if value is None else table.columns.comparisons[name].parameter(value)
+                value if value is None else comparisons[name].parameter(value)
                 for name, value in zip(table.plan.key, key, strict=True)
             )
-            if not all(table.columns.comparisons[name].equality for name in table.plan.key):
-                return None
-            if reading.database_reason(self, _cache_of(self), table) is not None:
-                return None
         except Inexact:
+            return None
+        if not all(comparisons[name].equality for name in table.plan.key):
+            return None
+        if reading.database_reason(self, _cache_of(self), table) is not None:
             return None
         state = table.current
         found = None if state is None else state.storage.get(exact)
         if found is None:
             return None
         reading.remember(self, table, "hit")
-        return table.given([found[0]])[0]
+        return layout.given([found[0]])[0]
 
     def range(
         self,

@@ -164,7 +164,7 @@ def exact_value(column: Column[Any], value: Any) -> Any:
         if isinstance(type_, kind):
             if type(value) is not python:
                 return None
-            if isinstance(type_, types.DateTime):
+            if isinstance(value, dt.datetime) and isinstance(type_, types.DateTime):
                 if (value.tzinfo is not None) is not type_.timezone:
                     return None
                 return to_utc(value) if type_.timezone else value
@@ -177,9 +177,7 @@ def exact_value(column: Column[Any], value: Any) -> Any:
 
 def _read(compiled: Any, text: str) -> Writes:
     statement = compiled.statement
-    if isinstance(
-        statement, SavepointClause | RollbackToSavepointClause | ReleaseSavepointClause
-    ):
+    if isinstance(statement, SavepointClause | RollbackToSavepointClause | ReleaseSavepointClause):
         return NOTHING
     if isinstance(statement, TextClause):
         return _text(text)
@@ -228,16 +226,14 @@ def _dml(statement: Any, compiled: Any) -> Writes:
     if isinstance(statement, Insert):
         # ON CONFLICT, ON DUPLICATE KEY and OR REPLACE change rows that the statement does not name.
         if statement._post_values_clause is not None or statement._prefixes:
-            return Writes(
-                tables=frozenset({name}) | cascades(table, deleted=True, columns=None)
-            )
+            return Writes(tables=frozenset({name}) | cascades(table, deleted=True, columns=None))
         if statement.select is not None or statement._multi_values or not primary_key:
             return Writes(tables=frozenset({name}))
         key = tuple(KeyColumn(column, (column.key,)) for column in primary_key)
         return Writes(table=name, key=key, inserts=True, primary_key=primary_key)
     deleted = isinstance(statement, Delete)
-    written = frozenset() if deleted else _written_columns(
-        statement, table, compiled.column_keys or ()
+    written = (
+        frozenset() if deleted else _written_columns(statement, table, compiled.column_keys or ())
     )
     further = cascades(table, deleted=deleted, columns=written)
     pinned: dict[str, str] = {}
@@ -319,7 +315,7 @@ def _constraints_on(table: Table) -> Iterator[Any]:
             for constraint in child.foreign_key_constraints:
                 try:
                     parent = constraint.referred_table
-                except Exception:  # noqa: BLE001, S112 - a table that is not declared (yet)
+                except Exception:  # noqa: S112 - a table that is not declared (yet)
                     continue
                 references.setdefault(table_name(parent), []).append(constraint)
         known = _references[metadata] = (len(metadata.tables), references)
@@ -374,7 +370,7 @@ def _text(text: str) -> Writes:
             known = Writes(opaque=True)
         else:
             known = Writes(anything=True, opaque=True)
-        if len(_by_text) > 1_000:  # noqa: PLR2004 - text with values in it never repeats
+        if len(_by_text) > 1_000:
             _by_text.clear()
         _by_text[text] = known
     return known

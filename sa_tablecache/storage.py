@@ -26,7 +26,7 @@ from operator import attrgetter, itemgetter
 from typing import Any, TypeAlias
 
 from .exc import TableCacheError
-from .scores import EVERYTHING, MAX, MIN, NULLS_FIRST, NULLS_LAST, Cut, Interval, Key, Extreme
+from .scores import EVERYTHING, MAX, MIN, NULLS_FIRST, NULLS_LAST, Cut, Extreme, Interval, Key
 
 Record: TypeAlias = Any
 Hidden: TypeAlias = tuple[Any, ...]
@@ -236,9 +236,7 @@ class SortedRecords:
         step = -1 if from_end else 1
         at, end = (last, first) if from_end else (first, last)
         while len(result) < limit:
-            chunk = self.chunks[at][
-                start if at == first else None : stop if at == last else None
-            ]
+            chunk = self.chunks[at][start if at == first else None : stop if at == last else None]
             result += chunk[::-1] if from_end else chunk
             if at == end:
                 break

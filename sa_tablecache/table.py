@@ -1,4 +1,4 @@
-"""One view's records in one cache: load, answer, mark, refresh.
+"""One view's records in one cache: load, mark, refresh.
 
 The stages meet here. What readers see is one immutable :class:`State` (records and coverage
 together), replaced as a whole; they take no lock. ``_current`` is that state while it is *clean*,
@@ -23,42 +23,33 @@ The protocol that keeps answers right, under any interleaving:
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from operator import attrgetter
 from threading import Lock
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from sqlalchemy import Connection, func, select, tuple_
+from sqlalchemy import func, select
 from sqlalchemy.sql import ColumnElement
 from sqlalchemy.sql.elements import BindParameter
 
-from .analysis import Leaf, TableName, ViewPlan, table_label
+from .analysis import TableName, ViewPlan, table_label
 from .changes import ChangeSet, Marks, RowKey, marks_of
-from .comparison import Inexact, is_sortable
+from .comparison import Inexact
 from .coverage import Coverage
 from .criteria import columns_of
+from .deltas import read_coverage, read_touched
 from .events import tick
-from .exc import DuplicateKey, NotExpressible, ViewDefinitionError
-from .loading import (
-    Catalog,
-    Loader,
-    Progress,
-    Rows,
-    ScoreColumn,
-    Snapshots,
-    intervals_clause,
-    probe,
-)
-from .planner import Candidate, Columns, Question, Shape, ask
-from .scores import EVERYTHING, Extreme, IntervalSet
-from .storage import Hidden, Order, Part, Record, Storage
+from .exc import DuplicateKey, NotExpressible
+from .layout import Layout
+from .loading import Progress, Rows, Snapshots, probe
+from .planner import Shape, ask
+from .scores import EVERYTHING, IntervalSet
+from .storage import Hidden, Record, Storage
 from .turns import Turn, new_future, wait_for
 
 log = logging.getLogger(__name__)
@@ -66,14 +57,8 @@ log = logging.getLogger(__name__)
 Mark: TypeAlias = tuple[TableName, RowKey] | None
 """A base row whose records may be stale; ``None`` marks the whole view."""
 
-BATCH = 5_000
-"""Keys in one delta query."""
-
 SAMPLE = 1_000
 """Rows that an estimate looks at."""
-
-MOST_ANCHORS = 20_000
-"""More touched anchors than this are refreshed by reading the whole coverage again."""
 
 
 class State(NamedTuple):
@@ -129,13 +114,8 @@ class CachedTable:
         self._refreshing = Turn(in_task=self._in_task)
         self._ready: Future[Any] = new_future()
         self._setting_up = Turn(in_task=self._in_task)
-        self.columns: Columns | None = None
-        """What the database says of the columns; ``None`` until it was asked."""
-        self.loader: Loader
-        self.followed: frozenset[TableName] = frozenset()
-        """Tables whose changed rows can be followed to records."""
-        self._leaf_orders: dict[int, str] = {}
-        self.coarse: dict[TableName, str] = dict(plan.coarse)
+        self.layout: Layout | None = None
+        """How records lie in memory; ``None`` until the database was asked."""
 
         self._state = State(Storage({}), Coverage())
         self._current: State | None = self._state
@@ -152,113 +132,23 @@ class CachedTable:
 
     # -- setting up -----------------------------------------------------------------------------
 
-    def set_up(self) -> Columns:
+    def set_up(self) -> Layout:
         """Ask the database, once, what it stores; see :func:`.loading.probe`."""
-        if self.columns is None:
+        if self.layout is None:
             with self._setting_up:
-                if self.columns is None:
+                if self.layout is None:
                     with self._snapshots.open() as connection:
                         catalog = probe(connection, self.plan)
-                    self._set_up(catalog)
-        assert self.columns is not None
-        return self.columns
+                    layout = Layout(self.plan, catalog, self._snapshots.engine.dialect)
+                    with self._lock:
+                        self._set_state(State(layout.build(layout.no_rows()), Coverage()))
+                        self.layout = layout
+        return self.layout
 
-    def _set_up(self, catalog: Catalog) -> None:
-        plan, dialect = self.plan, self._snapshots.engine.dialect
-        comparisons = {
-            name: catalog.comparison(plan, name, dialect) for name in plan.by_name
-        }
-        nulls_first = dialect.name != "postgresql"
-        hidden: list[str] = []
-        wanted: dict[str, tuple[tuple[str, ...], int]] = {"": (plan.key, len(plan.key))}
-        for index in plan.view.__indexes__.values():
-            names = index.column_names
-            for name in names:
-                if not is_sortable(plan.column(name).clause.type):
-                    raise ViewDefinitionError(
-                        f"index {index!r} sorts by {name}, whose type "
-                        f"{plan.column(name).clause.type!r} has no order in Python; sort by an "
-                        "expression of another type"
-                    )
-            rest = tuple(name for name in plan.key if name not in names)
-            wanted[index.name] = (names + rest, len(names))
-            hidden += [n for n in names if n in {h.name for h in plan.hidden}]
-        followed: set[TableName] = set()
-        lost: set[TableName] = set()
-        for leaf in plan.leaves:
-            names = self._leaf_columns(leaf, comparisons)
-            if not names:
-                lost.add(leaf.table)
-                self.coarse.setdefault(
-                    leaf.table, "its primary key cannot be compared in Python"
-                )
-                continue
-            if leaf.table not in plan.coarse:
-                followed.add(leaf.table)
-            for name, (columns, _) in wanted.items():
-                if columns[: len(names)] == names:
-                    self._leaf_orders[leaf.number] = name
-                    break
-            else:
-                rest = tuple(name for name in plan.key if name not in names)
-                wanted[f"leaf {leaf.number}"] = (names + rest, len(names))
-                self._leaf_orders[leaf.number] = f"leaf {leaf.number}"
-                hidden += [n for n in names if n in {h.name for h in plan.hidden}]
-        anchor = plan.anchor
-        if anchor is None or anchor.number not in self._leaf_orders:
-            followed.clear()
-            for table in plan.tables:
-                self.coarse.setdefault(table, "no row to anchor its changes on")
-        self.followed = frozenset(followed - lost)
-        hidden = list(dict.fromkeys(hidden))
-        positions = {name: at for at, name in enumerate(hidden)}
-
-        def part(name: str) -> Part:
-            column = plan.column(name)
-            return Part(
-                name,
-                column.nullable,
-                positions.get(name),
-                hashed=not is_sortable(column.clause.type),
-                nan=comparisons[name].nan_is_greatest,
-            )
-
-        orders = {
-            name: Order(name, tuple(map(part, columns)), scores, nulls_first)
-            for name, (columns, scores) in wanted.items()
-        }
-        self.orders = orders
-        self.loader = Loader(plan, hidden, comparisons)
-        self._anchor_order = (
-            None if anchor is None else orders.get(self._leaf_orders.get(anchor.number, "?"))
-        )
-        self.columns = Columns(
-            plan,
-            comparisons,
-            {n: o for n, o in orders.items() if not n.startswith("leaf ")},
-            nulls_first,
-        )
-        with self._lock:
-            self._set_state(State(Storage.build(orders.values(), [], self._no_hidden()), Coverage()))
-        for table, why in self.coarse.items():
-            log.info("view %s: any change of %s marks all of it (%s)", plan.name,
-                     table_label(table), why)  # fmt: skip
-
-    def _no_hidden(self) -> list[Hidden] | None:
-        return [] if self.loader.hidden else None
-
-    def _leaf_columns(self, leaf: Leaf, comparisons: dict[str, Any]) -> tuple[str, ...]:
-        """Return the columns by which records are found from a row of a leaf; empty if none do."""
-
-        def usable(names: Sequence[str]) -> bool:
-            return all(comparisons[n].equality and is_sortable(self.plan.column(n).clause.type)
-                       for n in names)  # fmt: skip
-
-        if not usable(leaf.hidden):
-            return ()
-        if leaf.visible is not None and usable(leaf.visible):
-            return leaf.visible
-        return leaf.hidden
+    @property
+    def coarse(self) -> dict[TableName, str]:
+        """Tables of which any change marks the whole view, and why."""
+        return self.plan.coarse if self.layout is None else self.layout.coarse
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -297,7 +187,8 @@ class CachedTable:
 
     def publish(self, changes: ChangeSet, *, leased: bool) -> None:
         """Mark what changed and end the lease, in one critical section."""
-        marks = marks_of(self.plan, changes, self.followed)
+        followed = self.layout.followed if self.layout is not None else frozenset()
+        marks = marks_of(self.plan, changes, followed)
         if not marks and not leased:
             return
         with self._lock:
@@ -357,18 +248,20 @@ class CachedTable:
     # -- loading --------------------------------------------------------------------------------
 
     def interval_target(
-        self, conditions: Sequence[ColumnElement[bool]], shape: Shape | None,
+        self,
+        conditions: Sequence[ColumnElement[bool]],
+        shape: Shape | None,
         parameters: Sequence[BindParameter[Any]],
     ) -> tuple[str, IntervalSet]:
         """Return the index and the intervals that criteria of a load say.
 
         :raises NotExpressible: if no index can express all of them.
         """
-        columns = self.set_up()
+        layout = self.set_up()
         if not conditions or shape is None:
             return "", EVERYTHING
         try:
-            question = ask(shape, parameters, columns)
+            question = ask(shape, parameters, layout.columns)
         except Inexact as reason:
             raise NotExpressible(
                 f"view {self.plan.name}: the criteria cannot be a range of scores ({reason})"
@@ -395,13 +288,13 @@ class CachedTable:
 
     def estimate(self, index: str, intervals: IntervalSet) -> Estimate:
         """Estimate the rows, bytes and seconds of a load, from a count and a sample."""
-        self.set_up()
-        where = self._where(index, intervals)
+        layout = self.set_up()
+        where = layout.where(index, intervals)
         table = self.view.__table__
         with self._snapshots.open() as connection:
             total = connection.scalar(select(func.count()).select_from(table).where(*where)) or 0
             started = time.perf_counter()
-            sample = connection.execute(self.loader.statement(*where).limit(SAMPLE)).all()
+            sample = connection.execute(layout.loader.statement(*where).limit(SAMPLE)).all()
             elapsed = time.perf_counter() - started
         if not sample:
             return Estimate(total, 0, 0.0)
@@ -409,7 +302,7 @@ class CachedTable:
         size = 0
         for row in sample:
             # A record is a header and a pointer for each field; equal values are shared.
-            size += 16 + 8 * len(self.plan.columns) + 8 * len(self.orders)
+            size += 16 + 8 * len(self.plan.columns) + 8 * len(layout.orders)
             for at, value in enumerate(row):
                 try:
                     known = (at, value) in seen
@@ -423,34 +316,41 @@ class CachedTable:
         )
 
     def load(
-        self, index: str, target: IntervalSet, *, extend: bool = False,
+        self,
+        index: str,
+        target: IntervalSet,
+        *,
+        extend: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Make the coverage the target (or, with ``extend``, include it): one SELECT at most.
 
         Only the difference is fetched and expired. A load that fails leaves everything as it was.
         """
-        self.set_up()
+        layout = self.set_up()
         started = time.monotonic()
         with self._loading:
             token = self._begin()
             try:
                 before = self._state
                 missing = before.coverage.missing(index, target)
-                rows = Rows(hidden=self._no_hidden())
+                rows = layout.no_rows()
                 if missing:
                     with self._snapshots.open() as connection:
-                        rows = self.loader.read(
-                            connection, self._where(index, missing), stream=True, progress=progress
+                        rows = layout.loader.read(
+                            connection, layout.where(index, missing), stream=True, progress=progress
                         )
-                    rows = self._only(rows, index, missing)
+                    self._pause("loaded")
+                    rows = layout.only(rows, index, missing)
                 expired = 0
                 while True:
                     state = self._state
                     coverage = (
                         state.coverage.plus(index, target) if extend else Coverage({index: target})
                     )
-                    storage, expired = self._moved(state, rows, index, target, extend=extend)
+                    storage, expired = self._moved(
+                        layout, state, rows, index, target, extend=extend
+                    )
                     with self._lock:
                         if self._state is state:
                             self._apply(token, State(storage, coverage), {})
@@ -468,7 +368,14 @@ class CachedTable:
             )  # fmt: skip
 
     def _moved(
-        self, state: State, rows: Rows, index: str, target: IntervalSet, *, extend: bool
+        self,
+        layout: Layout,
+        state: State,
+        rows: Rows,
+        index: str,
+        target: IntervalSet,
+        *,
+        extend: bool,
     ) -> tuple[Storage, int]:
         """Return the storage with loaded rows, without what is no longer covered."""
         storage = state.storage
@@ -477,7 +384,7 @@ class CachedTable:
             for interval in ~target:
                 outside += storage.orders[index].between(interval)
         if len(outside) == len(storage):
-            storage = Storage.build(self.orders.values(), rows.records, rows.hidden)
+            storage = layout.build(rows)
             self._check_unique(storage)
             return storage, len(outside)
         removed = storage.with_hidden(outside)
@@ -513,7 +420,7 @@ class CachedTable:
 
     def evict(self, index: str, intervals: IntervalSet) -> None:
         """Give up records; those that the coverage of another index needs stay."""
-        self.set_up()
+        layout = self.set_up()
         with self._loading:
             token = self._begin()
             try:
@@ -523,7 +430,7 @@ class CachedTable:
                     gone = [
                         (record, hidden)
                         for record, hidden in state.storage.pairs()
-                        if not self._is_covered(coverage, record, hidden)
+                        if not layout.is_covered(coverage, record, hidden)
                     ]
                     storage = state.storage.replace(gone, [])
                     with self._lock:
@@ -536,10 +443,9 @@ class CachedTable:
 
     def clear(self) -> None:
         """Give up all records."""
-        if self.columns is None:
-            return
+        layout = self.set_up()
         with self._loading, self._lock:
-            empty = Storage.build(self.orders.values(), [], self._no_hidden())
+            empty = layout.build(layout.no_rows())
             if not self._underway:
                 self._pending.clear()
             self._set_state(State(empty, Coverage()))
@@ -554,69 +460,6 @@ class CachedTable:
     def ready(self) -> bool:
         """Whether a load has ended since the start, or since :meth:`clear`."""
         return self._ready.done()
-
-    def _is_covered(self, coverage: Coverage, record: Record, hidden: Hidden | None) -> bool:
-        return coverage.everything or any(
-            self.orders[name].key_of(record, hidden) in intervals
-            for name, intervals in coverage.sets.items()
-        )
-
-    def score_columns(self, index: str) -> tuple[ScoreColumn, ...]:
-        """Return the columns of an index, with its tie-breaking key, as SQL."""
-        order = self.orders[index]
-        return tuple(
-            ScoreColumn(self.plan.column(part.name).clause, part.nullable, order.nulls_first)
-            for part in order.parts
-        )
-
-    def _where(self, index: str, intervals: IntervalSet) -> list[ColumnElement[bool]]:
-        """Return criteria for all rows of the intervals, and perhaps more (see :meth:`_only`)."""
-        if intervals.is_everything or not self._is_expressible(index, intervals):
-            return []
-        return [intervals_clause(self.score_columns(index), intervals)]
-
-    def _is_expressible(self, index: str, intervals: IntervalSet) -> bool:
-        """Whether the database compares as Python does wherever the intervals have a bound."""
-        assert self.columns is not None
-        parts = self.orders[index].parts
-        how = self.columns.comparisons
-        for lower, upper in intervals:
-            at = 0
-            while at < min(len(lower), len(upper)) - 1 and lower[at] == upper[at]:
-                if not how[parts[at].name].equality:
-                    return False
-                at += 1
-            for cut in (lower, upper):
-                for part, value in zip(parts[at:], cut[at:-1], strict=False):
-                    if not (how[part.name].order or isinstance(value, Extreme)):
-                        return False
-        return True
-
-    def _only(self, rows: Rows, index: str, intervals: IntervalSet) -> Rows:
-        """Return the rows that really are in the intervals."""
-        if intervals.is_everything or self._is_expressible(index, intervals):
-            return rows
-        key_of = self.orders[index].key_of
-        pairs = [(r, h) for r, h in rows.pairs() if key_of(r, h) in intervals]
-        return Rows(
-            [r for r, _ in pairs],
-            None if rows.hidden is None else [cast("Hidden", h) for _, h in pairs],
-        )
-
-    def _coverage_clause(self, coverage: Coverage) -> list[ColumnElement[bool]]:
-        """Return criteria for all that is covered, and perhaps more."""
-        if coverage.everything:
-            return []
-        clauses = []
-        for index, intervals in coverage.sets.items():
-            where = self._where(index, intervals)
-            if not where:
-                return []
-            clauses += where
-        result = clauses[0]
-        for clause in clauses[1:]:
-            result = result | clause
-        return [result]
 
     # -- refreshing -----------------------------------------------------------------------------
 
@@ -634,38 +477,16 @@ class CachedTable:
 
     def _refresh(self) -> None:
         started = time.monotonic()
+        layout = self.set_up()
         token = self._begin()
         try:
-            with self._lock:
-                marks = dict(self._pending)
-                state = self._state
-            if not state.coverage:
-                read = Rows(hidden=self._no_hidden())
-                anchors: set[RowKey] | None = None
-            else:
-                with self._snapshots.open() as connection:
-                    self._pause("snapshot")
-                    if None in marks:
-                        anchors, read = None, self._read_coverage(connection, state)
-                    else:
-                        anchors, read = self._read_touched(
-                            connection, state, cast("Iterable[tuple[TableName, RowKey]]", marks)
-                        )
-                self._pause("read")
             while True:
-                state = self._state
-                pairs = [
-                    (record, hidden)
-                    for record, hidden in read.pairs()
-                    if self._is_covered(state.coverage, record, hidden)
-                ]
-                storage = self._refreshed(state.storage, anchors, pairs)
                 with self._lock:
-                    if self._state.storage is state.storage and (
-                        self._state.coverage is state.coverage
-                    ):
-                        self._apply(token, State(storage, state.coverage), marks)
-                        break
+                    marks = dict(self._pending)
+                    state = self._state
+                anchors, read = self._read_marked(layout, state, marks)
+                if self._replace(layout, token, state.coverage, marks, anchors, read):
+                    break
         finally:
             self._end(token)
         self.counts["refreshes"] += 1
@@ -674,185 +495,78 @@ class CachedTable:
             len(read.records), time.monotonic() - started,
         )  # fmt: skip
 
+    def _read_marked(
+        self, layout: Layout, state: State, marks: dict[Mark, int]
+    ) -> tuple[set[RowKey] | None, Rows]:
+        """Read what the marks touch: its anchors (``None``: all of them), and their records."""
+        if not state.coverage:
+            return None, layout.no_rows()
+        with self._snapshots.open() as connection:
+            self._pause("snapshot")
+            if None in marks:
+                result = None, read_coverage(layout, connection, state.coverage)
+            else:
+                result = read_touched(  # type: ignore[assignment]
+                    layout, connection, state.storage, state.coverage,
+                    cast("dict[tuple[TableName, RowKey], int]", marks),
+                )  # fmt: skip
+        self._pause("read")
+        return result
+
+    def _replace(
+        self,
+        layout: Layout,
+        token: int,
+        coverage: Coverage,
+        marks: dict[Mark, int],
+        anchors: set[RowKey] | None,
+        read: Rows,
+    ) -> bool:
+        """Put what a refresh read into storage; say no if the coverage is another by now."""
+        while True:
+            state = self._state
+            if state.coverage is not coverage:
+                # What it read is not all that would have to be replaced.
+                return False
+            pairs = [
+                (record, hidden)
+                for record, hidden in read.pairs()
+                if layout.is_covered(coverage, record, hidden)
+            ]
+            storage = self._refreshed(layout, state.storage, anchors, pairs)
+            with self._lock:
+                if self._state is state:
+                    self._apply(token, State(storage, coverage), marks)
+                    return True
+
     def _pause(self, point: str) -> None:
         """Do nothing; tests stop a refresh here."""
 
     def _refreshed(
         self,
+        layout: Layout,
         storage: Storage,
         anchors: set[RowKey] | None,
         pairs: list[tuple[Record, Hidden | None]],
     ) -> Storage:
         """Return the storage with all records of some anchors (or all) replaced."""
         if anchors is None:
-            result = Storage.build(
-                self.orders.values(),
-                [record for record, _ in pairs],
-                None if self._no_hidden() is None else [cast("Hidden", h) for _, h in pairs],
-            )
+            rows = layout.no_rows()
+            rows.records += [record for record, _ in pairs]
+            if rows.hidden is not None:
+                rows.hidden += [cast("Hidden", hidden) for _, hidden in pairs]
+            result = layout.build(rows)
             self._check_unique(result)
             return result
-        removed = storage.with_hidden(self._records_of(storage, self.plan.anchor, anchors))
+        assert self.plan.anchor is not None
+        removed = storage.with_hidden(layout.records_of(storage, self.plan.anchor, anchors))
         result = storage.replace(removed, pairs)
         if not self.plan.key_is_derived:
+            primary = result.orders[""]
             for record, hidden in pairs:
-                interval = self.orders[""].prefix(self.orders[""].key_of(record, hidden))
-                if result.orders[""].count(interval) > 1:
+                if primary.count(primary.order.prefix(self.plan.key_tuple(record))) > 1:
                     self._check_unique(result)
         return result
-
-    def _records_of(
-        self, storage: Storage, leaf: Leaf | None, keys: Iterable[RowKey]
-    ) -> list[Record]:
-        """Return the stored records made from certain rows of a leaf."""
-        assert leaf is not None
-        order = storage.orders[self._leaf_orders[leaf.number]]
-        found: list[Record] = []
-        for key in keys:
-            found += order.between(order.order.prefix(key))
-        return found
-
-    def _anchor_key(self, record: Record, hidden: Hidden | None) -> RowKey:
-        assert self._anchor_order is not None and self.plan.anchor is not None
-        length = len(self.plan.anchor.primary_key)
-        return self._anchor_order.key_of(record, hidden)[:length]
-
-    def _read_coverage(self, connection: Connection, state: State) -> Rows:
-        return self.loader.read(
-            connection, self._coverage_clause(state.coverage), stream=True
-        )
-
-    def _read_touched(
-        self,
-        connection: Connection,
-        state: State,
-        marks: Iterable[tuple[TableName, RowKey]],
-    ) -> tuple[set[RowKey] | None, Rows]:
-        """Read the records that changed rows touch, now or as they are stored."""
-        anchor = self.plan.anchor
-        assert anchor is not None
-        keys: dict[TableName, set[RowKey]] = {}
-        for table, key in marks:
-            keys.setdefault(table, set()).add(key)
-        covered = self._coverage_clause(state.coverage)
-        touched: set[RowKey] = set()
-        complete: dict[RowKey, tuple[Record, Hidden | None]] = {}
-        for leaf in self.plan.leaves:
-            wanted = keys.get(leaf.table)
-            if wanted is None:
-                continue
-            if leaf is anchor:
-                touched |= wanted
-                continue
-            stored = state.storage.with_hidden(
-                self._records_of(state.storage, leaf, wanted)
-            )
-            touched.update(self._anchor_key(record, hidden) for record, hidden in stored)
-            for record, hidden in self._delta(connection, leaf, wanted, covered).pairs():
-                key = self._anchor_key(record, hidden)
-                touched.add(key)
-                if self.plan.one_row_per_anchor:
-                    complete[key] = record, hidden
-            if len(touched) > MOST_ANCHORS + len(complete):
-                return None, self._read_coverage(connection, state)
-        rows = Rows(hidden=self._no_hidden())
-        rest = touched - complete.keys()
-        if len(rest) > MOST_ANCHORS:
-            return None, self._read_coverage(connection, state)
-        if rest:
-            rows = self._delta(connection, anchor, rest, covered)
-        for record, hidden in complete.values():
-            rows.records.append(record)
-            if rows.hidden is not None:
-                rows.hidden.append(cast("Hidden", hidden))
-        return touched, rows
-
-    def _delta(
-        self,
-        connection: Connection,
-        leaf: Leaf,
-        keys: set[RowKey],
-        covered: list[ColumnElement[bool]],
-    ) -> Rows:
-        """Read the covered records that certain rows of one leaf are part of now."""
-        columns = [self.plan.column(name).clause for name in leaf.hidden]
-        ordered = sorted(keys, key=repr)
-        rows = Rows(hidden=self._no_hidden())
-        for start in range(0, len(ordered), BATCH):
-            batch = ordered[start : start + BATCH]
-            criterion = (
-                columns[0].in_([key[0] for key in batch])
-                if len(columns) == 1
-                else tuple_(*columns).in_(batch)
-            )
-            more = self.loader.read(connection, [criterion, *covered])
-            rows.records += more.records
-            if rows.hidden is not None:
-                rows.hidden += more.hidden or []
-        return rows
-
-    # -- answering ------------------------------------------------------------------------------
-
-    def covered_candidate(self, question: Question, state: State) -> Candidate | None:
-        """Return the index with the fewest records in range, of those that are covered."""
-        best: Candidate | None = None
-        fewest = 0
-        for candidate in question.candidates:
-            if state.coverage.covers(candidate.index, candidate.intervals):
-                order = state.storage.orders[candidate.index]
-                size = sum(map(order.count, candidate.intervals))
-                if best is None or size < fewest:
-                    best, fewest = candidate, size
-        return best
-
-    def partial_candidate(
-        self, question: Question, state: State
-    ) -> tuple[Candidate, IntervalSet] | None:
-        """Return the index of which storage holds most of the answer, and what is missing."""
-        best: tuple[Candidate, IntervalSet] | None = None
-        most = 0
-        for candidate in question.candidates:
-            missing = state.coverage.missing(candidate.index, candidate.intervals)
-            present = candidate.intervals - missing
-            if not present or not self._is_expressible(candidate.index, missing):
-                continue
-            order = state.storage.orders[candidate.index]
-            size = sum(map(order.count, present))
-            if size > most:
-                best, most = (candidate, missing), size
-        return best
-
-    def records_in(
-        self, state: State, index: str, intervals: Iterable[Any], *, descending: bool = False
-    ) -> list[Record]:
-        """Return the stored records of intervals of an index, in its order."""
-        order = state.storage.orders[index]
-        result: list[Record] = []
-        for interval in intervals:
-            part = order.between(interval)
-            result = part if not result else result + part
-        if descending:
-            result.reverse()
-        return result
-
-    def given(self, records: list[Record]) -> list[Record]:
-        """Return records as readers get them: mutable values are the reader's own."""
-        mutable = self.loader.mutable
-        if not mutable:
-            return records
-        make = self.view.__record__
-        names = [c.name for c in self.plan.columns]
-        get = attrgetter(*names)
-        single = len(names) == 1
-        return [
-            make(
-                *(
-                    copy.deepcopy(value) if name in mutable else value
-                    for name, value in zip(names, (get(r),) if single else get(r), strict=True)
-                )
-            )
-            for r in records
-        ]
 
     # -- figures --------------------------------------------------------------------------------
 
@@ -863,7 +577,7 @@ class CachedTable:
             oldest = self._oldest
             pending, leases = len(self._pending), self._leases
         return Stats(
-            records=len(state.storage) if self.columns is not None else 0,
+            records=len(state.storage) if self.layout is not None else 0,
             coverage=repr(state.coverage),
             hits=self.counts["hit"],
             partial_hits=self.counts["partial"],
@@ -887,10 +601,10 @@ class CachedTable:
             assert self._leases >= 0
             assert all(s <= self._sequence for s in self._pending.values())
             assert self._underway or not self._log
-        if self.columns is None:
+        layout = self.layout
+        if layout is None:
             return
         state.coverage._check()
         state.storage._check()
         for record, hidden in state.storage.pairs():
-            assert self._is_covered(state.coverage, record, hidden), record
-
+            assert layout.is_covered(state.coverage, record, hidden), record

@@ -122,7 +122,7 @@ class ViewIndex(ColumnOperators, Generic[V]):
         if cached is None:
             table = self.view.__table__
             cached = tuple(
-                cast("ColumnClause[Any]", table.c[part])
+                table.c[part]
                 if isinstance(part, str)
                 else table.hidden(self.column_name(at), part.type)
                 for at, part in enumerate(self.declared.parts)
@@ -201,7 +201,7 @@ class ViewMeta(type):
             )
         cls.__abstract__ = False
         indexes = {
-            key: ViewIndex(cls, key, getattr(value, "declared", value))
+            key: ViewIndex(cls, key, value.declared if isinstance(value, ViewIndex) else value)
             for base in reversed(cls.__mro__)
             for key, value in vars(base).items()
             if isinstance(value, ScoreIndex | ViewIndex)
@@ -226,7 +226,8 @@ class ViewMeta(type):
             namespace = cls.__dict__
             if "__indexes__" in namespace and "__statement__" not in namespace:
                 declared = inspect.getattr_static(cls, "__select__")
-                _resolve(cls, cls.__select__() if isinstance(declared, classmethod) else declared)  # type: ignore[attr-defined]
+                view = cast("Any", cls)
+                _resolve(view, view.__select__() if isinstance(declared, classmethod) else declared)
                 return getattr(cls, name)
             if name == "__plan__" and "__indexes__" in namespace:
                 plan = analyse(cast("type[CachedView]", cls))
@@ -321,7 +322,7 @@ def _annotated_names(cls: type) -> list[str]:
         if base is CachedView or not isinstance(base, ViewMeta):
             continue
         if sys.version_info >= (3, 14):  # annotations are evaluated lazily, on request
-            import annotationlib  # noqa: PLC0415
+            import annotationlib
 
             annotations = annotationlib.get_annotations(
                 base, format=annotationlib.Format.FORWARDREF
@@ -359,7 +360,7 @@ def _expand(view: type, statement: Any) -> tuple[SelectBase, list[tuple[str | No
                 expanded.append(getattr(entity.entity, attribute.key))
                 names.append(attribute.key)
         else:
-            for key, element in raw.c.items():
+            for key, element in cast("Any", raw).c.items():
                 expanded.append(element)
                 names.append(key)
     if len(expanded) != len(statement._raw_columns):

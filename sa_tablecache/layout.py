@@ -1,0 +1,266 @@
+"""How the records of a view lie in memory, for one database.
+
+In: a view's plan, and what the catalog says of its tables. Out: a :class:`Layout`: the sort orders
+(those of the indexes, of the primary key, and those that lead from base rows to records), which
+hidden values are kept, which tables can be followed exactly, and how intervals of an index are said
+in SQL.
+
+It is worked out once, when a view is first used with an engine, and never changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
+from typing import Any, TypeAlias, cast
+
+from sqlalchemy import Dialect
+from sqlalchemy.sql import ColumnElement
+from sqlalchemy.types import NullType
+
+from .analysis import Leaf, TableName, ViewPlan, table_label
+from .comparison import Comparison, is_sortable
+from .coverage import Coverage
+from .exc import ViewDefinitionError
+from .loading import Catalog, Loader, Rows, ScoreColumn, intervals_clause
+from .planner import Columns
+from .scores import Extreme, IntervalSet
+from .storage import Hidden, Order, Part, Record, Storage
+
+log = logging.getLogger(__name__)
+
+RowKey: TypeAlias = tuple[Any, ...]
+
+LINEAGE = "lineage "
+"""What the names of orders that only lead from base rows to records begin with."""
+
+
+class Layout:
+    """How the records of one view lie in memory, for one database."""
+
+    def __init__(self, plan: ViewPlan, catalog: Catalog, dialect: Dialect) -> None:
+        self.plan = plan
+        self.coarse: dict[TableName, str] = dict(plan.coarse)
+        """Tables of which any change marks the whole view, and why."""
+        self._leaf_orders: dict[int, str] = {}
+        comparisons = {name: catalog.comparison(plan, name, dialect) for name in plan.by_name}
+        wanted, hidden = self._index_orders()
+        hidden += self._lineage_orders(wanted, comparisons)
+        hidden = list(dict.fromkeys(hidden))
+        nulls_first = dialect.name != "postgresql"
+        positions = {name: at for at, name in enumerate(hidden)}
+
+        def part(name: str) -> Part:
+            column = plan.column(name)
+            return Part(
+                name,
+                column.nullable,
+                positions.get(name),
+                hashed=not is_sortable(column.clause.type),
+                nan=comparisons[name].nan_is_greatest,
+            )
+
+        self.orders: dict[str, Order] = {
+            name: Order(name, tuple(map(part, columns)), scores, nulls_first)
+            for name, (columns, scores) in wanted.items()
+        }
+        self.loader = Loader(plan, hidden, comparisons)
+        self.columns = Columns(
+            plan,
+            comparisons,
+            {n: o for n, o in self.orders.items() if not n.startswith(LINEAGE)},
+            nulls_first,
+        )
+        for table, why in self.coarse.items():
+            log.info("view %s: any change of %s marks all of it (%s)", plan.name,
+                     table_label(table), why)  # fmt: skip
+
+    def _index_orders(self) -> tuple[dict[str, tuple[tuple[str, ...], int]], list[str]]:
+        """Return the orders of the key and the indexes, and the hidden columns they need."""
+        plan = self.plan
+        hidden: list[str] = []
+        wanted: dict[str, tuple[tuple[str, ...], int]] = {"": (plan.key, len(plan.key))}
+        for index in plan.view.__indexes__.values():
+            names = index.column_names
+            for name in names:
+                type_ = plan.column(name).clause.type
+                if not is_sortable(type_):
+                    raise ViewDefinitionError(
+                        f"index {index!r} sorts by {name}, whose type {type_!r} "
+                        + (
+                            "is not known: say it with type_coerce(expression, Integer) or the like"
+                            if isinstance(type_, NullType)
+                            else "has no order in Python: sort by an expression of another type"
+                        )
+                    )
+            wanted[index.name] = (names + plan.key_without(names), len(names))
+            hidden += plan.hidden_among(names)
+        return wanted, hidden
+
+    def _lineage_orders(
+        self,
+        wanted: dict[str, tuple[tuple[str, ...], int]],
+        comparisons: dict[str, Comparison],
+    ) -> list[str]:
+        """Add the orders that lead from base rows to records; an index may do as well."""
+        plan = self.plan
+        hidden: list[str] = []
+        followed: set[TableName] = set()
+        lost: set[TableName] = set()
+        for leaf in plan.leaves:
+            names = self._leaf_columns(leaf, comparisons)
+            if not names:
+                lost.add(leaf.table)
+                self.coarse.setdefault(leaf.table, "its primary key cannot be compared in Python")
+                continue
+            if leaf.table not in plan.coarse:
+                followed.add(leaf.table)
+            for name, (columns, _) in wanted.items():
+                if columns[: len(names)] == names:
+                    self._leaf_orders[leaf.number] = name
+                    break
+            else:
+                name = f"{LINEAGE}{leaf.number}"
+                wanted[name] = (names + plan.key_without(names), len(names))
+                self._leaf_orders[leaf.number] = name
+                hidden += plan.hidden_among(names)
+        if plan.anchor is None or plan.anchor.number not in self._leaf_orders:
+            followed.clear()
+            for table in plan.tables:
+                self.coarse.setdefault(table, "no row to anchor its changes on")
+        self.followed = frozenset(followed - lost)
+        """Tables whose changed rows can be followed to records."""
+        return hidden
+
+    def _leaf_columns(self, leaf: Leaf, comparisons: dict[str, Comparison]) -> tuple[str, ...]:
+        """Return the columns by which records are found from a row of a leaf; empty if none do."""
+
+        def usable(names: Sequence[str]) -> bool:
+            return all(
+                comparisons[name].equality and is_sortable(self.plan.column(name).clause.type)
+                for name in names
+            )
+
+        if not usable(leaf.hidden):
+            return ()
+        if leaf.visible is not None and usable(leaf.visible):
+            return leaf.visible
+        return leaf.hidden
+
+    @property
+    def no_hidden(self) -> list[Hidden] | None:
+        """An empty list of hidden values, or ``None`` if the view keeps none."""
+        return [] if self.loader.hidden else None
+
+    def no_rows(self) -> Rows:
+        """Return rows without records."""
+        return Rows(hidden=self.no_hidden)
+
+    def build(self, rows: Rows) -> Storage:
+        """Sort rows into a storage of their own."""
+        return Storage.build(self.orders.values(), rows.records, rows.hidden)
+
+    def is_covered(self, coverage: Coverage, record: Record, hidden: Hidden | None) -> bool:
+        """Whether a record is covered by any index."""
+        return coverage.everything or any(
+            self.orders[name].key_of(record, hidden) in intervals
+            for name, intervals in coverage.sets.items()
+        )
+
+    # -- base rows -------------------------------------------------------------------------------
+
+    def records_of(self, storage: Storage, leaf: Leaf, keys: Iterable[RowKey]) -> list[Record]:
+        """Return the stored records made from certain rows of a leaf."""
+        order = storage.orders[self._leaf_orders[leaf.number]]
+        found: list[Record] = []
+        for key in keys:
+            found += order.between(order.order.prefix(key))
+        return found
+
+    def anchor_key(self, record: Record, hidden: Hidden | None) -> RowKey:
+        """Return the primary key of the anchor's row that a record was made from."""
+        anchor = self.plan.anchor
+        assert anchor is not None
+        order = self.orders[self._leaf_orders[anchor.number]]
+        return order.key_of(record, hidden)[: len(anchor.primary_key)]
+
+    # -- intervals as SQL ------------------------------------------------------------------------
+
+    def score_columns(self, index: str) -> tuple[ScoreColumn, ...]:
+        """Return the columns of an index, with its tie-breaking key, as SQL."""
+        order = self.orders[index]
+        return tuple(
+            ScoreColumn(self.plan.column(part.name).clause, part.nullable, order.nulls_first)
+            for part in order.parts
+        )
+
+    def where(self, index: str, intervals: IntervalSet) -> list[ColumnElement[bool]]:
+        """Return criteria for all rows of the intervals, and perhaps more (see :meth:`only`)."""
+        if intervals.is_everything or not self.is_expressible(index, intervals):
+            return []
+        return [intervals_clause(self.score_columns(index), intervals)]
+
+    def is_expressible(self, index: str, intervals: IntervalSet) -> bool:
+        """Whether the database compares as Python does wherever the intervals have a bound."""
+        parts = self.orders[index].parts
+        how = self.columns.comparisons
+        for lower, upper in intervals:
+            at = 0
+            while at < min(len(lower), len(upper)) - 1 and lower[at] == upper[at]:
+                if not how[parts[at].name].equality:
+                    return False
+                at += 1
+            for cut in (lower, upper):
+                for part, value in zip(parts[at:], cut[at:-1], strict=False):
+                    if not (how[part.name].order or isinstance(value, Extreme)):
+                        return False
+        return True
+
+    def only(self, rows: Rows, index: str, intervals: IntervalSet) -> Rows:
+        """Return the rows that really are in the intervals."""
+        if intervals.is_everything or self.is_expressible(index, intervals):
+            return rows
+        key_of = self.orders[index].key_of
+        pairs = [(r, h) for r, h in rows.pairs() if key_of(r, h) in intervals]
+        return Rows(
+            [r for r, _ in pairs],
+            None if rows.hidden is None else [cast("Hidden", h) for _, h in pairs],
+        )
+
+    def coverage_clause(self, coverage: Coverage) -> list[ColumnElement[bool]]:
+        """Return criteria for all that is covered, and perhaps more."""
+        if coverage.everything:
+            return []
+        clauses = []
+        for index, intervals in coverage.sets.items():
+            where = self.where(index, intervals)
+            if not where:
+                return []
+            clauses += where
+        result = clauses[0]
+        for clause in clauses[1:]:
+            result = result | clause
+        return [result]
+
+    # -- records for readers ---------------------------------------------------------------------
+
+    def given(self, records: list[Record]) -> list[Record]:
+        """Return records as readers get them: mutable values are the reader's own."""
+        mutable = self.loader.mutable
+        if not mutable:
+            return records
+        make = self.plan.view.__record__
+        names = [c.name for c in self.plan.columns]
+        get = attrgetter(*names)
+        single = len(names) == 1
+        return [
+            make(
+                *(
+                    copy.deepcopy(value) if name in mutable else value
+                    for name, value in zip(names, (get(r),) if single else get(r), strict=True)
+                )
+            )
+            for r in records
+        ]
