@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[2] / "sa_tablecache"
 
 ORDER = """
     exc scores comparison criteria options turns view analysis storage coverage loading planner
-    changes statements events table policies cache reading session asyncio transactions feed
-    migrations metrics testing __init__
+    changes layout deltas statements events table policies answering cache reading session asyncio
+    transactions feed migrations metrics testing __init__
 """.split()
 
 MAX_LINES = 500
