@@ -1,7 +1,7 @@
 """Cached views of SQLAlchemy joins: see README.md."""
 
 from .asyncio import AsyncCacheSession, AsyncTableCache
-from .cache import Explanation, Problem
+from .cache import Problem
 from .exc import (
     CacheUnavailable,
     Closed,
@@ -14,10 +14,11 @@ from .exc import (
     UnsuitableEngine,
     ViewDefinitionError,
 )
+from .explaining import Explanation
+from .figures import Estimate, Stats
 from .options import bypass_cache, no_store
 from .reading import LastRead
 from .session import CacheSession, TableCache
-from .table import Estimate, Stats
 from .view import CachedView, ScoreIndex
 
 __version__ = "0.1.0.dev0"

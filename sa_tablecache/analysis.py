@@ -18,29 +18,20 @@ many-to-many aliases resolved) by the ORM's own compiler.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-from sqlalchemy import (
-    Column,
-    DateTime,
-    Select,
-    Table,
-    UniqueConstraint,
-    select,
-)
+from sqlalchemy import Column, DateTime, Select, select
 from sqlalchemy.engine.default import StrCompileDialect
 from sqlalchemy.exc import CompileError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql import ColumnElement, operators, visitors
+from sqlalchemy.sql import ColumnElement, visitors
 from sqlalchemy.sql.compiler import StrSQLCompiler
 from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.elements import (
-    BinaryExpression,
     BindParameter,
-    BooleanClauseList,
     Cast,
     ColumnClause,
     Extract,
@@ -50,61 +41,21 @@ from sqlalchemy.sql.elements import (
 )
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import (
-    Alias,
     CompoundSelect,
     Exists,
-    FromGrouping,
-    Join,
     ScalarSelect,
     SelectBase,
     TableSample,
     TextualSelect,
 )
 
-from . import view as view_module
 from .exc import ViewDefinitionError
-from .view import CachedView, ViewTable
+from .functions import AGGREGATE_FUNCTIONS, IMMUTABLE_FUNCTIONS, VOLATILE_FUNCTIONS
+from .joins import Joins, LeafColumn, closure, is_column
+from .view import Analysis, CachedView, ViewTable
 
 #: A base table by name, resolved: what a change and a leaf are matched by.
 TableName = tuple[str | None, str]
-
-#: Functions whose result depends on the time, the session, or nothing at all.
-VOLATILE_FUNCTIONS = frozenset(
-    """now random rand uuid gen_random_uuid uuid_generate_v1 uuid_generate_v4 uuidv4 uuidv7
-    current_timestamp current_date current_time localtimestamp localtime clock_timestamp
-    statement_timestamp transaction_timestamp timeofday sysdate getdate curdate curtime
-    utc_timestamp utc_date unix_timestamp current_user session_user user current_role
-    current_setting current_schema current_database database connection_id last_insert_id
-    last_insert_rowid changes total_changes nextval currval lastval next_value setval to_char
-    to_timestamp to_date age txid_current pg_backend_pid randomblob pg_sleep sleep rand_uuid
-    inet_client_addr set_config""".split()
-)
-
-AGGREGATE_FUNCTIONS = frozenset(
-    """count sum avg min max array_agg string_agg group_concat json_agg jsonb_agg json_object_agg
-    json_group_array json_group_object bool_and bool_or every bit_and bit_or stddev stddev_pop
-    stddev_samp variance var_pop var_samp aggregate_strings total mode percentile_cont
-    percentile_disc""".split()
-)
-
-#: Functions whose result depends on their arguments alone, on every supported database.
-IMMUTABLE_FUNCTIONS = AGGREGATE_FUNCTIONS | frozenset(
-    """coalesce ifnull nullif greatest least abs ceil ceiling floor round trunc sign mod power pow
-    sqrt exp ln log log10 sin cos tan asin acos atan atan2 pi degrees radians lower upper length
-    char_length character_length octet_length substr substring trim ltrim rtrim btrim lpad rpad
-    replace concat concat_ws reverse repeat left right position strpos instr initcap md5 ascii chr
-    char hex unhex translate split_part timezone iif typeof json_extract json_array_length
-    jsonb_array_length json_object json_array jsonb_build_object json_build_object cardinality
-    array_length unnest row_number rank dense_rank percent_rank cume_dist ntile lag lead
-    first_value last_value nth_value cast bit_length make_date make_time div width_bucket""".split()
-)
-
-
-class LeafColumn(NamedTuple):
-    """A column of one occurrence of a base table in the view's FROM."""
-
-    leaf: int
-    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +172,7 @@ def analyse(view: type[CachedView]) -> ViewPlan:
     return _Analysis(view).plan()
 
 
-view_module.analyse = analyse
+Analysis.run = analyse
 
 
 @compiles(ViewTable)
@@ -266,46 +217,6 @@ def rendered_tables(statement: Any) -> frozenset[TableName]:
     return frozenset(found)
 
 
-def _conjuncts(element: Any) -> Iterator[Any]:
-    if isinstance(element, BooleanClauseList) and element.operator is operators.and_:
-        for clause in element.clauses:
-            yield from _conjuncts(clause)
-    elif isinstance(element, Grouping):
-        yield from _conjuncts(element.element)
-    elif element is not None:
-        yield element
-
-
-def _is_column(element: Any) -> bool:
-    return isinstance(element, Column) and element.table is not None
-
-
-def _closure(
-    start: Iterable[LeafColumn],
-    dependencies: list[tuple[frozenset[LeafColumn], frozenset[LeafColumn]]],
-) -> set[LeafColumn]:
-    """Return all columns that the given ones determine."""
-    known = set(start)
-    grew = True
-    while grew:
-        grew = False
-        for determinant, dependents in dependencies:
-            if determinant <= known and not dependents <= known:
-                known |= dependents
-                grew = True
-    return known
-
-
-@dataclass
-class _Occurrence:
-    """A leaf while the FROM clause is being read."""
-
-    number: int
-    selectable: Any
-    table: Table
-    nullable: bool
-
-
 class _Analysis:
     """One run of the analysis of one view."""
 
@@ -319,12 +230,7 @@ class _Analysis:
         self.statement = self._freeze(view.__statement__)
         self.reasons: list[str] = []
         """Why the select as a whole has no row lineage."""
-        self.occurrences: list[_Occurrence] = []
-        self.joins: list[tuple[Join, range]] = []
-        """Every join with the numbers of the leaves on its right side."""
-        self.dependencies: list[tuple[frozenset[LeafColumn], frozenset[LeafColumn]]] = []
-        self.equal: dict[LeafColumn, set[LeafColumn]] = {}
-        """For a leaf's column, the columns equal to it wherever the leaf is not NULL-extended."""
+        self.joins = Joins()
 
     # -- reading the statement ------------------------------------------------------------------
 
@@ -381,8 +287,9 @@ class _Analysis:
         self._check_clauses()
         froms = self.statement.get_final_froms()
         for selectable in froms:
-            self._read_from(selectable, nullable=False)
-        occurrences = self.occurrences
+            self.joins.read_from(selectable)
+        self.reasons += self.joins.others
+        occurrences = self.joins.leaves
         for occurrence in occurrences:
             if not occurrence.table.primary_key.columns:
                 self.reasons.append(f"table {occurrence.table.fullname} has no primary key")
@@ -407,7 +314,7 @@ class _Analysis:
                 clause = cast("ColumnClause[Any]", index.columns[at])
                 self._check_expression(part, f"index {index.name}")
                 extra.append(part.label(clause.name))
-                source = part if _is_column(part) else None
+                source = part if is_column(part) else None
                 hidden.append(ViewColumn(clause.name, clause, True, source))
         if extra and rendered_tables(statement.add_columns(*extra)) != tables:
             raise self.refuse(
@@ -536,41 +443,19 @@ class _Analysis:
                 "a view has no parameters: filter in the query",
             )
 
-    def _read_from(self, selectable: Any, *, nullable: bool) -> None:
-        """Read one FROM element: its leaves, and which of them outer joins NULL-extend."""
-        if isinstance(selectable, FromGrouping):
-            self._read_from(selectable.element, nullable=nullable)
-            return
-        if isinstance(selectable, Join):
-            self._read_from(selectable.left, nullable=nullable or selectable.full)
-            first = len(self.occurrences)
-            self._read_from(
-                selectable.right, nullable=nullable or selectable.isouter or selectable.full
-            )
-            self.joins.append((selectable, range(first, len(self.occurrences))))
-            return
-        base = selectable
-        while isinstance(base, Alias):
-            base = base.element
-        base = base._deannotate() if hasattr(base, "_deannotate") else base
-        if not isinstance(base, Table):
-            self.reasons.append(f"{type(selectable).__name__.lower()} in FROM")
-            return
-        self.occurrences.append(_Occurrence(len(self.occurrences), selectable, base, nullable))
-
     # -- lineage and keys -----------------------------------------------------------------------
 
     def _lineage(
         self, hidden: list[ViewColumn], extra: list[Any]
     ) -> tuple[tuple[ViewColumn, ...], tuple[Leaf, ...], Leaf | None, bool]:
         sources = [self._source(label) for label in self.statement._raw_columns]
-        self._read_dependencies()
+        self.joins.read_dependencies(self.statement._where_criteria)
         columns = tuple(
             ViewColumn(
                 name,
                 self.table.c[name],
                 self._is_nullable(source),
-                source[1] if source is not None and not self.reasons else None,
+                source[1] if source is not None else None,
             )
             for name, source in zip(self.names, sources, strict=True)
         )
@@ -582,7 +467,7 @@ class _Analysis:
         if self.reasons:
             return columns, (), None, False
         leaves = []
-        for occurrence in self.occurrences:
+        for occurrence in self.joins.leaves:
             names, visible = [], []
             for column in occurrence.table.primary_key.columns:
                 name = f"_key{occurrence.number}_{column.key}"
@@ -590,7 +475,11 @@ class _Analysis:
                 extra.append(occurrence.selectable.c[column.key].label(name))
                 hidden.append(ViewColumn(name, clause, occurrence.nullable, column))
                 names.append(name)
-                visible.append(self._visible_equal(LeafColumn(occurrence.number, column.key)))
+                visible.append(
+                    self.joins.visible_equal(
+                        LeafColumn(occurrence.number, column.key), self.visible
+                    )
+                )
             leaves.append(
                 Leaf(
                     number=occurrence.number,
@@ -607,7 +496,7 @@ class _Analysis:
             if leaf.nullable:
                 continue
             own = {LeafColumn(leaf.number, c.key) for c in leaf.primary_key}
-            if all_keys <= _closure(own, self.dependencies):
+            if all_keys <= closure(own, self.joins.dependencies):
                 anchor, one_row = leaf, True
                 break
             # Of several preserved leaves the later one is on the many side of a chain of joins.
@@ -620,127 +509,15 @@ class _Analysis:
             element = element.element
         if not isinstance(element, ColumnElement) or not hasattr(element, "table"):
             return None
-        at = self._leaf_column(element)
+        at = self.joins.leaf_column(element)
         if at is None:
             return None
-        return at.leaf, self.occurrences[at.leaf].table.c[at.name]
-
-    def _leaf_column(self, element: Any) -> LeafColumn | None:
-        for occurrence in self.occurrences:
-            # Annotated copies of a selectable are equal to it, and not identical.
-            if element.table == occurrence.selectable:
-                for column in occurrence.table.columns:
-                    if column.name == element.name:
-                        return LeafColumn(occurrence.number, column.key)
-        return None
+        return at.leaf, self.joins.leaves[at.leaf].table.c[at.name]
 
     def _is_nullable(self, source: tuple[int, Column[Any]] | None) -> bool:
         if source is None or self.reasons:
             return True
-        return self.occurrences[source[0]].nullable or bool(source[1].nullable)
-
-    def _read_dependencies(self) -> None:
-        """Collect functional dependencies and equalities from keys, joins and criteria."""
-        for occurrence in self.occurrences:
-            columns = frozenset(
-                LeafColumn(occurrence.number, c.key) for c in occurrence.table.columns
-            )
-            unique = [tuple(occurrence.table.primary_key.columns)]
-            unique += [
-                tuple(constraint.columns)
-                for constraint in occurrence.table.constraints
-                if isinstance(constraint, UniqueConstraint)
-            ]
-            unique += [(c,) for c in occurrence.table.columns if c.unique]
-            for determinant in unique:
-                if determinant and not any(c.nullable for c in determinant):
-                    self.dependencies.append(
-                        (
-                            frozenset(LeafColumn(occurrence.number, c.key) for c in determinant),
-                            columns,
-                        )
-                    )
-        for criterion in self.statement._where_criteria:
-            for conjunct in _conjuncts(criterion):
-                self._read_equality(conjunct, frozenset())
-        for join, right in self.joins:
-            if join.full:
-                continue
-            for conjunct in _conjuncts(join.onclause):
-                self._read_equality(conjunct, frozenset(right) if join.isouter else frozenset())
-            if join.isouter:
-                self._read_outer_join(join, frozenset(right))
-
-    def _read_equality(self, conjunct: Any, right_of_outer: frozenset[int]) -> None:
-        """Read ``a = b``: an equality of all rows, or (outer join) of rows not NULL-extended."""
-        if not (isinstance(conjunct, BinaryExpression) and conjunct.operator is operators.eq):
-            return
-        sides = [
-            self._leaf_column(side) if hasattr(side, "table") else None
-            for side in (conjunct.left, conjunct.right)
-        ]
-        if sides[0] is None or sides[1] is None:
-            if sides[0] is not None and isinstance(conjunct.right, BindParameter):
-                if not right_of_outer:
-                    self.dependencies.append((frozenset(), frozenset({sides[0]})))
-            return
-        for one, other in ((sides[0], sides[1]), (sides[1], sides[0])):
-            if not right_of_outer:
-                self.dependencies.append((frozenset({one}), frozenset({other})))
-                self.equal.setdefault(one, set()).add(other)
-            elif one.leaf in right_of_outer:
-                # Wherever the right side is there, its column equals the left one.
-                self.equal.setdefault(one, set()).add(other)
-
-    def _read_outer_join(self, join: Join, right: frozenset[int]) -> None:
-        """``a LEFT JOIN b``: if the ON clause pins a key of b, what it uses of a determines b."""
-        left_used: set[LeafColumn] = set()
-        pinned: set[LeafColumn] = set()
-        for conjunct in _conjuncts(join.onclause):
-            for element in visitors.iterate(conjunct):
-                if isinstance(element, ColumnClause):
-                    at = self._leaf_column(element) if element.table is not None else None
-                    if at is None:
-                        return
-                    if at.leaf not in right:
-                        left_used.add(at)
-            if isinstance(conjunct, BinaryExpression) and conjunct.operator is operators.eq:
-                for one, other in (
-                    (conjunct.left, conjunct.right),
-                    (conjunct.right, conjunct.left),
-                ):
-                    a = self._leaf_column(one) if _is_column(one) else None
-                    b = self._leaf_column(other) if _is_column(other) else None
-                    if a and b and a.leaf not in right and b.leaf in right:
-                        pinned.add(b)
-        inside = [d for d in self.dependencies if all(c.leaf in right for c in d[0] | d[1])]
-        keys = frozenset(
-            LeafColumn(number, c.key)
-            for number in right
-            for c in self.occurrences[number].table.primary_key.columns
-        )
-        if keys <= _closure(pinned, inside):
-            self.dependencies.append((frozenset(left_used), keys))
-
-    def _visible_equal(self, column: LeafColumn) -> str | None:
-        """Return a view column that equals the given one wherever its leaf is not NULL-extended."""
-        if column in self.visible:
-            return self.visible[column]
-        kind = self._type_of(column)
-        seen, todo = {column}, [column]
-        while todo:
-            current = todo.pop()
-            for other in sorted(self.equal.get(current, ())):
-                if other in seen or type(self._type_of(other)) is not type(kind):
-                    continue
-                seen.add(other)
-                if other in self.visible:
-                    return self.visible[other]
-                todo.append(other)
-        return None
-
-    def _type_of(self, column: LeafColumn) -> Any:
-        return self.occurrences[column.leaf].table.c[column.name].type
+        return self.joins.leaves[source[0]].nullable or bool(source[1].nullable)
 
     def _derived_key(self, columns: tuple[ViewColumn, ...]) -> tuple[str, ...]:
         """Return the smallest set of visible columns, by greedy removal, that identifies a row."""
@@ -757,13 +534,13 @@ class _Analysis:
             return tuple(self.names)
         if self.statement._group_by_clauses:
             return self._grouping_key()
-        if not self.occurrences or any(r.endswith("in FROM") for r in self.reasons):
+        if not self.joins.leaves or any(r.endswith("in FROM") for r in self.reasons):
             raise self.refuse(
                 "no primary key can be derived from a subquery in FROM",
                 "name the columns that identify a row with __primary_key__",
             )
-        if any(j.full for j, _ in self.joins) or any(
-            not o.table.primary_key.columns for o in self.occurrences
+        if any(j.full for j, _ in self.joins.joins) or any(
+            not o.table.primary_key.columns for o in self.joins.leaves
         ):
             raise self.refuse(
                 "no primary key can be derived over a FULL JOIN or a table without primary key",
@@ -771,18 +548,18 @@ class _Analysis:
             )
         wanted = {
             LeafColumn(o.number, c.key)
-            for o in self.occurrences
+            for o in self.joins.leaves
             for c in o.table.primary_key.columns
         }
         candidates = list(self.visible)
-        if not wanted <= _closure(candidates, self.dependencies):
+        if not wanted <= closure(candidates, self.joins.dependencies):
             key = sorted(wanted)
             for column in sorted(wanted, reverse=True):
                 rest = [c for c in key if c != column]
-                if wanted <= _closure(rest, self.dependencies):
+                if wanted <= closure(rest, self.joins.dependencies):
                     key = rest
             missing = ", ".join(
-                f"{self.occurrences[c.leaf].table.name}.{c.name}"
+                f"{self.joins.leaves[c.leaf].table.name}.{c.name}"
                 for c in key
                 if c not in self.visible
             )
@@ -798,7 +575,7 @@ class _Analysis:
             reverse=True,
         ):
             rest = [c for c in candidates if c != column]
-            if wanted <= _closure(rest, self.dependencies):
+            if wanted <= closure(rest, self.joins.dependencies):
                 candidates = rest
         return tuple(sorted((self.visible[c] for c in candidates), key=position.__getitem__))
 
@@ -833,8 +610,8 @@ class _Analysis:
         for criterion in self.statement._where_criteria:
             for element in visitors.iterate(criterion):
                 if isinstance(element, ColumnClause) and element.table is not None:
-                    at = self._leaf_column(element)
-                    if at is not None and self.occurrences[at.leaf].nullable:
+                    at = self.joins.leaf_column(element)
+                    if at is not None and self.joins.leaves[at.leaf].nullable:
                         filtered.add(at.leaf)
         if filtered:
             # A row that such a criterion drops leaves no trace in the cache, so that nothing

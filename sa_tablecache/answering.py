@@ -6,14 +6,15 @@ cache may be asked at all is decided in ``reading.py``, and no SQL is run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
+from .comparison import Inexact
 from .layout import Layout
-from .planner import Candidate, Question, check_sortable, index_direction, sort
-from .scores import IntervalSet
-from .storage import Record
+from .planner import Candidate, Columns, Ordering, Question
+from .scores import NULLS_FIRST, NULLS_LAST, IntervalSet
+from .storage import NAN, Record
 from .table import State
 
 
@@ -100,3 +101,67 @@ def finished(
     if len(shape.projection) == 1:
         return [(values(record),) for record in records]
     return list(map(values, records))
+
+
+# -- order -------------------------------------------------------------------------------------
+
+
+def index_direction(
+    candidate: Candidate, orderings: Sequence[Ordering], columns: Columns
+) -> bool | None:
+    """Return whether the index gives the wanted order: ``False``, or ``True`` if read backwards.
+
+    ``None`` if the records have to be sorted.
+    """
+    wanted = [o for o in orderings if o.column not in candidate.fixed]
+    if not wanted:
+        return False
+    # A column that has one value throughout does not influence the order of the keys.
+    order = columns.orders[candidate.index]
+    parts = [part for part in order.parts if part.name not in candidate.fixed]
+    if len({o.descending for o in wanted}) > 1 or len(wanted) > len(parts):
+        return None
+    for part, ordering in zip(parts, wanted, strict=False):
+        if part.name != ordering.column or part.hashed:
+            return None
+        if not columns.comparisons[part.name].order:
+            return None
+    return wanted[0].descending
+
+
+def check_sortable(orderings: Sequence[Ordering], columns: Columns) -> None:
+    """Raise :class:`.Inexact` unless Python sorts by these columns as the database does."""
+    for ordering in orderings:
+        how = columns.comparisons.get(ordering.column)
+        if how is None or not how.order:
+            why = how.reason if how is not None else ""
+            raise Inexact(f"ORDER BY {ordering.column}: {why or 'no order that Python knows'}")
+
+
+def sort(
+    records: Sequence[Record], orderings: Sequence[Ordering], columns: Columns
+) -> list[Record]:
+    """Return records in an order that no index gives; O(n log n) for each change of direction."""
+    check_sortable(orderings, columns)
+    result = list(records)
+    null = NULLS_FIRST if columns.nulls_first else NULLS_LAST
+    for ordering in reversed(orderings):
+        name = ordering.column
+        if name not in columns.public:
+            raise Inexact(f"ORDER BY {name}, which is computed by the database")
+        key: Callable[[Any], Any] = attrgetter(name)
+        nan = columns.comparisons[name].nan_is_greatest
+        if columns.plan.column(name).nullable or nan:
+            key = _null_safe(key, null, nan=nan)
+        result.sort(key=key, reverse=ordering.descending)
+    return result
+
+
+def _null_safe(get: Callable[[Any], Any], null: Any, *, nan: bool) -> Callable[[Any], Any]:
+    def key(record: Any) -> Any:
+        value = get(record)
+        if value is None:
+            return null
+        return NAN if nan and value != value else value  # noqa: PLR0124
+
+    return key

@@ -16,12 +16,13 @@ from sqlalchemy.sql import ColumnElement
 from sqlalchemy.util import greenlet_spawn
 
 from . import reading
-from .cache import Explanation, Problem
+from .cache import Problem
 from .exc import TableCacheError, Unbound
+from .explaining import Explanation
+from .figures import Estimate, Stats
 from .loading import Progress
 from .reading import LastRead, RangeRead
 from .session import CacheSession, TableCache, _check_range, _result, listen
-from .table import Estimate, Stats
 from .view import CachedView, ViewIndex, ViewMeta
 
 V = TypeVar("V", bound=CachedView)

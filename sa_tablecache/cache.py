@@ -1,8 +1,8 @@
 """The cached views of one database.
 
 In: an engine, views, and what the application says (load, evict, invalidate). A
-:class:`BaseTableCache` holds one :class:`.CachedTable` for each view, and is what the engine's events
-tell of commits.
+:class:`BaseTableCache` holds one :class:`.CachedTable` for each view, and is what the engine's
+events tell of commits.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.sql import ColumnElement
 
 from .analysis import plan_of, table_label, table_name
-from .answering import covered_candidate, partial_candidate
+from .answering import covered_candidate
 from .changes import ChangeSet, Marks
 from .comparison import Inexact
 from .events import Backend, unwatch, watch
 from .exc import Closed, CriteriaError, TableCacheError, Unbound, UnknownView
+from .explaining import Explanation, explain
+from .figures import Estimate, Stats, estimate
+from .layout import log_coarse
 from .loading import Progress, Snapshots
-from .planner import Shape, ask, index_direction, shape_of, view_of
+from .planner import Shape, ask, shape_of, view_of
 from .scores import IntervalSet
 from .statements import exact_value
-from .table import CachedTable, Estimate, Stats
+from .table import CachedTable
 from .view import CachedView, ViewMeta
 
 ORPHAN_CHECK_SECONDS = 0.2
@@ -43,37 +46,6 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.view}: {self.what}"
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """How a statement would be answered: ``hit``, ``partial``, ``miss`` or ``bypass``."""
-
-    kind: str
-    view: str
-    reason: str = ""
-    index: str = ""
-    intervals: str = ""
-    missing: str = ""
-    records: int = 0
-    """Records that would be scanned."""
-    residual: int = 0
-    """Conditions that would be tested record by record."""
-    sort: bool = False
-    """Whether the records would have to be sorted."""
-
-    def __str__(self) -> str:
-        lines = [f"{self.kind} on {self.view}" + (f": {self.reason}" if self.reason else "")]
-        if self.index:
-            lines.append(f"  index      {self.index}")
-            lines.append(f"  intervals  {self.intervals}")
-        if self.missing:
-            lines.append(f"  missing    {self.missing}")
-        if self.index:
-            lines.append(f"  records    {self.records} scanned")
-            lines.append(f"  residual   {self.residual} condition(s)")
-            lines.append(f"  order      {'sorted' if self.sort else 'as indexed'}")
-        return "\n".join(lines)
 
 
 @dataclass(slots=True)
@@ -182,6 +154,8 @@ class BaseTableCache:
             self._views.append(view)
             if self._snapshots is not None:
                 self._tables[view] = CachedTable(plan, self._snapshots)
+        for table, why in plan.coarse.items():
+            log_coarse(plan, table, why)
 
     def table(self, view: type[CachedView]) -> CachedTable:
         """Return what holds the records of a view."""
@@ -285,7 +259,10 @@ class BaseTableCache:
     def estimate(self, view: type[CachedView], *criteria: ColumnElement[bool] | bool) -> Estimate:
         """Estimate what a load would cost: two SELECTs, a count and a sample of 1,000 rows."""
         table, index, intervals = self._target(view, criteria)
-        return table.estimate(index, intervals)
+        assert self._snapshots is not None
+        layout = table.set_up()
+        with self._snapshots.open() as connection:
+            return estimate(layout, connection, index, intervals)
 
     # -- freshness ------------------------------------------------------------------------------
 
@@ -367,42 +344,7 @@ class BaseTableCache:
         view = view_of(statement)
         if view is None:
             raise CriteriaError("this is not a SELECT of a cached view")
-        table, name = self.table(view), view.__name__
-        columns = table.set_up().columns
-        try:
-            shape, parameters = shape_of(statement)
-            question = ask(shape, parameters, columns)
-        except Inexact as reason:
-            return Explanation("bypass", name, str(reason))
-        if any(type(option).__name__ == "BypassCache" for option in shape.options):
-            return Explanation("bypass", name, "bypass_cache()")
-        state = table.state
-        fresh = ""
-        if table.leased:
-            return Explanation("bypass", name, "a commit is under way")
-        if table.current is None:
-            fresh = "after a refresh of what is marked"
-        candidate = covered_candidate(question, state)
-        missing: Any = ""
-        kind = "hit"
-        if candidate is None:
-            partial = partial_candidate(table.set_up(), question, state)
-            if partial is None:
-                return Explanation("miss", name, f"the coverage is {state.coverage}")
-            candidate, missing = partial
-            kind, fresh = "partial", "the gaps are fetched"
-        order = state.storage.orders[candidate.index]
-        return Explanation(
-            kind,
-            name,
-            fresh,
-            index=candidate.index or "primary key",
-            intervals=repr(candidate.intervals),
-            missing=repr(missing) if missing else "",
-            records=sum(map(order.count, candidate.intervals)),
-            residual=len(candidate.residual),
-            sort=index_direction(candidate, shape.orderings, columns) is None,
-        )
+        return explain(self.table(view), statement)
 
     # -- commits --------------------------------------------------------------------------------
 

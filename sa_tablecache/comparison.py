@@ -139,11 +139,12 @@ def comparison(
 
 
 def _by_type(type_: types.TypeEngine[Any], dialect: str, stored: StoredColumn | None) -> Comparison:
+    details: Any = type_  # the match narrows type_ to more than is true of subclasses
     match type_:
         case types.Boolean():
             return Comparison(True, False, (bool,), "a truth value")
         case types.Integer():
-            bounds = next(b for base, b in _INTEGERS.items() if isinstance(type_, base))
+            bounds = next(b for base, b in _INTEGERS.items() if isinstance(details, base))
             if stored is None or dialect == "sqlite":
                 bounds = _INTEGERS[types.BigInteger]
             elif stored.type_name is not None:
@@ -154,14 +155,14 @@ def _by_type(type_: types.TypeEngine[Any], dialect: str, stored: StoredColumn | 
             return Comparison(True, True, (int,), bounds=bounds)
         case types.REAL():
             return Comparison(False, False, reason="REAL is compared in single precision")
+        case types.Float(asdecimal=True):
+            return _UNKNOWN
         case types.Float():
-            if type_.asdecimal or (stored is None and dialect == "mysql"):
-                return _UNKNOWN
             return Comparison(True, True, (float,), nan_is_greatest=dialect == "postgresql")
-        case types.Numeric():
-            if dialect != "postgresql" or not type_.asdecimal:
-                return Comparison(False, False, reason="a decimal that is not compared as one")
+        case types.Numeric(asdecimal=True) if dialect == "postgresql":
             return Comparison(True, True, (Decimal,), nan_is_greatest=True)
+        case types.Numeric():
+            return Comparison(False, False, reason="a decimal that is not compared as one")
         case types.Enum():
             kind = type_.enum_class
             if kind is None or not issubclass(kind, enum.Enum) or dialect == "mysql":

@@ -39,6 +39,12 @@ log = logging.getLogger(__name__)
 
 KEY: Final = "sa_tablecache.transaction"
 RAW: Final = "sa_tablecache.raw"
+TAINTED: Final = "sa_tablecache.tainted"
+"""In the connection's info: SET or the like ran, so that it may see what others do not.
+
+It stays when the connection returns to its pool: a reset of the pool ends transactions, and not
+what was set for the session.
+"""
 _ticks = count(1)
 
 
@@ -77,8 +83,6 @@ class Transaction:
     leases: list[tuple[Subscriber, Any]] | None = None
     began: int = 0
     opaque: bool = False
-    tainted: bool = False
-    """Whether SET or the like ran: what the connection sees may differ from what others see."""
 
     def touches(self, tables: frozenset[TableName]) -> bool:
         """Whether it wrote one of the tables."""
@@ -120,7 +124,7 @@ class Watcher:
         """Note what a statement is about to write."""
         writes = writes_of(context, statement)
         if writes.sets:
-            transaction_of(connection.info).tainted = True
+            connection.info[TAINTED] = True
         if not writes and not writes.opaque:
             return
         transaction = transaction_of(connection.info)
@@ -349,12 +353,8 @@ def _commit(
             transaction.leases = None
             info.pop(KEY, None)
         raise
-    # A connection that an application keeps may go on in its next transaction at once.
-    tainted = transaction.tainted
     _publish(None, transaction)
     info.pop(KEY, None)
-    if tainted:
-        transaction_of(info).tainted = True
 
 
 def _release(transaction: Transaction) -> None:

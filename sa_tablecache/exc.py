@@ -3,8 +3,8 @@
 ::
 
     TableCacheError                    everything raised by this package
-     ├── ViewDefinitionError           a view that cannot be right: names the culprit and the way out
-     ├── CriteriaError                 criteria that make no sense for the view that they are used with
+     ├── ViewDefinitionError           a view that cannot be right: culprit and way out
+     ├── CriteriaError                 criteria that make no sense for the view
      │    └── NotExpressible           load criteria that no score index of the view can express
      ├── UnknownView                   a view that this cache does not hold
      ├── CacheUnavailable              the cache cannot be used now
@@ -56,4 +56,4 @@ class UnsuitableEngine(TableCacheError):
 
 
 class DuplicateKey(TableCacheError):
-    """Two rows of a view have the same primary key: ``__primary_key__`` is not a key of the view."""
+    """Two rows of a view share a primary key: ``__primary_key__`` is no key of the view."""

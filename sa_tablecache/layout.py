@@ -37,6 +37,11 @@ LINEAGE = "lineage "
 """What the names of orders that only lead from base rows to records begin with."""
 
 
+def log_coarse(plan: ViewPlan, table: TableName, why: str) -> None:
+    """Tell that changes of a table cannot be followed to records."""
+    log.info("view %s: any change of %s marks all of it (%s)", plan.name, table_label(table), why)
+
+
 class Layout:
     """How the records of one view lie in memory, for one database."""
 
@@ -73,9 +78,8 @@ class Layout:
             {n: o for n, o in self.orders.items() if not n.startswith(LINEAGE)},
             nulls_first,
         )
-        for table, why in self.coarse.items():
-            log.info("view %s: any change of %s marks all of it (%s)", plan.name,
-                     table_label(table), why)  # fmt: skip
+        for table in self.coarse.keys() - plan.coarse.keys():
+            log_coarse(plan, table, self.coarse[table])
 
     def _index_orders(self) -> tuple[dict[str, tuple[tuple[str, ...], int]], list[str]]:
         """Return the orders of the key and the indexes, and the hidden columns they need."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any, Final, cast
 from weakref import WeakKeyDictionary
 
@@ -38,7 +37,7 @@ from .scores import (
     Interval,
     IntervalSet,
 )
-from .storage import NAN, Order, Record
+from .storage import Order, Record
 from .view import CachedView, ViewTable
 
 MOST_POINTS: Final = 1_000
@@ -75,6 +74,13 @@ class Shape:
     def __post_init__(self) -> None:
         object.__setattr__(self, "conjuncts", tuple(criteria.conjuncts(self.where)))
 
+    def check_residual(self, residual: tuple[int, ...], columns: Columns) -> None:
+        """Raise :class:`.Inexact` if a remaining condition is about what records do not have."""
+        for number in residual:
+            for name in criteria.columns_of(self.conjuncts[number]):
+                if name not in columns.public:
+                    raise Inexact(f"{name} is computed by the database")
+
     def filter(
         self,
         residual: tuple[int, ...],
@@ -89,9 +95,7 @@ class Shape:
         key = (columns, residual, tuple(value is None for value in bound), question.lists)
         function = self._filters.get(key)
         if function is None:
-            for name in criteria.columns_of(And(tuple(self.conjuncts[i] for i in residual))):
-                if name not in columns.public:
-                    raise Inexact(f"{name} is computed by the database")
+            self.check_residual(residual, columns)
             source = criteria.predicate_source(
                 And(tuple(self.conjuncts[i] for i in residual)),
                 bound,
@@ -480,7 +484,7 @@ def _row_interval(
     bound: Sequence[Any],
     columns: Columns,
 ) -> tuple[int, Interval] | None:
-    """Return the interval of a row comparison over the next columns of an index, if there is one."""
+    """Return the interval of a row comparison over the next columns of an index, if any."""
     for number, node in enumerate(conjuncts):
         if not isinstance(node, RowCompare):
             continue
@@ -504,67 +508,3 @@ def _row_interval(
                 interval = Interval((*prefix, *values, MIN), (*prefix, MAX))
         return number, interval
     return None
-
-
-# -- order -------------------------------------------------------------------------------------
-
-
-def index_direction(
-    candidate: Candidate, orderings: Sequence[Ordering], columns: Columns
-) -> bool | None:
-    """Return whether the index gives the wanted order: ``False``, or ``True`` if read backwards.
-
-    ``None`` if the records have to be sorted.
-    """
-    wanted = [o for o in orderings if o.column not in candidate.fixed]
-    if not wanted:
-        return False
-    # A column that has one value throughout does not influence the order of the keys.
-    order = columns.orders[candidate.index]
-    parts = [part for part in order.parts if part.name not in candidate.fixed]
-    if len({o.descending for o in wanted}) > 1 or len(wanted) > len(parts):
-        return None
-    for part, ordering in zip(parts, wanted, strict=False):
-        if part.name != ordering.column or part.hashed:
-            return None
-        if not columns.comparisons[part.name].order:
-            return None
-    return wanted[0].descending
-
-
-def check_sortable(orderings: Sequence[Ordering], columns: Columns) -> None:
-    """Raise :class:`.Inexact` unless Python sorts by these columns as the database does."""
-    for ordering in orderings:
-        how = columns.comparisons.get(ordering.column)
-        if how is None or not how.order:
-            why = how.reason if how is not None else ""
-            raise Inexact(f"ORDER BY {ordering.column}: {why or 'no order that Python knows'}")
-
-
-def sort(
-    records: Sequence[Record], orderings: Sequence[Ordering], columns: Columns
-) -> list[Record]:
-    """Return records in an order that no index gives; O(n log n) for each change of direction."""
-    check_sortable(orderings, columns)
-    result = list(records)
-    null = NULLS_FIRST if columns.nulls_first else NULLS_LAST
-    for ordering in reversed(orderings):
-        name = ordering.column
-        if name not in columns.public:
-            raise Inexact(f"ORDER BY {name}, which is computed by the database")
-        key: Callable[[Any], Any] = attrgetter(name)
-        nan = columns.comparisons[name].nan_is_greatest
-        if columns.plan.column(name).nullable or nan:
-            key = _null_safe(key, null, nan=nan)
-        result.sort(key=key, reverse=ordering.descending)
-    return result
-
-
-def _null_safe(get: Callable[[Any], Any], null: Any, *, nan: bool) -> Callable[[Any], Any]:
-    def key(record: Any) -> Any:
-        value = get(record)
-        if value is None:
-            return null
-        return NAN if nan and value != value else value  # noqa: PLR0124
-
-    return key

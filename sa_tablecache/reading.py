@@ -15,14 +15,20 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, DateTime, Engine, Select, literal, select
+from sqlalchemy import DateTime, Select, literal, select
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
 
-from .answering import covered_candidate, finished, from_state, partial_candidate, records_in
+from .answering import (
+    check_sortable,
+    covered_candidate,
+    finished,
+    from_state,
+    partial_candidate,
+    records_in,
+)
 from .cache import BaseTableCache
 from .comparison import Inexact, to_utc
-from .events import KEY, Transaction, root_of
 from .exc import CriteriaError
 from .layout import Layout
 from .loading import intervals_clause
@@ -31,10 +37,10 @@ from .planner import (
     Question,
     Shape,
     ask,
-    check_sortable,
     shape_of,
     view_of,
 )
+from .scopes import database_reason
 from .scores import MAX, MIN, NULLS_LAST, Interval, IntervalSet
 from .storage import Record
 from .table import CachedTable, State
@@ -44,11 +50,6 @@ log = logging.getLogger(__name__)
 
 #: Execution option of a statement that the database is to answer.
 SKIP = "sa_tablecache_skip"
-
-CONNECTIONS = "sa_tablecache.connections"
-"""In ``Session.info``: the connections of its transaction."""
-
-_ASKED = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
 
 
 class LastRead(NamedTuple):
@@ -76,91 +77,6 @@ def remember(session: Any, table: CachedTable, kind: str, reason: str = "") -> N
     session.last_read = LastRead(kind, reason, table.view)
     if kind != "hit":
         log.debug("view %s: %s (%s)", table.plan.name, kind, reason)
-
-
-# -- may this session read from the cache? -----------------------------------------------------
-
-
-def flush_pending(session: Session) -> None:
-    """Flush as any query would, so that the session's own changes count as written."""
-    # The public way, new/dirty/deleted, builds three sets for each read.
-    if session.autoflush and not session._flushing and not session._is_clean():
-        session.flush()
-
-
-def database_reason(session: Session, cache: BaseTableCache, table: CachedTable) -> str | None:
-    """Return why a session has to read the database, or ``None`` if it may use the cache."""
-    flush_pending(session)
-    engine = cache.engine
-    bind = session.bind
-    if bind is not engine:
-        reason = _foreign_bind(session, engine)
-        if reason is not None:
-            return reason
-    if isolation_asked_for(engine):
-        return "an isolation level was asked for on the engine"
-    if not isinstance(bind, Connection) and not session.in_transaction():
-        return None
-    connections = list(session.info.get(CONNECTIONS, ()))
-    if isinstance(bind, Connection):
-        connections.append(bind)
-    for connection in connections:
-        if connection.closed or connection.invalidated:
-            continue
-        reason = _connection_reason(connection, table, engine)
-        if reason is not None:
-            return reason
-    return None
-
-
-def _foreign_bind(session: Session, engine: Engine) -> str | None:
-    try:
-        bind = session.bind or session.get_bind()
-    except Exception:
-        return "the session has no bind that the cache could recognise"
-    other = bind.engine
-    if root_of(other) is not root_of(engine):
-        return "the session is bound to another engine"
-    mine, theirs = (e.get_execution_options().get("schema_translate_map") for e in (engine, bind))
-    if mine != theirs:
-        return "another schema_translate_map"
-    return None
-
-
-def isolation_asked_for(engine: Engine) -> bool:
-    """Whether all transactions of an engine are to be REPEATABLE READ or SERIALIZABLE."""
-    dialect = engine.dialect
-    asked = engine.get_execution_options().get("isolation_level") or getattr(
-        dialect, "_on_connect_isolation_level", None
-    )
-    if asked is not None:
-        return asked in _ASKED
-    # On PostgreSQL a default other than READ COMMITTED was set by someone: server, database, role.
-    return dialect.name == "postgresql" and dialect.default_isolation_level in _ASKED
-
-
-def _connection_reason(connection: Connection, table: CachedTable, engine: Engine) -> str | None:
-    transaction: Transaction | None = connection.info.get(KEY)
-    if transaction is not None and transaction.touches(table.plan.tables):
-        return "the transaction wrote a table of the view"
-    if transaction is not None and transaction.tainted:
-        return "the transaction ran SET or the like"
-    options = connection.get_execution_options()
-    asked = options.get("isolation_level")
-    if asked in _ASKED:
-        return f"{asked} was asked for"
-    if options.get("schema_translate_map") != engine.get_execution_options().get(
-        "schema_translate_map"
-    ):
-        return "another schema_translate_map"
-    if (
-        asked is None
-        and engine.dialect.name != "postgresql"
-        and connection.in_transaction()
-        and (transaction is None or transaction.began < table.changed_at)
-    ):
-        return "the view changed since the transaction began"
-    return None
 
 
 # -- what the cache can say --------------------------------------------------------------------
@@ -333,11 +249,8 @@ def range_from_cache(
         name = read.by.name
         interval = range_interval(layout, read, state)
         if not state.coverage.everything and not state.coverage.of(name).covers(interval):
-            covered = _covered_otherwise(layout, read, state)
-            if not covered:
-                if fetch:
-                    remember(session, table, "miss", f"the coverage is {state.coverage}")
-                return None
+            if not _covered_otherwise(layout, read, state):
+                return _partial_range(session, table, read, state, interval) if fetch else None
         order = state.storage.orders[name]
         if read.limit is None:
             records = order.between(interval)
@@ -351,6 +264,30 @@ def range_from_cache(
         if fetch:
             remember(session, table, "bypass", str(inexact))
         return None
+
+
+def _partial_range(
+    session: Session, table: CachedTable, read: RangeRead, state: State, interval: Interval
+) -> list[Record] | None:
+    """Fetch what storage lacks of a range, and merge: one SELECT, in the session."""
+    layout, name = table.set_up(), read.by.name
+    missing = state.coverage.missing(name, IntervalSet([interval]))
+    present = IntervalSet([interval]) - missing
+    order = state.storage.orders[name]
+    if not present or order.order.stored or not layout.is_expressible(name, missing):
+        remember(session, table, "miss", f"the coverage is {state.coverage}")
+        return None
+    gaps = range_statement(session, table, read).where(
+        intervals_clause(layout.score_columns(name), missing)
+    )
+    fetched = fetch_records(session, table.view, gaps)
+    if table.current is not state:
+        remember(session, table, "miss", "the view changed while gaps were fetched")
+        return None
+    records = layout.given([r for i in present for r in order.between(i)]) + fetched
+    records.sort(key=order.order.prefixes[-1], reverse=read.descending)
+    remember(session, table, "partial", f"{missing} was fetched")
+    return records if read.limit is None else records[: read.limit]
 
 
 def _covered_otherwise(layout: Layout, read: RangeRead, state: State) -> bool:

@@ -11,7 +11,7 @@ a :class:`sqlalchemy.orm.Session`. Two ways lead to the cache, both to ``reading
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, Select, event, func, select
 from sqlalchemy.engine.result import IteratorResult, Result, SimpleResultMetaData
@@ -21,11 +21,13 @@ from sqlalchemy.sql import ColumnElement
 from sqlalchemy.sql.selectable import Alias, FromClause
 
 from . import reading
-from .cache import BaseTableCache, Explanation
+from .cache import BaseTableCache
 from .comparison import Inexact
 from .exc import CriteriaError, TableCacheError
+from .explaining import Explanation
 from .planner import HARMLESS_OPTIONS, view_of
-from .reading import CONNECTIONS, SKIP, Answer, LastRead, RangeRead
+from .reading import SKIP, Answer, LastRead, RangeRead
+from .scopes import CONNECTIONS, database_reason
 from .storage import Record
 from .view import CachedView, ViewIndex, ViewMeta, ViewTable
 
@@ -91,7 +93,7 @@ def _with_records(statement: Any, result: Result[Any], dialect_name: str) -> Res
 
 def view_of_raw(element: Any) -> type[CachedView]:
     """Return the view of a selected view or alias of one."""
-    base = element.element if isinstance(element, Alias) else element
+    base: Any = element.element if isinstance(element, Alias) else element
     return cast("type[CachedView]", base.view)
 
 
@@ -239,19 +241,19 @@ class CacheSession(Session):
             return None
         return reading.answer(_cache_of(self), self, statement, fetch=False)
 
-    @overload
-    def get(self, entity: type[V], ident: Any, **kwargs: Any) -> V | None: ...
-    @overload
-    def get(self, entity: Any, ident: Any, **kwargs: Any) -> Any: ...
-    def get(self, entity: Any, ident: Any, **kwargs: Any) -> Any:
-        """Return the record with a primary key (a tuple, if it has several columns) or ``None``.
+    if not TYPE_CHECKING:  # typed by Session
 
-        No SQL if the key is covered, else one SELECT. For mapped classes see
-        :meth:`sqlalchemy.orm.Session.get`.
-        """
-        if not isinstance(entity, ViewMeta):
+        def get(self, entity, ident, **kwargs):
+            """Return the record with a primary key (a tuple, if it has several columns), or None.
+
+            No SQL if the key is covered, else one SELECT. For mapped classes see
+            :meth:`sqlalchemy.orm.Session.get`.
+            """
+            if isinstance(entity, ViewMeta):
+                return self._get_record(entity, ident)
             return super().get(entity, ident, **kwargs)
-        view = cast("Any", entity)
+
+    def _get_record(self, view: Any, ident: Any) -> Any:
         table = _cache_of(self).table(view)
         names = table.plan.key
         key = ident if isinstance(ident, tuple) and len(names) > 1 else (ident,)
@@ -286,7 +288,7 @@ class CacheSession(Session):
             return None
         if not all(comparisons[name].equality for name in table.plan.key):
             return None
-        if reading.database_reason(self, _cache_of(self), table) is not None:
+        if database_reason(self, _cache_of(self), table) is not None:
             return None
         state = table.current
         found = None if state is None else state.storage.get(exact)
@@ -316,7 +318,10 @@ class CacheSession(Session):
 
         :param index: such as ``FlightBoard.by_time``.
         :param prefix: values of the first scores of an index of several; ``None`` for NULL.
-        :param ge, gt, le, lt: bounds of the next score; without any, NULL scores are included.
+        :param ge: the next score is at least this; without any bound, NULL scores are included.
+        :param gt: it is more than this.
+        :param le: it is at most this.
+        :param lt: it is less than this.
         :param descending: whether to read from the end.
         :param limit: at most so many records.
         :param after: go on after this record, the last of the page before.

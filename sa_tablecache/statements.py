@@ -34,30 +34,11 @@ from sqlalchemy.sql.elements import (
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import SelectBase
 
-from .analysis import (
-    IMMUTABLE_FUNCTIONS,
-    VOLATILE_FUNCTIONS,
-    TableName,
-    _conjuncts,
-    table_name,
-)
+from .analysis import TableName, table_name
 from .changes import RowKey
 from .comparison import to_utc
-
-#: Functions that write nothing, whatever they return.
-READING_FUNCTIONS: Final = (
-    IMMUTABLE_FUNCTIONS
-    | VOLATILE_FUNCTIONS
-    | frozenset(
-        """date_trunc date_part extract strftime date time datetime julianday version
-        generate_series json_each json_tree jsonb_array_elements json_array_elements to_regclass
-        to_jsonb to_json row_to_json format format_type pg_is_in_recovery pg_current_snapshot
-        pg_table_is_visible pg_get_expr pg_get_constraintdef pg_get_indexdef obj_description
-        col_description year month day hour minute second values in exists and or not as on using
-        any all some filter over numeric decimal varchar char int integer float then when else
-        case interval similarity count_distinct from where select by""".split()
-    )
-)
+from .functions import READING_FUNCTIONS
+from .joins import conjuncts
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +178,9 @@ def _read(compiled: Any, text: str) -> Writes:
         )
     if isinstance(statement, SelectBase):
         tables = _reading(statement, inside_of=None)
-        return ANYTHING if tables is None else Writes(tables=tables)
+        if tables is None:
+            return ANYTHING
+        return Writes(tables=tables, sets="set_config" in text.lower())
     return ANYTHING
 
 
@@ -238,7 +221,7 @@ def _dml(statement: Any, compiled: Any) -> Writes:
     further = cascades(table, deleted=deleted, columns=written)
     pinned: dict[str, str] = {}
     for criterion in statement._where_criteria:
-        for conjunct in _conjuncts(criterion):
+        for conjunct in conjuncts(criterion):
             if isinstance(conjunct, BinaryExpression) and conjunct.operator is operators.eq:
                 left, right = conjunct.left, conjunct.right
                 if (

@@ -21,7 +21,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import attrgetter, itemgetter
 from typing import Any, TypeAlias
 
@@ -33,6 +33,9 @@ Hidden: TypeAlias = tuple[Any, ...]
 
 CHUNK = 1024
 """Records in a chunk after a bulk load; one that grows to twice as many is split."""
+
+SCAN = 32
+"""Looking at all records costs as much as finding one in so many by key."""
 
 NAN = Extreme("NAN", 0.5)  # type: ignore[arg-type]
 """In keys, the place of NaN where the database sorts it after all numbers."""
@@ -286,6 +289,7 @@ class SortedRecords:
                 if position < len(items):
                     break
                 at -= 1
+                assert at >= 0, f"{record!r} is not stored"
             del chunks[at][position]
             if beside is not None:
                 del beside[at][position]
@@ -326,8 +330,9 @@ class SortedRecords:
             if self.order.stored:
                 key_of = self.order.key_of
                 pairs += [(r, key_of(r, h)) for r, h in added]
-                pairs.sort(key=itemgetter(1))
-            else:
+                if added:
+                    pairs.sort(key=itemgetter(1))
+            elif added:
                 by = self.order.prefixes[-1]
                 assert by is not None
                 pairs += added
@@ -338,9 +343,13 @@ class SortedRecords:
                 [records[i : i + CHUNK] for i in range(0, len(records), CHUNK)],
                 [values[i : i + CHUNK] for i in range(0, len(values), CHUNK)],
             )
-        items = [r for r in self if id(r) not in gone] if gone else list(self)
-        items += [record for record, _ in added]
-        return SortedRecords.build(self.order, items, None)
+        items = [r for chunk in self.chunks for r in chunk if id(r) not in gone]
+        if added:
+            items += [record for record, _ in added]
+            return SortedRecords.build(self.order, items, None)
+        return SortedRecords(
+            self.order, [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)], None
+        )
 
     def _check(self) -> None:
         """Assert the invariants: keys ascend over all chunks, none of which is empty."""
@@ -348,7 +357,7 @@ class SortedRecords:
         items = self.beside if self.order.stored and self.beside is not None else self.chunks
         keys = [by(item) if by is not None else item for chunk in items for item in chunk]
         hashed = any(part.hashed for part in self.order.parts)
-        for left, right in zip(keys, keys[1:], strict=False):
+        for left, right in pairwise(keys):
             assert left < right or (hashed and left == right), (self.order.name, left, right)
         assert all(self.chunks), "an empty chunk"
         assert all(len(chunk) <= 2 * CHUNK for chunk in self.chunks), "a chunk that is too long"
@@ -416,18 +425,30 @@ class Storage:
                 return record, hidden
         return None
 
-    def with_hidden(self, records: Iterable[Record]) -> list[tuple[Record, Hidden | None]]:
+    def with_hidden(self, records: Sequence[Record]) -> list[tuple[Record, Hidden | None]]:
         """Return stored records with their hidden values."""
-        primary = self.orders[""]
-        if primary.beside is None:
+        if self.orders[""].beside is None:
             return [(record, None) for record in records]
-        names = [part.name for part in primary.order.parts]
+        if len(records) * SCAN > len(self):
+            wanted = {id(record) for record in records}
+            return [pair for pair in self.pairs() if id(pair[0]) in wanted]
+        names = [part.name for part in self.orders[""].order.parts]
         result = []
         for record in records:
             found = self.get(tuple(getattr(record, name) for name in names))
             assert found is not None
             result.append(found)
         return result
+
+    def same_keys(self, records: Sequence[Record]) -> list[tuple[Record, Hidden | None]]:
+        """Return the stored records that have the primary key of one of the given."""
+        key_of = attrgetter(*(part.name for part in self.orders[""].order.parts))
+        if len(records) * SCAN > len(self):
+            keys = set(map(key_of, records))
+            return [pair for pair in self.pairs() if key_of(pair[0]) in keys]
+        single = len(self.orders[""].order.parts) == 1
+        found = (self.get((key_of(r),) if single else key_of(r)) for r in records)
+        return [pair for pair in found if pair is not None]
 
     def replace(
         self,

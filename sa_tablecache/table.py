@@ -24,16 +24,13 @@ The protocol that keeps answers right, under any interleaving:
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from sqlalchemy import func, select
 from sqlalchemy.sql import ColumnElement
 from sqlalchemy.sql.elements import BindParameter
 
@@ -45,6 +42,7 @@ from .criteria import columns_of
 from .deltas import read_coverage, read_touched
 from .events import tick
 from .exc import DuplicateKey, NotExpressible
+from .figures import Stats
 from .layout import Layout
 from .loading import Progress, Rows, Snapshots, probe
 from .planner import Shape, ask
@@ -66,35 +64,6 @@ class State(NamedTuple):
 
     storage: Storage
     coverage: Coverage
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a load would cost: rows, bytes of memory, seconds."""
-
-    rows: int
-    bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """The figures of one view. Times are in seconds, sizes in bytes."""
-
-    records: int
-    coverage: str
-    hits: int
-    partial_hits: int
-    misses: int
-    bypasses: int
-    loads: int
-    refreshes: int
-    records_loaded: int
-    records_expired: int
-    pending_marks: int
-    oldest_mark: float
-    leases: int
-    coarse: dict[str, str] = field(default_factory=dict)
 
 
 class CachedTable:
@@ -177,7 +146,7 @@ class CachedTable:
         return self._leases > 0
 
     def lease(self, changes: ChangeSet) -> bool:
-        """Have readers ask the database until :meth:`publish`; say whether it concerns this view."""
+        """Have readers ask the database until :meth:`publish`; say whether it is concerned."""
         if not changes.touches(self.plan.tables):
             return False
         with self._lock:
@@ -286,35 +255,6 @@ class CachedTable:
             f"view {self.plan.name}: the criteria cannot be a range of scores ({reason})"
         )
 
-    def estimate(self, index: str, intervals: IntervalSet) -> Estimate:
-        """Estimate the rows, bytes and seconds of a load, from a count and a sample."""
-        layout = self.set_up()
-        where = layout.where(index, intervals)
-        table = self.view.__table__
-        with self._snapshots.open() as connection:
-            total = connection.scalar(select(func.count()).select_from(table).where(*where)) or 0
-            started = time.perf_counter()
-            sample = connection.execute(layout.loader.statement(*where).limit(SAMPLE)).all()
-            elapsed = time.perf_counter() - started
-        if not sample:
-            return Estimate(total, 0, 0.0)
-        seen: set[tuple[int, Any]] = set()
-        size = 0
-        for row in sample:
-            # A record is a header and a pointer for each field; equal values are shared.
-            size += 16 + 8 * len(self.plan.columns) + 8 * len(layout.orders)
-            for at, value in enumerate(row):
-                try:
-                    known = (at, value) in seen
-                    seen.add((at, value))
-                except TypeError:
-                    known = False
-                if not known:
-                    size += sys.getsizeof(value)
-        return Estimate(
-            total, size * total // len(sample), max(elapsed, 1e-9) * total / len(sample)
-        )
-
     def load(
         self,
         index: str,
@@ -389,16 +329,10 @@ class CachedTable:
             return storage, len(outside)
         removed = storage.with_hidden(outside)
         gone = {id(record) for record in outside}
-        added = rows.pairs()
-        if len(storage) > len(outside):
-            key_of = self.plan.key_tuple
-            for record, _ in added:
-                # What another index had covered is there already.
-                old = storage.get(key_of(record))
-                if old is not None and id(old[0]) not in gone:
-                    removed.append(old)
-                    gone.add(id(old[0]))
-        storage = storage.replace(removed, added)
+        # What another index had covered is there already, and so may be a stale record of a row
+        # whose score has moved.
+        removed += [p for p in storage.same_keys(rows.records) if id(p[0]) not in gone]
+        storage = storage.replace(removed, rows.pairs())
         self._check_unique(storage)
         return storage, len(outside)
 
@@ -427,9 +361,11 @@ class CachedTable:
                 while True:
                     state = self._state
                     coverage = state.coverage.minus(index, intervals)
+                    order = state.storage.orders[index]
+                    inside = [r for interval in intervals for r in order.between(interval)]
                     gone = [
                         (record, hidden)
-                        for record, hidden in state.storage.pairs()
+                        for record, hidden in state.storage.with_hidden(inside)
                         if not layout.is_covered(coverage, record, hidden)
                     ]
                     storage = state.storage.replace(gone, [])
@@ -563,7 +499,7 @@ class CachedTable:
         result = storage.replace(removed, pairs)
         if not self.plan.key_is_derived:
             primary = result.orders[""]
-            for record, hidden in pairs:
+            for record, _ in pairs:
                 if primary.count(primary.order.prefix(self.plan.key_tuple(record))) > 1:
                     self._check_unique(result)
         return result

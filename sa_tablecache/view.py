@@ -39,12 +39,19 @@ from sqlalchemy.sql.selectable import SelectBase
 from .exc import ViewDefinitionError
 
 if TYPE_CHECKING:
+    from sqlalchemy.sql.elements import SQLCoreOperations
     from sqlalchemy.sql.operators import OperatorType
 
 V = TypeVar("V", bound="CachedView")
 
-#: Set by ``analysis`` when it is imported: a module imports only what stands to its left.
-analyse: Callable[[type[CachedView]], Any]
+
+class Analysis:
+    """What works out the plan of a view.
+
+    ``analysis`` sets it when it is imported: a module imports only what stands to its left.
+    """
+
+    run: ClassVar[Callable[[type[CachedView]], Any]]
 
 
 class ViewTable(TableClause):
@@ -105,7 +112,13 @@ class ScoreIndex:
         def __get__(self, instance: object, owner: type[V]) -> ViewIndex[V]: ...
 
 
-class ViewIndex(ColumnOperators, Generic[V]):
+if TYPE_CHECKING:
+    _Operators = SQLCoreOperations[Any]
+else:
+    _Operators = ColumnOperators
+
+
+class ViewIndex(_Operators, Generic[V]):
     """A :class:`ScoreIndex` bound to its view: ``FlightBoard.by_time``."""
 
     inherit_cache = True
@@ -230,14 +243,16 @@ class ViewMeta(type):
                 _resolve(view, view.__select__() if isinstance(declared, classmethod) else declared)
                 return getattr(cls, name)
             if name == "__plan__" and "__indexes__" in namespace:
-                plan = analyse(cast("type[CachedView]", cls))
+                plan = Analysis.run(cast("type[CachedView]", cls))
                 type.__setattr__(cls, "__plan__", plan)
                 return plan
         msg = f"type object {cls.__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
 
-    def __call__(cls, **values: Any) -> Any:
-        return cls.__record__(**values)
+    if not TYPE_CHECKING:  # type checkers derive the signature from the annotations
+
+        def __call__(cls, **values: Any) -> Any:
+            return cls.__record__(**values)
 
     def __clause_element__(cls) -> ViewTable:
         return cls.__table__
@@ -328,7 +343,7 @@ def _annotated_names(cls: type) -> list[str]:
                 base, format=annotationlib.Format.FORWARDREF
             )
         else:
-            annotations = base.__dict__.get("__annotations__", {})
+            annotations = vars(base).get("__annotations__", {})
         names += [
             name
             for name, annotation in annotations.items()
