@@ -164,7 +164,7 @@ def _by_type(type_: types.TypeEngine[Any], dialect: str, stored: StoredColumn | 
         case types.Numeric():
             return Comparison(False, False, reason="a decimal that is not compared as one")
         case types.Enum():
-            kind = type_.enum_class
+            kind: type | None = type_.enum_class
             if kind is None or not issubclass(kind, enum.Enum) or dialect == "mysql":
                 return Comparison(False, False, reason="an Enum of strings")
             return Comparison(True, False, (kind,), "an Enum, sorted by the database's own order")
