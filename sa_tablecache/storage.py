@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from operator import attrgetter, itemgetter
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from .exc import TableCacheError
 from .scores import EVERYTHING, MAX, MIN, NULLS_FIRST, NULLS_LAST, Cut, Extreme, Interval, Key
@@ -31,8 +31,15 @@ from .scores import EVERYTHING, MAX, MIN, NULLS_FIRST, NULLS_LAST, Cut, Extreme,
 Record: TypeAlias = Any
 Hidden: TypeAlias = tuple[Any, ...]
 
-CHUNK = 1024
-"""Records in a chunk after a bulk load; one that grows to twice as many is split."""
+CHUNK = 512
+"""Records in a chunk after a bulk load; one that grows to twice as many is split.
+
+Changing a record copies one chunk and the list of chunks, so that the square root of the number of
+records would be best.
+"""
+
+BULK = 8
+"""Changing more than one in so many records is done by going through all of them."""
 
 SCAN = 32
 """Looking at all records costs as much as finding one in so many by key."""
@@ -121,6 +128,10 @@ class Order:
         return Interval((*cut, MIN), (*cut, MAX))
 
 
+def _chunked(items: list[Any]) -> list[list[Any]]:
+    return [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
+
+
 class SortedRecords:
     """An immutable sequence of records in the order of one index.
 
@@ -163,13 +174,7 @@ class SortedRecords:
                 f"the values of {names} cannot be sorted ({error}): the stored values are of "
                 "more than one type, or NULL in a column that the model declares NOT NULL"
             ) from error
-        return cls(
-            order,
-            [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)],
-            None
-            if beside is None
-            else [beside[i : i + CHUNK] for i in range(0, len(beside), CHUNK)],
-        )
+        return cls(order, _chunked(items), None if beside is None else _chunked(beside))
 
     @property
     def offsets(self) -> list[int]:
@@ -256,8 +261,6 @@ class SortedRecords:
         added: Sequence[tuple[Record, Hidden | None]],
     ) -> SortedRecords:
         """Return a new sequence without some records and with others."""
-        if not self.chunks or (len(removed) + len(added)) * 8 > len(self):
-            return self._rebuilt(removed, added)
         order, key_of = self.order, self.order.key_of
         by = self.order.prefixes[-1]
         chunks = self.chunks.copy()
@@ -314,42 +317,34 @@ class SortedRecords:
                     beside[at : at + 1] = [beside[at][i : i + step] for i in cuts]
         return SortedRecords(order, chunks, beside)
 
-    def _rebuilt(
-        self,
-        removed: Sequence[tuple[Record, Hidden | None]],
-        added: Sequence[tuple[Record, Hidden | None]],
+    def merged(
+        self, gone: set[int], added: Sequence[tuple[Record, Hidden | None]]
     ) -> SortedRecords:
-        gone = {id(record) for record, _ in removed}
-        if self.beside is not None:
+        """Return a new sequence without the records of some ids and with others: O(all)."""
+        order, records, values = self.order, [], None
+        if self.beside is None:
+            records = [r for chunk in self.chunks for r in chunk if id(r) not in gone]
+            if added:
+                records += [record for record, _ in added]
+                records.sort(key=order.prefixes[-1])
+        else:
             pairs = [
-                (record, beside)
-                for chunk, values in zip(self.chunks, self.beside, strict=True)
-                for record, beside in zip(chunk, values, strict=True)
-                if id(record) not in gone
+                pair
+                for chunk, beside in zip(self.chunks, self.beside, strict=True)
+                for pair in zip(chunk, beside, strict=True)
+                if id(pair[0]) not in gone
             ]
-            if self.order.stored:
-                key_of = self.order.key_of
-                pairs += [(r, key_of(r, h)) for r, h in added]
-                if added:
-                    pairs.sort(key=itemgetter(1))
+            if added and order.stored:
+                key_of = order.key_of
+                pairs += [(record, key_of(record, hidden)) for record, hidden in added]
+                pairs.sort(key=itemgetter(1))
             elif added:
-                by = self.order.prefixes[-1]
+                by = order.prefixes[-1]
                 assert by is not None
                 pairs += added
                 pairs.sort(key=lambda pair: by(pair[0]))
             records, values = [p[0] for p in pairs], [p[1] for p in pairs]
-            return SortedRecords(
-                self.order,
-                [records[i : i + CHUNK] for i in range(0, len(records), CHUNK)],
-                [values[i : i + CHUNK] for i in range(0, len(values), CHUNK)],
-            )
-        items = [r for chunk in self.chunks for r in chunk if id(r) not in gone]
-        if added:
-            items += [record for record, _ in added]
-            return SortedRecords.build(self.order, items, None)
-        return SortedRecords(
-            self.order, [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)], None
-        )
+        return SortedRecords(order, _chunked(records), None if values is None else _chunked(values))
 
     def _check(self) -> None:
         """Assert the invariants: keys ascend over all chunks, none of which is empty."""
@@ -455,11 +450,28 @@ class Storage:
         removed: Sequence[tuple[Record, Hidden | None]],
         added: Sequence[tuple[Record, Hidden | None]],
     ) -> Storage:
-        """Return a storage without some records and with others; O(changes), not O(records)."""
+        """Return a storage without some records and with others.
+
+        A few changes cost O(changes), many O(records).
+        """
         if not removed and not added:
             return self
-        return Storage(
-            {name: records.replace(removed, added) for name, records in self.orders.items()}
+        if (len(removed) + len(added)) * BULK <= len(self):
+            return Storage(
+                {name: records.replace(removed, added) for name, records in self.orders.items()}
+            )
+        gone = {id(record) for record, _ in removed}
+        if len(gone) * 2 <= len(self):
+            return Storage(
+                {name: records.merged(gone, added) for name, records in self.orders.items()}
+            )
+        kept = [pair for pair in self.pairs() if id(pair[0]) not in gone]
+        kept += added
+        has_hidden = self.orders[""].beside is not None
+        return Storage.build(
+            [records.order for records in self.orders.values()],
+            [record for record, _ in kept],
+            [cast("Hidden", hidden) for _, hidden in kept] if has_hidden else None,
         )
 
     def _check(self) -> None:

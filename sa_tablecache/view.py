@@ -266,8 +266,8 @@ class _RecordMeta(ViewMeta, type(msgspec.Struct)):  # type: ignore[misc]
     ) -> Any:
         return type(msgspec.Struct).__new__(mcs, name, bases, namespace, **kwargs)
 
-    def __call__(cls, *args: Any, **values: Any) -> Any:
-        return type(msgspec.Struct).__call__(cls, *args, **values)
+    # Not a function that calls it: records are made by the hundred thousand.
+    __call__ = type.__call__
 
     def __getattr__(cls, name: str) -> Any:
         msg = f"type object {cls.__name__!r} has no attribute {name!r}"
