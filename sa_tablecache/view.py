@@ -267,7 +267,7 @@ class _RecordMeta(ViewMeta, type(msgspec.Struct)):  # type: ignore[misc]
         return type(msgspec.Struct).__new__(mcs, name, bases, namespace, **kwargs)
 
     # Not a function that calls it: records are made by the hundred thousand.
-    __call__ = type.__call__
+    __call__ = type(msgspec.Struct).__call__
 
     def __getattr__(cls, name: str) -> Any:
         msg = f"type object {cls.__name__!r} has no attribute {name!r}"
