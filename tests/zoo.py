@@ -21,6 +21,7 @@ from sqlalchemy import (
     Double,
     Enum,
     ForeignKey,
+    Integer,
     Interval,
     LargeBinary,
     MetaData,
@@ -582,7 +583,7 @@ class NameLog(CachedView):
         select(
             literal("airline").label("source"),
             Airline.carrier.label("code"),
-            func.length(Airline.name).label("number"),
+            func.length(Airline.name, type_=Integer).label("number"),
         ),
         select(literal("plane"), Plane.tailnum, Plane.year),
     )
@@ -679,7 +680,7 @@ class DayRank(CachedView):
     __select__ = select(
         Flight.id,
         Flight.hour,
-        func.row_number()
+        func.row_number(type_=Integer)
         .over(partition_by=Flight.carrier, order_by=(Flight.hour, Flight.id))
         .label("rank"),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Engine, create_engine, event, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -39,6 +39,15 @@ class Database:
             yield engine
         finally:
             engine.dispose()
+
+    @contextmanager
+    def bystander(self) -> Iterator[Connection]:
+        """Lend a connection that nothing is attached to, in AUTOCOMMIT mode."""
+        with (
+            self.lent_engine(isolation_level="AUTOCOMMIT") as engine,
+            engine.connect() as connection,
+        ):
+            yield connection
 
     def async_engine(self, **options: Any) -> AsyncEngine:
         """Return a new asynchronous engine."""

@@ -16,7 +16,6 @@ from sqlalchemy import (
     Boolean,
     ColumnElement,
     Connection,
-    Engine,
     Enum,
     String,
     and_,
@@ -50,11 +49,15 @@ def plain_rows(rows: Iterable[Sequence[Any]]) -> list[Any]:
 
 
 class Truth:
-    """The rows of a view, as the database has them."""
+    """The rows of a view, as the database has them.
 
-    def __init__(self, kind: Kind, engine: Engine) -> None:
+    :param connection: through which they are read, in AUTOCOMMIT mode: each statement sees what is
+        committed then.
+    """
+
+    def __init__(self, kind: Kind, connection: Connection) -> None:
         self.kind = kind
-        self.engine = engine
+        self.connection = connection
         self.source = kind.statement().subquery()
         self.columns: Columns = dict(self.source.c)
         self.names = list(self.columns)
@@ -79,10 +82,7 @@ class Truth:
 
     def run(self, statement: Any, connection: Connection | None = None) -> Sequence[Any]:
         """Run any statement."""
-        if connection is not None:
-            return connection.execute(statement).all()
-        with self.engine.connect() as own:
-            return own.execute(statement).all()
+        return (connection or self.connection).execute(statement).all()
 
     def of(self, records: Iterable[Any]) -> list[Any]:
         """Return records of the view in the form in which rows are compared."""
