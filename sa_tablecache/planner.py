@@ -203,6 +203,7 @@ def shape_of(statement: Select[Any]) -> tuple[Shape, list[BindParameter[Any]]]:
     """
     known = _by_statement.get(statement)
     if known is None:
+        _check_features(statement)
         cache_key = statement._generate_cache_key()
         if cache_key is None:
             raise Inexact("a construct without cache key")
@@ -222,21 +223,25 @@ def shape_of(statement: Select[Any]) -> tuple[Shape, list[BindParameter[Any]]]:
     return known[0], known[1]
 
 
+def _check_features(statement: Select[Any]) -> None:
+    """Raise :class:`.Inexact` for what is not (or may not be) part of a statement's cache key."""
+    for name, value in statement.__dict__.items():
+        if name not in _KNOWN and value:
+            raise Inexact(f"{name.strip('_')} is left to the database")
+    for name in statement._execution_options:
+        if name not in HARMLESS_OPTIONS:
+            raise Inexact(f"execution option {name} is left to the database")
+
+
 def _read(statement: Select[Any], parameters: list[BindParameter[Any]]) -> Shape:
     view = view_of(statement)
     assert view is not None
     table = view.__table__
     plan = plan_of(view)
-    unknown = [k for k, v in statement.__dict__.items() if k not in _KNOWN and v]
-    if unknown:
-        raise Inexact(f"{unknown[0].strip('_')} is left to the database")
     if statement._for_update_arg is not None:
         raise Inexact("FOR UPDATE is left to the database")
     if statement._fetch_clause is not None:
         raise Inexact("FETCH is left to the database")
-    for name in statement._execution_options:
-        if name not in HARMLESS_OPTIONS:
-            raise Inexact(f"execution option {name} is left to the database")
     options = tuple(o for o in statement._with_options if isinstance(o, CacheOption))
     if len(options) < len(statement._with_options):
         raise Inexact("options of others than the cache are left to the database")

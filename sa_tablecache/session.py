@@ -18,6 +18,8 @@ from sqlalchemy.engine.result import IteratorResult, Result, SimpleResultMetaDat
 from sqlalchemy.orm import ORMExecuteState, Query, Session, sessionmaker
 from sqlalchemy.orm.scoping import scoped_session
 from sqlalchemy.sql import ColumnElement
+from sqlalchemy.sql.elements import Tuple
+from sqlalchemy.sql.operators import desc_op
 from sqlalchemy.sql.selectable import Alias, FromClause
 
 from . import reading
@@ -97,6 +99,24 @@ def view_of_raw(element: Any) -> type[CachedView]:
     return cast("type[CachedView]", base.view)
 
 
+def _without_row_order(statement: Select[Any]) -> Select[Any]:
+    """Have an index of several scores in ORDER BY said column by column: SQLite needs it."""
+    expanded: list[Any] = []
+    for clause in statement._order_by_clauses:
+        element: Any = clause
+        descending = False
+        while not isinstance(element, Tuple) and hasattr(element, "element"):
+            descending = descending or getattr(element, "modifier", None) is desc_op
+            element = element.element
+        if isinstance(element, Tuple):
+            expanded += [c.desc() if descending else c for c in element.clauses]
+        else:
+            expanded.append(clause)
+    if len(expanded) == len(statement._order_by_clauses):
+        return statement
+    return statement.order_by(None).order_by(*expanded)
+
+
 def _selects_views(statement: Any) -> bool:
     """Whether a statement selects a whole view (and not only columns of it)."""
     return isinstance(statement, Select) and any(
@@ -130,6 +150,8 @@ def listen(cache: BaseTableCache, target: Any) -> None:
                     "bypass",
                     "parameters or execution options of the call",
                 )
+        if view is not None:
+            state.statement = statement = _without_row_order(statement)
         if _selects_views(statement):
             result = state.invoke_statement(execution_options={SKIP: True})
             bind = state.session.get_bind(**state.bind_arguments)

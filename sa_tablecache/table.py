@@ -38,7 +38,7 @@ from .analysis import TableName, ViewPlan, table_label
 from .changes import ChangeSet, Marks, RowKey, marks_of
 from .comparison import Inexact
 from .coverage import Coverage
-from .criteria import columns_of
+from .criteria import Compare, In, IsNull, columns_of
 from .deltas import read_coverage, read_touched
 from .events import tick
 from .exc import DuplicateKey, NotExpressible
@@ -238,12 +238,9 @@ class CachedTable:
         for candidate in question.candidates:
             if not candidate.residual:
                 return candidate.index, candidate.intervals
-        needed = sorted({c for node in shape.conjuncts for c in columns_of(node)})
-        suggestion = ", ".join(f'"{name}"' for name in needed)
         raise NotExpressible(
             f"view {self.plan.name}: no index can express these criteria as a range of scores; "
-            f"ScoreIndex({suggestion}) would, with its columns in the order in which they are "
-            "fixed to single values; the last may be a range"
+            f"{_suggestion(shape)}"
         )
 
     def refuse_criteria(self, reason: str) -> None:
@@ -544,3 +541,22 @@ class CachedTable:
         state.storage._check()
         for record, hidden in state.storage.pairs():
             assert layout.is_covered(state.coverage, record, hidden), record
+
+
+def _suggestion(shape: Shape) -> str:
+    """Say which index would express the criteria: single values first, then at most one range."""
+    single: list[str] = []
+    ranged: list[str] = []
+    for node in shape.conjuncts:
+        fixed = isinstance(node, In | IsNull) or (isinstance(node, Compare) and node.op == "==")
+        for name in sorted(columns_of(node)):
+            kind = single if fixed else ranged
+            if name not in single + ranged:
+                kind.append(name)
+    if len(ranged) > 1 or any(len(columns_of(node)) > 1 for node in shape.conjuncts):
+        return (
+            f"a range of one column at most, beside single values of others, can be one, and "
+            f"these are about {', '.join(single + ranged)}"
+        )
+    names = ", ".join(f'"{name}"' for name in single + ranged)
+    return f"ScoreIndex({names}) would"
