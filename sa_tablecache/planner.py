@@ -156,8 +156,8 @@ class Question:
 # -- statements --------------------------------------------------------------------------------
 
 #: Attributes of a Select that are understood here. Any other that is set means that the statement
-#: has a feature this module does not know, present or future, and is left to the database. (The last
-#: three a legacy Query leaves behind; they say how entities are loaded.)
+#: has a feature this module does not know, present or future, and is left to the database. The last
+#: three a legacy Query leaves behind; they say how entities are loaded.
 _KNOWN: Final = frozenset(
     """_propagate_attrs _raw_columns _label_style _where_criteria _order_by_clauses _limit_clause
     _offset_clause _with_options _execution_options _from_obj _fetch_clause _fetch_clause_options
