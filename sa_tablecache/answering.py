@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
+from . import criteria
 from .comparison import Inexact
+from .criteria import And
 from .layout import Layout
-from .planner import Candidate, Columns, Ordering, Question
+from .planner import Candidate, Columns, Question
 from .scores import NULLS_FIRST, NULLS_LAST, IntervalSet
+from .shapes import Ordering, Shape
 from .storage import NAN, Record
 from .table import State
 
@@ -77,7 +80,7 @@ def from_state(
     records: Sequence[Record] = records_in(
         state, candidate.index, candidate.intervals, descending=bool(direction)
     )
-    records = shape.filter(candidate.residual, question, columns, records)
+    records = filter_records(shape, candidate.residual, question, columns, records)
     return finished(layout, question, records, ordered=direction is not None)
 
 
@@ -165,3 +168,46 @@ def _null_safe(get: Callable[[Any], Any], null: Any, *, nan: bool) -> Callable[[
         return NAN if nan and value != value else value  # noqa: PLR0124
 
     return key
+
+
+# -- residual conditions ------------------------------------------------------------------------
+
+
+def check_residual(shape: Shape, residual: tuple[int, ...], columns: Columns) -> None:
+    """Raise :class:`.Inexact` if a remaining condition is about what records do not have."""
+    for number in residual:
+        for name in criteria.columns_of(shape.conjuncts[number]):
+            if name not in columns.public:
+                raise Inexact(f"{name} is computed by the database")
+
+
+def filter_records(
+    shape: Shape,
+    residual: tuple[int, ...],
+    question: Question,
+    columns: Columns,
+    records: Sequence[Record],
+) -> Sequence[Record]:
+    """Return the records that meet the remaining conditions, by one generated function."""
+    if not residual:
+        return records
+    bound = question.bound
+    key = (columns, residual, tuple(value is None for value in bound), question.lists)
+    function = shape.filters.get(key)
+    if function is None:
+        check_residual(shape, residual, columns)
+        source = criteria.predicate_source(
+            And(tuple(shape.conjuncts[i] for i in residual)),
+            bound,
+            columns.comparisons,
+            lambda name: shape.plan.column(name).nullable,
+        )
+        names = ", ".join(f"p{at}" for at in range(len(bound)))
+        scope: dict[str, Any] = {}
+        exec(  # noqa: S102 - built from column names and operators only
+            f"def keep(records, {names}):\n    return [r for r in records if {source}]", scope
+        )
+        if len(shape.filters) > 64:
+            shape.filters.clear()
+        function = shape.filters[key] = cast("Callable[..., list[Record]]", scope["keep"])
+    return function(records, *bound)

@@ -28,8 +28,9 @@ from .explaining import Explanation, explain
 from .figures import Estimate, Stats, estimate
 from .layout import log_coarse
 from .loading import Progress, Snapshots
-from .planner import Shape, ask, shape_of, view_of
-from .scores import IntervalSet
+from .planner import ask, load_target, no_range
+from .scores import EVERYTHING, IntervalSet
+from .shapes import shape_of, view_of
 from .statements import exact_value
 from .table import CachedTable
 from .view import CachedView, ViewMeta
@@ -176,17 +177,14 @@ class BaseTableCache:
         self, view: type[CachedView], criteria: Sequence[Any]
     ) -> tuple[CachedTable, str, IntervalSet]:
         table = self.table(view)
-        shape: Shape | None = None
-        parameters: Any = ()
-        if criteria:
-            try:
-                shape, parameters = shape_of(select(view).where(*criteria))
-            except Inexact as reason:
-                shape = None
-                table.set_up()
-                table.refuse_criteria(str(reason))
-        index, intervals = table.interval_target(criteria, shape, parameters)
-        return table, index, intervals
+        layout = table.set_up()
+        if not criteria:
+            return table, "", EVERYTHING
+        try:
+            shape, parameters = shape_of(select(view).where(*criteria))
+        except Inexact as reason:
+            raise no_range(table.plan, str(reason)) from None
+        return table, *load_target(shape, parameters, layout.columns)
 
     def load(
         self,

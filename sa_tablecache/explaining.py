@@ -6,11 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .analysis import table_label
-from .answering import check_sortable, covered_candidate, index_direction, partial_candidate
+from .answering import (
+    check_residual,
+    check_sortable,
+    covered_candidate,
+    index_direction,
+    partial_candidate,
+)
 from .comparison import Inexact
 from .options import BypassCache
-from .planner import ask, shape_of
+from .planner import ask
 from .scores import NOTHING
+from .shapes import shape_of
 from .table import CachedTable
 
 
@@ -81,7 +88,7 @@ def _explained(
     direction = index_direction(candidate, shape.orderings, columns)
     if direction is None or missing:
         check_sortable(shape.orderings, columns)
-    shape.check_residual(candidate.residual, columns)
+    check_residual(shape, candidate.residual, columns)
     order = state.storage.orders[candidate.index]
     return Explanation(
         kind,

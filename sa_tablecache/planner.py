@@ -1,32 +1,26 @@
-"""How a SELECT of a view can be answered from memory, or why the database has to.
+"""Which intervals of which index contain the answer to a question.
 
-In: a ``select()`` and, for its parameters, what is known of the view's columns and indexes.
-Out, in two steps: a :class:`Shape` (what the statement asks, memoised by its cache key, parameters
-left open), then a :class:`Question` (for given parameters: for each index the intervals that
-contain the answer, and the conditions that remain).
+In: a :class:`.Shape`, its parameters, and what is known of the view's columns and indexes. Out: a
+:class:`Question`: for each index the intervals that contain the answer, and the conditions that
+remain to be tested record by record.
 
-Pure: no SQL is run and no record is looked at. Whatever is not understood completely raises
-:class:`.Inexact`, which the caller takes as "ask the database", with the reason.
+Pure: no SQL is run and no record is looked at. Whatever Python would not compare as the database
+does raises :class:`.Inexact`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, cast
-from weakref import WeakKeyDictionary
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
-from sqlalchemy import Select
-from sqlalchemy.sql import operators as sql
-from sqlalchemy.sql.elements import BindParameter, ColumnClause, Label, Tuple, UnaryExpression
-from sqlalchemy.sql.functions import count as count_function
+from sqlalchemy.sql.elements import BindParameter
 
 from . import criteria
-from .analysis import ViewPlan, plan_of
+from .analysis import ViewPlan
 from .comparison import Comparison, Inexact
-from .criteria import And, Compare, Const, In, IsNull, Node, Or, RowCompare, Truth
-from .exc import CriteriaError
-from .options import CacheOption
+from .criteria import And, Compare, Const, In, IsNull, Node, Or, RowCompare, Truth, columns_of
+from .exc import NotExpressible
 from .scores import (
     EVERYTHING,
     MAX,
@@ -37,80 +31,11 @@ from .scores import (
     Interval,
     IntervalSet,
 )
-from .storage import Order, Record
-from .view import CachedView, ViewTable
+from .shapes import Shape
+from .storage import Order
 
 MOST_POINTS: Final = 1_000
 """So many intervals at most are made from IN lists; longer ones are filtered."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ordering:
-    """One ORDER BY term."""
-
-    column: str
-    descending: bool
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a statement asks, its parameters left open."""
-
-    view: type[CachedView]
-    plan: ViewPlan
-    where: Node
-    orderings: tuple[Ordering, ...]
-    limit: int | None
-    offset: int | None
-    projection: tuple[str, ...] | None
-    """The selected columns; ``None`` for whole records."""
-    count: bool
-    options: tuple[CacheOption, ...]
-    conjuncts: tuple[Node, ...] = field(init=False)
-    _filters: dict[Any, Callable[..., list[Record]]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "conjuncts", tuple(criteria.conjuncts(self.where)))
-
-    def check_residual(self, residual: tuple[int, ...], columns: Columns) -> None:
-        """Raise :class:`.Inexact` if a remaining condition is about what records do not have."""
-        for number in residual:
-            for name in criteria.columns_of(self.conjuncts[number]):
-                if name not in columns.public:
-                    raise Inexact(f"{name} is computed by the database")
-
-    def filter(
-        self,
-        residual: tuple[int, ...],
-        question: Question,
-        columns: Columns,
-        records: Sequence[Record],
-    ) -> Sequence[Record]:
-        """Return the records that meet the remaining conditions, by one generated function."""
-        if not residual:
-            return records
-        bound = question.bound
-        key = (columns, residual, tuple(value is None for value in bound), question.lists)
-        function = self._filters.get(key)
-        if function is None:
-            self.check_residual(residual, columns)
-            source = criteria.predicate_source(
-                And(tuple(self.conjuncts[i] for i in residual)),
-                bound,
-                columns.comparisons,
-                lambda name: self.plan.column(name).nullable,
-            )
-            names = ", ".join(f"p{at}" for at in range(len(bound)))
-            scope: dict[str, Any] = {}
-            exec(  # noqa: S102 - built from column names and operators only
-                f"def keep(records, {names}):\n    return [r for r in records if {source}]", scope
-            )
-            if len(self._filters) > 64:
-                self._filters.clear()
-            function = self._filters[key] = cast("Callable[..., list[Record]]", scope["keep"])
-        return function(records, *bound)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,183 +76,6 @@ class Question:
     limit: int | None
     offset: int
     candidates: tuple[Candidate, ...]
-
-
-# -- statements --------------------------------------------------------------------------------
-
-#: Attributes of a Select that are understood here. Any other that is set means that the statement
-#: has a feature this module does not know, present or future, and is left to the database. The last
-#: three a legacy Query leaves behind; they say how entities are loaded.
-_KNOWN: Final = frozenset(
-    """_propagate_attrs _raw_columns _label_style _where_criteria _order_by_clauses _limit_clause
-    _offset_clause _with_options _execution_options _from_obj _fetch_clause _fetch_clause_options
-    _memoized_keys _all_selected_columns _generate_cache_key _for_update_arg
-    dispatch load_options _compile_options""".split()
-)
-
-#: Execution options that change nothing about which rows are right.
-HARMLESS_OPTIONS: Final = frozenset(
-    """yield_per stream_results max_row_buffer populate_existing autoflush compiled_cache
-    logging_token preserve_rowcount prebuffer_rows""".split()
-)
-
-_by_statement: WeakKeyDictionary[Any, tuple[Shape | Inexact, list[BindParameter[Any]]]] = (
-    WeakKeyDictionary()
-)
-_by_key: dict[Any, Shape | Inexact] = {}
-
-
-def view_of(statement: Any) -> type[CachedView] | None:
-    """Return the view that a statement selects from, if it is a SELECT of one view's columns."""
-    if not isinstance(statement, Select):
-        return None
-    for raw in statement._raw_columns:
-        if type(raw) is ViewTable:
-            return raw.view
-        table = getattr(raw, "table", None)
-        if type(table) is ViewTable:
-            return table.view
-    for source in statement._from_obj:
-        if type(source) is ViewTable:
-            return source.view
-    for raw in statement._raw_columns:
-        for source in raw._from_objects:
-            if type(source) is ViewTable:
-                return source.view
-    return None
-
-
-def shape_of(statement: Select[Any]) -> tuple[Shape, list[BindParameter[Any]]]:
-    """Return what a SELECT of a view asks, and its parameters in the order of their numbers.
-
-    :raises Inexact: if the database has to answer.
-    :raises CriteriaError: if it uses a table that it does not join.
-    """
-    known = _by_statement.get(statement)
-    if known is None:
-        _check_features(statement)
-        cache_key = statement._generate_cache_key()
-        if cache_key is None:
-            raise Inexact("a construct without cache key")
-        parameters = list(cache_key.bindparams)
-        shape = _by_key.get(cache_key.key)
-        if shape is None:
-            try:
-                shape = _read(statement, parameters)
-            except Inexact as reason:
-                shape = reason
-            if len(_by_key) > 1_000:
-                _by_key.clear()
-            _by_key[cache_key.key] = shape
-        known = _by_statement[statement] = (shape, parameters)
-    if isinstance(known[0], Inexact):
-        raise Inexact(str(known[0]))
-    return known[0], known[1]
-
-
-def _check_features(statement: Select[Any]) -> None:
-    """Raise :class:`.Inexact` for what is not (or may not be) part of a statement's cache key."""
-    for name, value in statement.__dict__.items():
-        if name not in _KNOWN and value:
-            raise Inexact(f"{name.strip('_')} is left to the database")
-    for name in statement._execution_options:
-        if name not in HARMLESS_OPTIONS:
-            raise Inexact(f"execution option {name} is left to the database")
-
-
-def _read(statement: Select[Any], parameters: list[BindParameter[Any]]) -> Shape:
-    view = view_of(statement)
-    assert view is not None
-    table = view.__table__
-    plan = plan_of(view)
-    if statement._for_update_arg is not None:
-        raise Inexact("FOR UPDATE is left to the database")
-    if statement._fetch_clause is not None:
-        raise Inexact("FETCH is left to the database")
-    options = tuple(o for o in statement._with_options if isinstance(o, CacheOption))
-    if len(options) < len(statement._with_options):
-        raise Inexact("options of others than the cache are left to the database")
-    if any(source is not table for source in statement._from_obj):
-        raise Inexact("a join is left to the database")
-    positions = {id(parameter): at for at, parameter in enumerate(parameters)}
-
-    def position(parameter: BindParameter[Any]) -> int:
-        if id(parameter) not in positions:
-            raise Inexact("a parameter that cannot be told apart")
-        return positions[id(parameter)]
-
-    def resolve(element: Any) -> str | None:
-        if isinstance(element, ColumnClause) and element.table is table:
-            return element.name if element.name in plan.by_name else None
-        return None
-
-    projection, count = _selected(statement, table, resolve)
-    for criterion in statement._where_criteria:
-        for source in criterion._from_objects:
-            if source is not table:
-                raise CriteriaError(
-                    f"the criteria of a SELECT from {plan.name} use {source}, which it does not "
-                    f"join: use the columns of {plan.name}, or join {source} explicitly"
-                )
-    reader = criteria.Reader(resolve, position)
-    where = And(tuple(reader.read(criterion) for criterion in statement._where_criteria))
-    orderings: list[Ordering] = []
-    for clause in statement._order_by_clauses:
-        orderings += _ordering(clause, resolve)
-    if count and (
-        orderings or statement._limit_clause is not None or statement._offset_clause is not None
-    ):
-        raise Inexact("count() of a part is left to the database")
-    limit, offset = (
-        None if clause is None else _limit(clause, position)
-        for clause in (statement._limit_clause, statement._offset_clause)
-    )
-    return Shape(view, plan, where, tuple(orderings), limit, offset, projection, count, options)
-
-
-def _selected(
-    statement: Select[Any], table: ViewTable, resolve: Callable[[Any], str | None]
-) -> tuple[tuple[str, ...] | None, bool]:
-    raw = statement._raw_columns
-    if len(raw) == 1:
-        element: Any = raw[0]
-        if element is table:
-            return None, False
-        element = element.element if isinstance(element, Label) else element
-        if isinstance(element, count_function):
-            arguments = list(element.clauses)
-            if not arguments or getattr(arguments[0], "name", None) == "*":
-                return None, True
-    names = [resolve(element) for element in raw]
-    if any(name is None or name not in table.c for name in names):
-        raise Inexact("an expression among the selected columns is left to the database")
-    return cast("tuple[str, ...]", tuple(names)), False
-
-
-def _ordering(clause: Any, resolve: Callable[[Any], str | None]) -> list[Ordering]:
-    descending = False
-    if isinstance(clause, UnaryExpression):
-        if clause.modifier not in (sql.desc_op, sql.asc_op):
-            raise Inexact("NULLS FIRST and NULLS LAST are left to the database")
-        descending = clause.modifier is sql.desc_op
-        clause = clause.element
-    while type(clause).__name__ in ("Grouping", "_label_reference"):
-        clause = clause.element
-    if isinstance(clause, UnaryExpression):
-        return _ordering(clause, resolve)
-    result = []
-    for element in clause.clauses if isinstance(clause, Tuple) else [clause]:
-        name = resolve(element)
-        if name is None:
-            raise Inexact("an expression in ORDER BY is left to the database")
-        result.append(Ordering(name, descending))
-    return result
-
-
-def _limit(clause: Any, position: Callable[[BindParameter[Any]], int]) -> int:
-    if not isinstance(clause, BindParameter):
-        raise Inexact("a computed LIMIT is left to the database")
-    return position(clause)
 
 
 # -- questions ---------------------------------------------------------------------------------
@@ -515,3 +263,50 @@ def _row_interval(
                 interval = Interval((*prefix, *values, MIN), (*prefix, MAX))
         return number, interval
     return None
+
+
+# -- loads -------------------------------------------------------------------------------------
+
+
+def load_target(
+    shape: Shape, parameters: Sequence[BindParameter[Any]], columns: Columns
+) -> tuple[str, IntervalSet]:
+    """Return the index and the intervals that the criteria of a load say.
+
+    :raises NotExpressible: if no index can express all of them; it says which one would.
+    """
+    try:
+        question = ask(shape, parameters, columns)
+    except Inexact as reason:
+        raise no_range(shape.plan, str(reason)) from None
+    for candidate in question.candidates:
+        if not candidate.residual:
+            return candidate.index, candidate.intervals
+    raise NotExpressible(
+        f"view {shape.plan.name}: no index can express these criteria as a range of scores; "
+        f"{_suggestion(shape)}"
+    )
+
+
+def no_range(plan: ViewPlan, reason: str) -> NotExpressible:
+    """Return the error for criteria that are no ranges at all."""
+    return NotExpressible(f"view {plan.name}: the criteria cannot be a range of scores ({reason})")
+
+
+def _suggestion(shape: Shape) -> str:
+    """Say which index would express the criteria: single values first, then at most one range."""
+    single: list[str] = []
+    ranged: list[str] = []
+    for node in shape.conjuncts:
+        fixed = isinstance(node, In | IsNull) or (isinstance(node, Compare) and node.op == "==")
+        for name in sorted(columns_of(node)):
+            kind = single if fixed else ranged
+            if name not in single + ranged:
+                kind.append(name)
+    if len(ranged) > 1 or any(len(columns_of(node)) > 1 for node in shape.conjuncts):
+        return (
+            f"a range of one column at most, beside single values of others, can be one, and "
+            f"these are about {', '.join(single + ranged)}"
+        )
+    names = ", ".join(f'"{name}"' for name in single + ranged)
+    return f"ScoreIndex({names}) would"

@@ -22,6 +22,7 @@ from sqlalchemy.sql.elements import ColumnElement
 from .answering import (
     check_sortable,
     covered_candidate,
+    filter_records,
     finished,
     from_state,
     partial_candidate,
@@ -33,15 +34,10 @@ from .exc import CriteriaError
 from .layout import Layout
 from .loading import intervals_clause
 from .options import BypassCache
-from .planner import (
-    Question,
-    Shape,
-    ask,
-    shape_of,
-    view_of,
-)
+from .planner import Question, ask
 from .scopes import database_reason
 from .scores import MAX, MIN, NULLS_LAST, Interval, IntervalSet
+from .shapes import Shape, shape_of, view_of
 from .storage import Record
 from .table import CachedTable, State
 from .view import CachedView, ViewIndex
@@ -179,7 +175,7 @@ def _partial(
         remember(session, table, "miss", "the view changed while gaps were fetched")
         return None
     records = records_in(state, candidate.index, candidate.intervals - missing)
-    kept = question.shape.filter(candidate.residual, question, columns, records)
+    kept = filter_records(question.shape, candidate.residual, question, columns, records)
     rows = finished(layout, question, [*kept, *fetched], ordered=not question.shape.orderings)
     remember(session, table, "partial", f"{missing} was fetched")
     return Answer(rows, question.shape)

@@ -27,9 +27,9 @@ from .cache import BaseTableCache
 from .comparison import Inexact
 from .exc import CriteriaError, TableCacheError
 from .explaining import Explanation
-from .planner import HARMLESS_OPTIONS, view_of
 from .reading import SKIP, Answer, LastRead, RangeRead
 from .scopes import CONNECTIONS, database_reason
+from .shapes import HARMLESS_OPTIONS, view_of
 from .storage import Record
 from .view import CachedView, ViewIndex, ViewMeta, ViewTable
 

@@ -26,27 +26,20 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import Future
 from threading import Lock
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from sqlalchemy.sql import ColumnElement
-from sqlalchemy.sql.elements import BindParameter
-
 from .analysis import TableName, ViewPlan, table_label
 from .changes import ChangeSet, Marks, RowKey, marks_of
-from .comparison import Inexact
 from .coverage import Coverage
-from .criteria import Compare, In, IsNull, columns_of
 from .deltas import read_coverage, read_touched
 from .events import tick
-from .exc import DuplicateKey, NotExpressible
+from .exc import DuplicateKey
 from .figures import Stats
 from .layout import Layout
 from .loading import Progress, Rows, Snapshots, probe
-from .planner import Shape, ask
-from .scores import EVERYTHING, IntervalSet
+from .scores import IntervalSet
 from .storage import Hidden, Record, Storage
 from .turns import Turn, new_future, wait_for
 
@@ -215,42 +208,6 @@ class CachedTable:
         self._set_state(state)
 
     # -- loading --------------------------------------------------------------------------------
-
-    def interval_target(
-        self,
-        conditions: Sequence[ColumnElement[bool]],
-        shape: Shape | None,
-        parameters: Sequence[BindParameter[Any]],
-    ) -> tuple[str, IntervalSet]:
-        """Return the index and the intervals that criteria of a load say.
-
-        :raises NotExpressible: if no index can express all of them.
-        """
-        layout = self.set_up()
-        if not conditions or shape is None:
-            return "", EVERYTHING
-        try:
-            question = ask(shape, parameters, layout.columns)
-        except Inexact as reason:
-            raise NotExpressible(
-                f"view {self.plan.name}: the criteria cannot be a range of scores ({reason})"
-            ) from None
-        for candidate in question.candidates:
-            if not candidate.residual:
-                return candidate.index, candidate.intervals
-        raise NotExpressible(
-            f"view {self.plan.name}: no index can express these criteria as a range of scores; "
-            f"{_suggestion(shape)}"
-        )
-
-    def refuse_criteria(self, reason: str) -> None:
-        """Refuse criteria that are no ranges at all.
-
-        :raises NotExpressible: always.
-        """
-        raise NotExpressible(
-            f"view {self.plan.name}: the criteria cannot be a range of scores ({reason})"
-        )
 
     def load(
         self,
@@ -541,22 +498,3 @@ class CachedTable:
         state.storage._check()
         for record, hidden in state.storage.pairs():
             assert layout.is_covered(state.coverage, record, hidden), record
-
-
-def _suggestion(shape: Shape) -> str:
-    """Say which index would express the criteria: single values first, then at most one range."""
-    single: list[str] = []
-    ranged: list[str] = []
-    for node in shape.conjuncts:
-        fixed = isinstance(node, In | IsNull) or (isinstance(node, Compare) and node.op == "==")
-        for name in sorted(columns_of(node)):
-            kind = single if fixed else ranged
-            if name not in single + ranged:
-                kind.append(name)
-    if len(ranged) > 1 or any(len(columns_of(node)) > 1 for node in shape.conjuncts):
-        return (
-            f"a range of one column at most, beside single values of others, can be one, and "
-            f"these are about {', '.join(single + ranged)}"
-        )
-    names = ", ".join(f'"{name}"' for name in single + ranged)
-    return f"ScoreIndex({names}) would"
