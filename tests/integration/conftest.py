@@ -12,7 +12,6 @@ fixture        what a test gets
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from sqlalchemy import URL
@@ -24,20 +23,17 @@ from tests.postgres import Postgres
 @pytest.fixture(scope="session")
 def created_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Database:
     """An SQLite file with the tables."""
-    path = tmp_path_factory.mktemp("zoo") / "zoo.sqlite"
-    database = Database(URL.create("sqlite", database=str(path)))
-    database.create()
-    return database
+    directory = tmp_path_factory.mktemp("zoo")
+    original = directory / "original.sqlite"
+    Database(URL.create("sqlite", database=str(original))).create()
+    return Database(URL.create("sqlite", database=str(directory / "zoo.sqlite")), original)
 
 
 @pytest.fixture
-def sqlite(created_sqlite: Database, tmp_path: Path) -> Database:
-    """An SQLite file of the test's own, with empty tables."""
-    original = Path(str(created_sqlite.url.database))
-    copy = tmp_path / "zoo.sqlite"
-    for suffix in (".sqlite", ".depot"):
-        copy.with_suffix(suffix).write_bytes(original.with_suffix(suffix).read_bytes())
-    return Database(created_sqlite.url.set(database=str(copy)))
+def sqlite(created_sqlite: Database) -> Database:
+    """An SQLite file with empty tables."""
+    created_sqlite.empty()
+    return created_sqlite
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,7 @@ def run(database: Database, name: str, seed: int, *, whole: bool) -> None:
             return rng.choice([own, own, attached])(**options)
 
         writer = Writer(engine, factory, kind.family, rng.randrange(10**9), Observer(checker))
-        fill(bystander, writer.rows, kind.family)
+        fill(bystander, kind.family, seed)
         described, criterion = ("everything", None) if whole else some_part(checker)
         writer.log.append(f"load {described}")
         with replayable(writer, seed), own() as reader:
@@ -171,7 +171,7 @@ async def test_asynchronous_answers_are_the_databases(database: Database, name: 
 
         engine_ = engine.sync_engine
         writer = Writer(engine_, sync_factory, kind.family, rng.randrange(10**9), observe)
-        fill(bystander, writer.rows, kind.family)
+        fill(bystander, kind.family, seed)
         with replayable(writer, seed):
             await cache.load(kind.view)
             for _ in range(STEPS):
@@ -196,13 +196,12 @@ def test_the_random_writer_is_replayable(sqlite: Database):
     logs = []
     for _ in range(2):
         sqlite.empty()
-        engine = sqlite.engine()
-        writer = Writer(engine, sessionmaker(engine), "shop", seed=5)
-        with engine.begin() as connection:
-            fill(connection, writer.rows, "shop")
-        for _ in range(20):
-            writer.step()
-        logs.append(writer.log)
-        engine.dispose()
+        with sqlite.lent_engine() as engine:
+            writer = Writer(engine, sessionmaker(engine), "shop", seed=5)
+            with engine.begin() as connection:
+                fill(connection, "shop", seed=5)
+            for _ in range(20):
+                writer.step()
+            logs.append(writer.log)
     assert logs[0] == logs[1]
     assert len(logs[0]) > 40

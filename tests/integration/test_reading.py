@@ -3,8 +3,9 @@
 import pickle
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any
 
@@ -865,11 +866,11 @@ def test_a_savepoint_that_is_a_transaction_is_seen(sqlite: Database):
 @pytest.mark.parametrize("how", ["session", "connection", "engine", "option engine"])
 def test_a_snapshot_that_was_asked_for_is_kept(postgresql: Database, level: str, how: str):
     """A transaction with its own snapshot reads the database, and keeps to that snapshot."""
-    with flights_world(postgresql) as world:
+    with ExitStack() as stack, flights_world(postgresql) as world:
         world.cache.load(OuterBoard)
         engine = world.engine
         if how == "engine":
-            engine = world.database.engine(isolation_level=level)
+            engine = stack.enter_context(world.database.lent_engine(isolation_level=level))
             world.cache.attach(engine)
         elif how == "option engine":
             engine = engine.execution_options(isolation_level=level)
@@ -893,8 +894,6 @@ def test_a_snapshot_that_was_asked_for_is_kept(postgresql: Database, level: str,
             if how == "connection":
                 session.close()
                 connection.close()
-        if how == "engine":
-            engine.dispose()
 
 
 def test_a_transaction_sees_later_commits_where_its_isolation_says_so(world: World):
@@ -907,11 +906,13 @@ def test_a_transaction_sees_later_commits_where_its_isolation_says_so(world: Wor
         assert reader.get(OuterBoard, 1).delay == 50
 
 
-def test_an_sqlite_snapshot_is_kept(sqlite: Database):
+def test_an_sqlite_snapshot_is_kept(sqlite: Database, tmp_path: Path):
     """On SQLite, an explicit transaction that has read goes on seeing what it saw."""
-    with closing(sqlite3.connect(str(sqlite.url.database))) as connection:
+    path = tmp_path / "wal.sqlite"
+    path.write_bytes(Path(str(sqlite.url.database)).read_bytes())
+    with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
-    engine = sqlite.engine(connect_args={"isolation_level": None})
+    engine = create_engine(f"sqlite:///{path}", connect_args={"isolation_level": None})
     event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
     with engine.begin() as connection:
         insert_flights(connection)

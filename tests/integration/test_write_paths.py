@@ -67,7 +67,7 @@ def benches(database: Database, seed: int) -> Iterator[list[Bench]]:
     ):
         result = [Bench(cache, family, bystander, seed) for family in VIEWS]
         for bench in result:
-            fill(bystander, bench.writer.rows, bench.writer.family)
+            fill(bystander, bench.writer.family, seed)
         for view in views:
             cache.load(view)
         yield result
