@@ -77,6 +77,18 @@ def from_state(
     direction = index_direction(candidate, shape.orderings, columns)
     if direction is None:
         check_sortable(shape.orderings, columns)
+    if (
+        question.limit is not None
+        and direction is not None
+        and not candidate.residual
+        and len(candidate.intervals) == 1
+    ):
+        few = state.storage.orders[candidate.index].some(
+            candidate.intervals.intervals[0],
+            question.offset + question.limit,
+            from_end=direction,
+        )
+        return finished(layout, question, few, ordered=True)
     records: Sequence[Record] = records_in(
         state, candidate.index, candidate.intervals, descending=bool(direction)
     )

@@ -248,7 +248,7 @@ class AsyncCacheSession(AsyncSession):
         after: V | None = None,
     ) -> list[V]:
         """Return the records of a range of an index; see :meth:`.CacheSession.range`."""
-        _check_range(index, prefix, (ge, gt, le, lt), limit)
+        _check_range(index, len(prefix), (ge, gt, le, lt), limit)
         read = RangeRead(index, prefix, ge, gt, le, lt, descending, limit, after)
         session = self.sync_session
         records = reading.range_from_cache(session.cache, session, read, fetch=False)

@@ -95,7 +95,7 @@ def ask(shape: Shape, parameters: Sequence[BindParameter[Any]], columns: Columns
     if shape.offset is not None:
         offset = _row_count(raw[shape.offset])
     candidates = tuple(
-        candidate_of(order, shape.conjuncts, bound, columns) for order in columns.orders.values()
+        candidate_of(order, shape, bound, columns) for order in columns.orders.values()
     )
     lists = tuple(v[1:] for v in bound if type(v) is tuple)
     return Question(shape, tuple(bound), lists, limit, offset or 0, candidates)
@@ -107,15 +107,15 @@ def _row_count(value: Any) -> int:
     return value
 
 
-def candidate_of(
-    order: Order, conjuncts: Sequence[Node], bound: Sequence[Any], columns: Columns
-) -> Candidate:
+def candidate_of(order: Order, shape: Shape, bound: Sequence[Any], columns: Columns) -> Candidate:
     """Return the intervals of one index that contain all records meeting the conditions."""
+    conjuncts, about = shape.conjuncts, shape.about
+    if order.parts[0].name not in shape.used:
+        return Candidate(order.name, EVERYTHING, tuple(range(len(conjuncts))), frozenset())
     prefixes: list[tuple[Any, ...]] = [()]
     used: set[int] = set()
     fixed: set[str] = set()
     intervals: IntervalSet | None = None
-    about = [criteria.columns_of(node) for node in conjuncts]
     for depth, part in enumerate(order.parts):
         if len(prefixes) == 1:
             row = _row_interval(order, depth, prefixes[0], conjuncts, bound, columns)

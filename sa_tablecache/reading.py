@@ -311,7 +311,7 @@ def _bounds(layout: Layout, read: RangeRead, position: int, prefix: tuple[Any, .
     """Return the interval of the bounds on one score, below a prefix of others."""
     part = layout.orders[read.by.name].parts[position]
     how = layout.columns.comparisons[part.name]
-    bounded = any(value is not None for value in (read.ge, read.gt, read.le, read.lt))
+    bounded = not (read.ge is None and read.gt is None and read.le is None and read.lt is None)
     if bounded and not how.order:
         raise Inexact(f"{part.name}: {how.reason or 'no order that Python knows'}")
     lower: tuple[Any, ...] = (*prefix, MIN)

@@ -10,7 +10,7 @@ a :class:`sqlalchemy.orm.Session`. Two ways lead to the cache, both to ``reading
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, Select, event, func, select
@@ -352,7 +352,7 @@ class CacheSession(Session):
 
         From memory in O(log n + records) and without SQL if the range is covered; else one SELECT.
         """
-        _check_range(index, prefix, (ge, gt, le, lt), limit)
+        _check_range(index, len(prefix), (ge, gt, le, lt), limit)
         read = RangeRead(index, prefix, ge, gt, le, lt, descending, limit, after)
         cache = _cache_of(self)
         records = reading.range_from_cache(cache, self, read)
@@ -363,23 +363,25 @@ class CacheSession(Session):
         return records
 
 
-def _check_range(
-    index: Any, prefix: tuple[Any, ...], bounds: Iterable[Any], limit: int | None
-) -> None:
+def _check_range(index: Any, prefix: int, bounds: tuple[Any, ...], limit: int | None) -> None:
+    """Refuse arguments of ``range()`` that an index cannot mean."""
     if not isinstance(index, ViewIndex):
         raise CriteriaError(
             f"range() reads an index, such as View.by_time, and {index!r} is none; use "
             "select() with where() for other criteria"
         )
     scores = len(index.declared.parts)
-    bounded = any(bound is not None for bound in bounds)
-    if len(prefix) + bounded > scores:
+    bounded = bounds != _UNBOUNDED
+    if prefix + bounded > scores:
         raise CriteriaError(
             f"{index!r} has {scores} score(s), {', '.join(index.column_names)}, but "
-            f"{len(prefix)} value(s){' and a bound' if bounded else ''} were given"
+            f"{prefix} value(s){' and a bound' if bounded else ''} were given"
         )
     if limit is not None and limit < 0:
         raise CriteriaError(f"limit={limit} is negative")
+
+
+_UNBOUNDED = (None, None, None, None)
 
 
 def _cache_of(session: Any) -> BaseTableCache:

@@ -50,13 +50,22 @@ class Shape:
     count: bool
     options: tuple[CacheOption, ...]
     conjuncts: tuple[Node, ...] = field(init=False)
+    """The conditions that all have to be true."""
+    about: tuple[frozenset[str], ...] = field(init=False)
+    """The columns of each condition."""
+    used: frozenset[str] = field(init=False)
+    """The columns of all conditions."""
     filters: dict[Any, Callable[..., list[Record]]] = field(
         default_factory=dict, repr=False, compare=False
     )
     """The functions generated for the shape, see ``answering.py``."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "conjuncts", tuple(criteria.conjuncts(self.where)))
+        conjuncts = tuple(criteria.conjuncts(self.where))
+        about = tuple(map(criteria.columns_of, conjuncts))
+        object.__setattr__(self, "conjuncts", conjuncts)
+        object.__setattr__(self, "about", about)
+        object.__setattr__(self, "used", frozenset().union(*about))
 
 
 #: Attributes of a Select that are understood here. Any other that is set means that the statement
