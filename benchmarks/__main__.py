@@ -28,7 +28,7 @@ def measure(parts: Sequence[str], *, quick: bool) -> Iterator[list[Result]]:
     if "memory" in parts or "loading" in parts:
         with database.postgres(days) as url:
             if "memory" in parts:
-                yield memory.run(url)
+                yield memory.run(url, quick=quick)
             if "loading" in parts:
                 yield asyncio.run(loading.run(url, quick=quick))
     if "ranges" in parts:
@@ -65,7 +65,7 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
-    parser.add_argument("--quick", action="store_true", help="a fortnight of data, fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="a fortnight of data, no goals")
     parser.add_argument("--only", choices=PARTS, action="append", help="only this part")
     options = parser.parse_args()
     results: list[Result] = []

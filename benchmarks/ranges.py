@@ -20,6 +20,7 @@ from examples.flights_models import FlightBoard
 from sa_tablecache import CacheSession, TableCache, bypass_cache
 
 GOAL = 3.0
+"""For a day; what a call costs beside the slice weighs more in an hour, less in a month."""
 
 Interval = tuple[datetime, datetime]
 
@@ -49,21 +50,25 @@ def run(url: URL, *, quick: bool) -> list[Result]:
         cache.load(FlightBoard)
         with cache.sessionmaker()() as session:
             records = SortedKeyList(session.range(FlightBoard.by_time), key=attrgetter("time_hour"))
-            for interval in intervals(quick=quick):
-                cases = _cases(session, records, *interval)
+            for number, interval in enumerate(intervals(quick=quick)):
+                goal = GOAL if number == 1 and not quick else None
+                cases = _cases(session, records, goal, *interval)
                 expected = len(cases[0].run())
                 for case in cases:
                     assert len(case.run()) == expected, case.name
                 results += compare(
                     f"range of {expected:,} records", cases, rounds=5 if quick else 25
                 )
-            assert session.last_read is not None
     engine.dispose()
     return results
 
 
 def _cases(
-    session: CacheSession, records: SortedKeyList, start: datetime, end: datetime
+    session: CacheSession,
+    records: SortedKeyList,
+    goal: float | None,
+    start: datetime,
+    end: datetime,
 ) -> list[Case]:
     prebuilt = _statement(start, end)
     from_database = prebuilt.options(bypass_cache())
@@ -79,7 +84,7 @@ def _cases(
 
     return [
         Case("SortedKeyList slice", sliced),
-        Case("session.range", ranged, goal=GOAL),
+        Case("session.range", ranged, goal=goal),
         Case("session.scalars, prebuilt select", scalars(lambda: prebuilt)),
         Case("session.scalars, new select", scalars(lambda: _statement(start, end))),
         Case("the database (SQLite)", scalars(lambda: from_database)),

@@ -1,0 +1,22 @@
+"""The benchmarks run on a slice of their data; what they measure is not judged here."""
+
+import pytest
+
+pytest.importorskip("sortedcontainers", reason="it comes with the extra 'bench', not with 'test'")
+
+from benchmarks.__main__ import PARTS, measure, show
+
+
+@pytest.mark.slow
+def test_all_parts_measure_and_show(capsys):
+    """Each part gives a ratio or a size for each of its cases, all of which read the same."""
+    results = [result for part in measure(PARTS, quick=True) for result in part]
+    show(results)
+    printed = capsys.readouterr().out
+    for result in results:
+        assert result.value > 0
+        assert result.benchmark in printed
+        assert result.case in printed
+    assert {result.case for result in results} >= {
+        "bytes per record", "asyncpg fetch", "cache.load", "SortedKeyList slice", "session.range",
+    }  # fmt: skip
