@@ -44,6 +44,7 @@ from tests.zoo import (
     PlaneEntity,
     Sample,
     Samples,
+    Weather,
     WeatherHours,
 )
 
@@ -727,8 +728,6 @@ def test_a_result_is_a_result(world: World):
 def test_a_key_of_several_columns_is_a_tuple(database: Database):
     """`session.get` takes a tuple in the order of the key's columns."""
     with flights_world(database, WeatherHours) as world:
-        from tests.zoo import Weather
-
         with world.Session() as session:
             session.add(Weather(origin="JFK", hour=hour(1), temp=3.5))
             session.commit()
