@@ -305,8 +305,8 @@ def _suggestion(shape: Shape) -> str:
                 kind.append(name)
     if len(ranged) > 1 or any(len(columns_of(node)) > 1 for node in shape.conjuncts):
         return (
-            f"a range of one column at most, beside single values of others, can be one, and "
-            f"these are about {', '.join(single + ranged)}"
+            "a ScoreIndex can be a range of one column, below single values of others, and these "
+            f"are about {', '.join(single + ranged)}"
         )
     names = ", ".join(f'"{name}"' for name in single + ranged)
     return f"ScoreIndex({names}) would"

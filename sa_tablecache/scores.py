@@ -69,7 +69,8 @@ class Interval(NamedTuple):
     upper: Cut
 
     def __contains__(self, key: object) -> bool:
-        return self.lower < key < self.upper  # type: ignore[operator]
+        place = _place(cast("Key", key))
+        return self.lower < place < self.upper
 
     def __repr__(self) -> str:
         return f"[{_cut_repr(self.lower)} .. {_cut_repr(self.upper)})"
@@ -80,6 +81,14 @@ def _cut_repr(cut: Cut) -> str:
     if not prefix:
         return "-inf" if cut[-1] is MIN else "+inf"
     return prefix if cut[-1] is MIN else f"after {prefix}"
+
+
+def _place(key: Key) -> Key:
+    """Return a key so that it lies between the cuts of which it is the whole prefix.
+
+    ``(3,)`` sorts before ``(3, MIN)``, and so would stand outside of ``score >= 3``.
+    """
+    return key if key[-1] is MIN or key[-1] is MAX else (*key, 0)
 
 
 class IntervalSet:
@@ -128,7 +137,7 @@ class IntervalSet:
 
     def __contains__(self, key: object) -> bool:
         """Whether a key (or, for a cut, the place just before or after its prefix) is inside."""
-        place = cast("Key", key)
+        place = _place(cast("Key", key))
         at = bisect_right(self._lowers, place) - 1
         return at >= 0 and place < self.intervals[at].upper
 
