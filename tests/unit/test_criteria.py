@@ -197,7 +197,7 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(trees)
 def test_trees_of_conditions_mean_what_sqlite_means(database: Connection, drawn: Any) -> None:
     """AND, OR and NOT keep to three-valued logic, however they are nested."""

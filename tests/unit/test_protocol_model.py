@@ -468,7 +468,7 @@ SCENARIOS: dict[str, tuple[Parents, tuple[Actor, ...]]] = {
     "three writers": (BOTH, (writer(MOVE), writer(FIRST), writer(MOVE), refresher(), reader())),
     "two refreshes": (BOTH, (writer(MOVE), writer(MOVE), refresher(), refresher(), reader())),
     "an unknown write": (BOTH, (writer(UNKNOWN), writer(MOVE), refresher(3), reader())),
-    "a first load": (NONE, (writer(MOVE), writer(FIRST), loader(BOTH), refresher(2), reader())),
+    "a first load": (NONE, (writer(MOVE), writer(FIRST), loader(BOTH), refresher(), reader())),
     "a load of the rest": (ONE, (writer(MOVE), writer(SECOND), loader(BOTH), refresher(2))),
     "a load with readers": (ONE, (writer(MOVE), loader(BOTH), refresher(2), reader(), reader())),
     "an extension": (ONE, (writer(MOVE), loader(BOTH, extend=True), refresher(2), reader())),
