@@ -50,7 +50,7 @@ from sqlalchemy.sql.selectable import (
 )
 
 from .exc import ViewDefinitionError
-from .functions import AGGREGATE_FUNCTIONS, IMMUTABLE_FUNCTIONS, VOLATILE_FUNCTIONS
+from .functions import AGGREGATE_FUNCTIONS, IMMUTABLE_FUNCTIONS, VOLATILE_FUNCTIONS, function_name
 from .joins import Joins, LeafColumn, closure, is_column
 from .view import Analysis, CachedView, ViewTable
 
@@ -293,7 +293,7 @@ class _Analysis:
         for occurrence in occurrences:
             if not occurrence.table.primary_key.columns:
                 self.reasons.append(f"table {occurrence.table.fullname} has no primary key")
-        if occurrences and all(o.nullable for o in occurrences):
+        if any(join.full for join, _, _ in self.joins.joins):
             self.reasons.append("FULL JOIN")
         if not tables:
             raise self.refuse("its select reads no table", "select from one")
@@ -375,7 +375,7 @@ class _Analysis:
             if isinstance(element, TableSample):
                 raise self.refuse("TABLESAMPLE gives other rows each time", "leave it out")
             if isinstance(element, FunctionElement):
-                functions.add(str(getattr(element, "name", "")).lower())
+                functions.add(function_name(element))
             self._check_element(element, "its select")
         top: list[Any] = [
             *self.statement._raw_columns,
@@ -402,21 +402,19 @@ class _Analysis:
             self._check_element(element, where)
             if isinstance(element, SelectBase | ScalarSelect | Exists):
                 self.reasons.append(f"subquery in {where}")
+            elif isinstance(element, Over):
+                self.reasons.append(f"window function in {where}")
 
     def _check_element(self, element: Any, where: str) -> None:
         if isinstance(element, FunctionElement):
-            name = str(getattr(element, "name", "")).lower()
+            name = function_name(element)
             if name in VOLATILE_FUNCTIONS:
                 raise self.refuse(
                     f"{name}() in {where} depends on the time, the session or chance, so that no "
                     "cached answer could be right",
                     "select the plain column and compute at the reader's, or filter in the query",
                 )
-            if (
-                name
-                and name not in IMMUTABLE_FUNCTIONS
-                and name not in self.view.__immutable_functions__
-            ):
+            if name not in IMMUTABLE_FUNCTIONS and name not in self.view.__immutable_functions__:
                 raise self.refuse(
                     f"function {name}() in {where} is not known to depend on its arguments alone",
                     f'if it does, say __immutable_functions__ = ("{name}",)',
@@ -539,7 +537,7 @@ class _Analysis:
                 "no primary key can be derived from a subquery in FROM",
                 "name the columns that identify a row with __primary_key__",
             )
-        if any(j.full for j, _ in self.joins.joins) or any(
+        if any(j.full for j, _, _ in self.joins.joins) or any(
             not o.table.primary_key.columns for o in self.joins.leaves
         ):
             raise self.refuse(
@@ -606,17 +604,8 @@ class _Analysis:
             why = ", ".join(dict.fromkeys(self.reasons))
             return dict.fromkeys(tables, why)
         coarse = dict.fromkeys(tables - {leaf.table for leaf in leaves}, "read by a subquery")
-        filtered = set()
-        for criterion in self.statement._where_criteria:
-            for element in visitors.iterate(criterion):
-                if isinstance(element, ColumnClause) and element.table is not None:
-                    at = self.joins.leaf_column(element)
-                    if at is not None and self.joins.leaves[at.leaf].nullable:
-                        filtered.add(at.leaf)
-        if filtered:
-            # A row that such a criterion drops leaves no trace in the cache, so that nothing
-            # would lead from its change to the NULL-extended row that takes its place.
+        if self.joins.filtered(self.statement._where_criteria):
             for leaf in leaves:
                 if leaf.nullable:
-                    coarse[leaf.table] = "WHERE on the nullable side of an outer join"
+                    coarse[leaf.table] = "a condition on the nullable side of an outer join"
         return coarse

@@ -29,7 +29,12 @@ def covered_candidate(question: Question, state: State) -> Candidate | None:
         if state.coverage.covers(candidate.index, candidate.intervals):
             order = state.storage.orders[candidate.index]
             size = sum(map(order.count, candidate.intervals))
-            if best is None or size < fewest:
+            # Of two indexes with as many records, the one that leaves less to test is better.
+            if (
+                best is None
+                or size < fewest
+                or (size == fewest and len(candidate.residual) < len(best.residual))
+            ):
                 best, fewest = candidate, size
     return best
 

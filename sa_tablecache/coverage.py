@@ -66,6 +66,8 @@ class Coverage:
 
     def minus(self, index: str, intervals: IntervalSet) -> Coverage:
         """Return the coverage with less of an index; records that others cover stay."""
+        if intervals.is_everything:
+            return Coverage()
         if self.everything:
             return Coverage({index: ~intervals})
         return Coverage({**self.sets, index: self.of(index) - intervals})

@@ -380,8 +380,10 @@ def predicate_source(
         if bound[parameter] is None:
             return "False"
         test = f"r.{column} {op} p{parameter}"
-        if op in (">", ">=") and comparisons[column].nan_is_greatest:
-            test = f"({test} or r.{column} != r.{column})"
+        if op not in ("==", "!=") and comparisons[column].nan_is_greatest:
+            # A NaN first: a Decimal one cannot be compared at all.
+            nan = f"r.{column} != r.{column}"
+            test = f"({nan} or {test})" if op in (">", ">=") else f"(not {nan} and {test})"
         return joined("and", [*known(column), test])
 
     def row(columns: Sequence[str], op: str, parameters: Sequence[int]) -> str:

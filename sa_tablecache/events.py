@@ -82,6 +82,8 @@ class Transaction:
     """Tables of INSERTs under way, whose keys are known when they are done."""
     leases: list[tuple[Subscriber, Any]] | None = None
     began: int = 0
+    watcher: Watcher | None = None
+    backend: Backend | None = None
     opaque: bool = False
 
     def touches(self, tables: frozenset[TableName]) -> bool:
@@ -110,7 +112,7 @@ class Watcher:
         self.subscribers: list[Subscriber] = []
         for name in (
             "before_cursor_execute", "after_cursor_execute", "after_execute", "handle_error",
-            "begin", "commit", "rollback", "commit_twophase", "rollback_twophase",
+            "begin", "begin_twophase", "commit", "rollback", "commit_twophase", "rollback_twophase",
             "engine_connect", "checkout", "checkin",
         ):  # fmt: skip
             event.listen(engine, name, getattr(self, name))
@@ -174,9 +176,15 @@ class Watcher:
             return
         transaction: Transaction | None = connection.info.get(KEY)
         if transaction is not None and transaction.leases is not None:
+            transaction.settle()
             if not context.is_disconnect:
-                transaction.settle()
                 _publish(self, transaction)
+            else:
+                # Where each statement commits, this one may do so yet.
+                for subscriber, lease in transaction.leases:
+                    subscriber.orphan(lease, transaction.backend)
+                transaction.leases = None
+                connection.info.pop(KEY, None)
 
     # -- transactions ---------------------------------------------------------------------------
 
@@ -184,13 +192,18 @@ class Watcher:
         """Note when a transaction began."""
         transaction_of(connection.info).began = tick()
 
+    def begin_twophase(self, connection: Connection, _xid: Any) -> None:
+        """Note when a transaction began."""
+        self.begin(connection)
+
     def commit(self, connection: Connection) -> None:
         """Lease what COMMIT is about to make visible."""
-        transaction: Transaction | None = connection.info.get(KEY)
-        if transaction is not None:
-            transaction.settle()
-            if transaction.changes:
-                _take_leases(self, transaction, connection)
+        transaction = transaction_of(connection.info)
+        if not transaction.began:  # it began before anybody watched
+            transaction.changes.add_everything()
+        transaction.settle()
+        if transaction.changes:
+            _take_leases(self, transaction, connection)
 
     def commit_twophase(self, connection: Connection, _xid: Any, _prepared: Any) -> None:
         """Lease what COMMIT PREPARED is about to make visible."""
@@ -198,6 +211,8 @@ class Watcher:
 
     def rollback(self, connection: Connection) -> None:
         """Forget what is rolled back, unless it may have become durable all the same."""
+        if connection.closed or connection.invalidated:
+            return  # its info is gone; the checkin has published what it had written
         transaction: Transaction | None = connection.info.pop(KEY, None)
         if transaction is None:
             return
@@ -258,6 +273,8 @@ def _note(transaction: Transaction, writes: Writes, context: Any) -> None:
 def _take_leases(watcher: Watcher, transaction: Transaction, connection: Connection) -> None:
     if transaction.leases is None:
         transaction.leases = []
+        transaction.backend = _backend_of(connection.connection)
+    transaction.watcher = watcher
     transaction.settle()
     for subscriber in list(watcher.subscribers):
         transaction.leases.append((subscriber, subscriber.lease(transaction.changes)))
@@ -277,12 +294,22 @@ def _publish(watcher: Watcher | None, transaction: Transaction) -> None:
 
 def _autocommits(connection: Connection) -> bool:
     """Whether each statement of a connection commits by itself."""
-    if connection._is_autocommit_isolation():
-        return True
+    driver: Any = connection.connection.driver_connection
     if connection.dialect.name == "sqlite":
-        driver: Any = connection.connection.driver_connection
         return driver.isolation_level is None and not driver.in_transaction
+    if connection._is_autocommit_isolation():
+        return not _began_by_hand(driver)
     return getattr(connection.connection.dbapi_connection, "autocommit", False) is True
+
+
+def _began_by_hand(driver: Any) -> bool:
+    """Whether BEGIN was sent as text on a connection in AUTOCOMMIT."""
+    if hasattr(driver, "is_in_transaction"):  # asyncpg
+        return bool(driver.is_in_transaction())
+    if hasattr(driver, "get_transaction_status"):  # psycopg2
+        return driver.get_transaction_status() in (1, 2, 3)
+    status = getattr(getattr(driver, "info", None), "transaction_status", 0)  # psycopg
+    return int(status) in (1, 2, 3)
 
 
 def _in_transaction(connection: Connection) -> bool:
@@ -353,7 +380,8 @@ def _commit(
             transaction.leases = None
             info.pop(KEY, None)
         raise
-    _publish(None, transaction)
+    # Those too that began to watch since the lease was taken.
+    _publish(transaction.watcher, transaction)
     info.pop(KEY, None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 #: Functions whose result depends on the time, the session, or nothing at all.
 VOLATILE_FUNCTIONS: Final = frozenset(
@@ -49,3 +49,9 @@ READING_FUNCTIONS: Final = (
         case interval similarity count_distinct from where select by""".split()
     )
 )
+
+
+def function_name(element: Any) -> str:
+    """Return a function's name, with its schema; that of its class if it has none."""
+    name = str(getattr(element, "name", "") or type(element).__name__)
+    return ".".join((*getattr(element, "packagenames", ()), name)).lower()

@@ -63,6 +63,21 @@ def closure(
     return known
 
 
+_COMPARISONS = (operators.eq, operators.ne, operators.lt, operators.le, operators.gt, operators.ge)
+
+
+def _rejects_null(condition: Any) -> bool:
+    """Whether a condition is a comparison, of plain columns and values, that no NULL meets."""
+    return (
+        isinstance(condition, BinaryExpression)
+        and condition.operator in _COMPARISONS
+        and all(
+            is_column(side) or isinstance(side, BindParameter)
+            for side in (condition.left, condition.right)
+        )
+    )
+
+
 @dataclass
 class Occurrence:
     """A leaf while the FROM clause is being read."""
@@ -70,7 +85,13 @@ class Occurrence:
     number: int
     selectable: Any
     table: Table
-    nullable: bool
+    depth: int
+    """How many outer joins have it on a side that they NULL-extend."""
+
+    @property
+    def nullable(self) -> bool:
+        """Whether an outer join can NULL-extend it."""
+        return self.depth > 0
 
 
 class Joins:
@@ -78,26 +99,24 @@ class Joins:
 
     def __init__(self) -> None:
         self.leaves: list[Occurrence] = []
-        self.joins: list[tuple[Join, range]] = []
-        """Every join with the numbers of the leaves on its right side."""
+        self.joins: list[tuple[Join, range, int]] = []
+        """Every join with the numbers of the leaves on its right side, and its own depth."""
         self.others: list[str] = []
         """What else there is in FROM: subqueries and the like."""
         self.dependencies: list[tuple[frozenset[LeafColumn], frozenset[LeafColumn]]] = []
         self.equal: dict[LeafColumn, set[LeafColumn]] = {}
         """For a leaf's column, the columns equal to it wherever the leaf is not NULL-extended."""
 
-    def read_from(self, selectable: Any, *, nullable: bool = False) -> None:
+    def read_from(self, selectable: Any, depth: int = 0) -> None:
         """Read one FROM element: its leaves, and which of them outer joins NULL-extend."""
         if isinstance(selectable, FromGrouping):
-            self.read_from(selectable.element, nullable=nullable)
+            self.read_from(selectable.element, depth)
             return
         if isinstance(selectable, Join):
-            self.read_from(selectable.left, nullable=nullable or selectable.full)
+            self.read_from(selectable.left, depth + selectable.full)
             first = len(self.leaves)
-            self.read_from(
-                selectable.right, nullable=nullable or selectable.isouter or selectable.full
-            )
-            self.joins.append((selectable, range(first, len(self.leaves))))
+            self.read_from(selectable.right, depth + (selectable.isouter or selectable.full))
+            self.joins.append((selectable, range(first, len(self.leaves)), depth))
             return
         base = selectable
         while isinstance(base, Alias):
@@ -106,7 +125,28 @@ class Joins:
         if not isinstance(base, Table):
             self.others.append(f"{type(selectable).__name__.lower()} in FROM")
             return
-        self.leaves.append(Occurrence(len(self.leaves), selectable, base, nullable))
+        self.leaves.append(Occurrence(len(self.leaves), selectable, base, depth))
+
+    def filtered(self, criteria: Sequence[Any]) -> bool:
+        """Whether a criterion may drop rows in which an outer join found a match.
+
+        Such a row leaves no trace in the cache, so that nothing would lead from its change to the
+        NULL-extended row that takes its place. A comparison that is not true of NULL drops that one
+        as well, and does not count.
+        """
+        conditions = [(c, 0) for criterion in criteria for c in conjuncts(criterion)]
+        for join, _, depth in self.joins:
+            # The ON of an outer join drops rows of its right side only.
+            conditions += [(c, depth + join.isouter) for c in conjuncts(join.onclause)]
+        for condition, depth in conditions:
+            if _rejects_null(condition):
+                continue
+            for element in visitors.iterate(condition):
+                if isinstance(element, ColumnClause) and element.table is not None:
+                    at = self.leaf_column(element)
+                    if at is not None and self.leaves[at.leaf].depth > depth:
+                        return True
+        return False
 
     # -- dependencies ---------------------------------------------------------------------------
 
@@ -134,7 +174,7 @@ class Joins:
         for criterion in criteria:
             for conjunct in conjuncts(criterion):
                 self._read_equality(conjunct, frozenset())
-        for join, right in self.joins:
+        for join, right, _ in self.joins:
             if join.full:
                 continue
             for conjunct in conjuncts(join.onclause):

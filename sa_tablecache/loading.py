@@ -101,7 +101,8 @@ class Snapshots:
         """
         dialect = self.engine.dialect.name
         with self.engine.connect() as connection:
-            connection.info[READER] = True
+            if self._owned:  # a pool given to the cache may be the application's
+                connection.info[READER] = True
             if dialect == "sqlite":
                 connection = connection.execution_options()
                 driver = cast("Any", connection.connection.driver_connection)

@@ -132,22 +132,18 @@ def candidate_of(order: Order, shape: Shape, bound: Sequence[Any], columns: Colu
                 if found is not None:
                     values &= found
                     exact.append(number)
-        if not exact:
+        if not exact or len(values) * len(prefixes) > MOST_POINTS:
             break
         used.update(exact)
         points = _points(values)
-        if points is not None and len(points) * len(prefixes) <= MOST_POINTS:
-            prefixes = [(*prefix, point) for prefix in prefixes for point in points]
-            if len(points) == 1:
-                fixed.add(part.name)
-            if not prefixes:
-                intervals = NOTHING
-                break
-            continue
-        intervals = IntervalSet(
-            Interval(prefix + i.lower, prefix + i.upper) for prefix in prefixes for i in values
-        )
-        break
+        if points is None:
+            intervals = IntervalSet(
+                Interval(prefix + i.lower, prefix + i.upper) for prefix in prefixes for i in values
+            )
+            break
+        prefixes = [(*prefix, point) for prefix in prefixes for point in points]
+        if len(points) == 1:
+            fixed.add(part.name)
     if intervals is None:
         intervals = IntervalSet(Interval((*p, MIN), (*p, MAX)) for p in prefixes)
     residual = tuple(number for number in range(len(conjuncts)) if number not in used)

@@ -19,6 +19,7 @@ from .table import CachedTable
 CONNECTIONS: Final = "sa_tablecache.connections"
 """In ``Session.info``: the connections of its transaction."""
 
+_ASKED_ON_ENGINE: Final = "an isolation level was asked for on the engine"
 _ASKED: Final = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
 
 
@@ -34,12 +35,14 @@ def database_reason(session: Session, cache: BaseTableCache, table: CachedTable)
     flush_pending(session)
     engine = cache.engine
     bind = session.bind
-    if bind is not engine:
+    if bind is not engine or getattr(type(session).get_bind, "__module__", "").partition(".")[
+        0
+    ] not in ("sqlalchemy", "sa_tablecache"):
         reason = _foreign_bind(session, engine)
         if reason is not None:
             return reason
     if isolation_asked_for(engine):
-        return "an isolation level was asked for on the engine"
+        return _ASKED_ON_ENGINE
     if not isinstance(bind, Connection) and not session.in_transaction():
         return None
     connections = list(session.info.get(CONNECTIONS, ()))
@@ -56,7 +59,7 @@ def database_reason(session: Session, cache: BaseTableCache, table: CachedTable)
 
 def _foreign_bind(session: Session, engine: Engine) -> str | None:
     try:
-        bind = session.bind or session.get_bind()
+        bind = session.get_bind()
     except Exception:
         return "the session has no bind that the cache could recognise"
     other = bind.engine
@@ -65,7 +68,7 @@ def _foreign_bind(session: Session, engine: Engine) -> str | None:
     mine, theirs = (e.get_execution_options().get("schema_translate_map") for e in (engine, bind))
     if mine != theirs:
         return "another schema_translate_map"
-    return None
+    return _ASKED_ON_ENGINE if isolation_asked_for(other) else None
 
 
 def isolation_asked_for(engine: Engine) -> bool:

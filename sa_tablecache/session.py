@@ -139,7 +139,15 @@ def listen(cache: BaseTableCache, target: Any) -> None:
             return None
         view = view_of(statement)
         if view is not None and (view in cache.views or isinstance(state.session, CacheSession)):
-            if not state.parameters and _plain(state.local_execution_options):
+            if _others_follow(state.session, do_orm_execute):
+                reading.remember(
+                    state.session, cache.table(view), "bypass", "other do_orm_execute listeners"
+                )
+            elif (
+                not state.parameters
+                and "bind" not in state.bind_arguments
+                and _plain(state.local_execution_options)
+            ):
                 answer = reading.answer(cache, state.session, statement)
                 if answer is not None:
                     return _result(answer, statement)
@@ -163,8 +171,17 @@ def listen(cache: BaseTableCache, target: Any) -> None:
         known[:] = [c for c in known if not c.closed and c is not connection]
         known.append(connection)
 
+    do_orm_execute._sa_tablecache = True  # type: ignore[attr-defined]
     event.listen(target, "do_orm_execute", do_orm_execute)
     event.listen(target, "after_begin", after_begin)
+
+
+def _others_follow(session: Session, mine: Any) -> bool:
+    """Whether listeners of the application, which may add criteria, run after this one."""
+    listeners = list(session.dispatch.do_orm_execute)
+    return mine in listeners and not all(
+        getattr(other, "_sa_tablecache", False) for other in listeners[listeners.index(mine) :]
+    )
 
 
 def _plain(options: Any) -> bool:
@@ -260,6 +277,8 @@ class CacheSession(Session):
     def _from_cache(self, statement: Any) -> Answer | None:
         """Answer a statement from memory alone; ``None`` sends it on its usual way."""
         if type(statement) is not Select or view_of(statement) is None:
+            return None
+        if not all(getattr(f, "_sa_tablecache", False) for f in self.dispatch.do_orm_execute):
             return None
         return reading.answer(_cache_of(self), self, statement, fetch=False)
 

@@ -26,6 +26,7 @@ from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.elements import (
     BinaryExpression,
     BindParameter,
+    ColumnClause,
     ReleaseSavepointClause,
     RollbackToSavepointClause,
     SavepointClause,
@@ -37,7 +38,7 @@ from sqlalchemy.sql.selectable import SelectBase
 from .analysis import TableName, table_name
 from .changes import RowKey
 from .comparison import to_utc
-from .functions import READING_FUNCTIONS
+from .functions import READING_FUNCTIONS, function_name
 from .joins import conjuncts
 
 
@@ -194,16 +195,21 @@ def _reading(statement: Any, *, inside_of: Any) -> frozenset[TableName] | None:
             tables.add(table_name(element.table))
             tables |= cascades(element.table, deleted=True, columns=None)
         elif isinstance(element, FunctionElement):
-            name = str(getattr(element, "name", "")).lower()
-            if name and name not in READING_FUNCTIONS:
+            if function_name(element) not in READING_FUNCTIONS:
                 return None
         elif isinstance(element, TextClause) and not _only_reads(element.text):
             return None
+        elif isinstance(element, ColumnClause) and element.is_literal:
+            if not _only_reads(element.name):
+                return None
     return frozenset(tables)
 
 
 def _dml(statement: Any, compiled: Any) -> Writes:
-    table = statement.table
+    # For a class in a hierarchy, the ORM runs one statement for each of its tables.
+    table = getattr(compiled.compile_state, "dml_table", statement.table)
+    if not isinstance(table, Table):
+        return ANYTHING
     name = table_name(table)
     primary_key = tuple(table.primary_key.columns)
     if isinstance(statement, Insert):
@@ -266,27 +272,25 @@ def cascades(
 
     :param columns: for an UPDATE, the columns it sets; ``None`` if any.
     """
-    found: set[TableName] = set()
+    seen: set[tuple[TableName, bool]] = set()
     todo = [(table, deleted, columns)]
     while todo:
         parent, gone, changed = todo.pop()
         for constraint in _constraints_on(parent):
-            action = constraint.ondelete if gone else constraint.onupdate
-            if (action or "NO ACTION").upper() in ("NO ACTION", "RESTRICT"):
+            action = ((constraint.ondelete if gone else constraint.onupdate) or "").upper()
+            if action in ("", "NO ACTION", "RESTRICT"):
                 continue
             if not gone and changed is not None:
-                referred = {element.column.key for element in constraint.elements}
-                if not referred & changed:
+                if not changed & {element.column.key for element in constraint.elements}:
                     continue
             child = constraint.table
-            if table_name(child) in found:
+            # Deleted by a cascade, or changed in the columns of the foreign key.
+            deleted_too = gone and action == "CASCADE"
+            if (table_name(child), deleted_too) in seen:
                 continue
-            found.add(table_name(child))
-            cascade = (action or "").upper() == "CASCADE"
-            todo.append((child, gone and cascade, frozenset(c.key for c in constraint.columns)))
-            if gone and cascade:
-                todo.append((child, False, None))
-    return frozenset(found)
+            seen.add((table_name(child), deleted_too))
+            todo.append((child, deleted_too, frozenset(c.key for c in constraint.columns)))
+    return frozenset(name for name, _ in seen)
 
 
 def _constraints_on(table: Table) -> Iterator[Any]:
@@ -308,14 +312,25 @@ def _constraints_on(table: Table) -> Iterator[Any]:
 # -- text --------------------------------------------------------------------------------------
 
 _QUOTED = re.compile(
-    r"'(?:[^'\\]|''|\\.)*'|\"[^\"]*\"|`[^`]*`|\$(\w*)\$.*?\$\1\$|--[^\n]*|/\*.*?\*/", re.DOTALL
+    r"(?P<name>\"[^\"]*\"|`[^`]*`)|(?P<comment>--[^\n]*|/\*.*?\*/)"
+    r"|'(?:[^'\\]|''|\\.)*'|\$(?P<tag>\w*)\$.*?\$(?P=tag)\$",
+    re.DOTALL,
 )
+
+
+def _bare(text: str) -> str:
+    """Return text without strings and comments; a quoted name is one that nobody knows."""
+    return _QUOTED.sub(
+        lambda m: " _quoted_name_ " if m["name"] else " " if m["comment"] else " '' ", text
+    )
+
+
 _WRITING = re.compile(
     r"\b(insert|update|delete|merge|into|call|do|copy|create|alter|drop|truncate|execute|import"
     r"|refresh|grant|revoke|rename|attach|detach|load|handler)\b|\breplace\b(?!\s*\()",
     re.IGNORECASE,
 )
-_CALLS = re.compile(r"(\w+)\s*\(")
+_CALLS = re.compile(r"([\w.]+)\s*\(")
 _LOCKS = re.compile(r"\bfor\s+(no\s+key\s+)?update\b", re.IGNORECASE)
 
 #: First words of statements that write no row.
@@ -332,7 +347,7 @@ def _only_reads(text: str) -> bool:
     """Whether text can be seen to write nothing: no writing word, and known functions only."""
     if "\\" in text or "/*!" in text:
         return False  # an escape or an executable comment may hide anything
-    bare = _LOCKS.sub(" ", _QUOTED.sub(" '' ", text))
+    bare = _LOCKS.sub(" ", _bare(text))
     if _WRITING.search(bare) or ";" in bare.strip().rstrip(";"):
         return False
     return all(name.lower() in READING_FUNCTIONS for name in _CALLS.findall(bare))
@@ -341,7 +356,7 @@ def _only_reads(text: str) -> bool:
 def _text(text: str) -> Writes:
     known = _by_text.get(text)
     if known is None:
-        bare = _QUOTED.sub(" '' ", text).strip().lstrip("(").lower()
+        bare = _bare(text).strip().lstrip("( ").lower()
         word = re.match(r"\w*", bare)
         first = word.group() if word else ""
         single = ";" not in bare.rstrip(";").rstrip() and "\\" not in text and "/*!" not in text

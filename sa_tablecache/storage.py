@@ -310,11 +310,9 @@ class SortedRecords:
         for at in sorted(touched, reverse=True):
             size = len(chunks[at])
             if not size or size > 2 * CHUNK:
-                cuts = range(0, size, size // 2 + 1) if size else range(0)
-                step = size // 2 + 1
-                chunks[at : at + 1] = [chunks[at][i : i + step] for i in cuts]
+                chunks[at : at + 1] = _chunked(chunks[at])
                 if beside is not None:
-                    beside[at : at + 1] = [beside[at][i : i + step] for i in cuts]
+                    beside[at : at + 1] = _chunked(beside[at])
         return SortedRecords(order, chunks, beside)
 
     def merged(

@@ -34,7 +34,7 @@ from sqlalchemy.orm import Mapped, class_mapper
 from sqlalchemy.sql import ColumnElement, TableClause, coercions, roles
 from sqlalchemy.sql.elements import ColumnClause
 from sqlalchemy.sql.operators import ColumnOperators
-from sqlalchemy.sql.selectable import SelectBase
+from sqlalchemy.sql.selectable import FromClause, SelectBase
 
 from .exc import ViewDefinitionError
 
@@ -361,7 +361,7 @@ def _expand(view: type, statement: Any) -> tuple[SelectBase, list[tuple[str | No
         )
     if not isinstance(statement, Select):
         columns = statement.selected_columns
-        return statement, [(key, column.type) for key, column in columns.items()]
+        return statement, [(str(key), column.type) for key, column in columns.items()]
     expanded: list[Any] = []
     names: list[str | None] = []
     for raw in statement._raw_columns:
@@ -373,11 +373,16 @@ def _expand(view: type, statement: Any) -> tuple[SelectBase, list[tuple[str | No
             mapper = class_mapper(entity.mapper.class_)
             for attribute in mapper.column_attrs:
                 expanded.append(getattr(entity.entity, attribute.key))
-                names.append(attribute.key)
+                names.append(str(attribute.key))
         else:
-            for key, element in cast("Any", raw).c.items():
+            if not isinstance(raw, FromClause):
+                raise ViewDefinitionError(
+                    f"{view.__name__}.__select__ selects {raw}, of which nobody can know what it "
+                    "is: write it as a SQLAlchemy expression"
+                )
+            for key, element in raw.c.items():
                 expanded.append(element)
-                names.append(key)
+                names.append(str(key))
     if len(expanded) != len(statement._raw_columns):
         statement = statement.with_only_columns(*expanded)
     return statement, [
@@ -387,7 +392,8 @@ def _expand(view: type, statement: Any) -> tuple[SelectBase, list[tuple[str | No
 
 
 def _key_of(element: Any) -> str | None:
-    return getattr(element, "_proxy_key", None)
+    key = getattr(element, "_proxy_key", None)
+    return None if key is None else str(key)  # names of Core columns are strings of their own kind
 
 
 def _resolve(view: Any, declared: Any) -> None:
