@@ -106,6 +106,8 @@ class ViewPlan:
     tables: frozenset[TableName]
     coarse: dict[TableName, str]
     """Tables of which any change marks the whole view, and why."""
+    compared_text: tuple[Column[Any], ...] = ()
+    """Text columns by whose equality the tables are joined."""
     functions: frozenset[str] = frozenset()
     key_of: Callable[[Any], Any] = field(init=False, repr=False)
     """The primary key of a record: a value, or a tuple if it has several columns."""
@@ -339,6 +341,9 @@ class _Analysis:
             one_row_per_anchor=one_row,
             tables=tables,
             coarse=self._coarse(tables, leaves),
+            compared_text=tuple(
+                self.joins.leaves[c.leaf].table.c[c.name] for c in sorted(self.joins.text)
+            ),
             functions=functions,
         )
 
@@ -575,7 +580,8 @@ class _Analysis:
             rest = [c for c in candidates if c != column]
             if wanted <= closure(rest, self.joins.dependencies):
                 candidates = rest
-        return tuple(sorted((self.visible[c] for c in candidates), key=position.__getitem__))
+        names = tuple(sorted((self.visible[c] for c in candidates), key=position.__getitem__))
+        return names or (self.names[0],)  # of a view of one row at most, any column is a key
 
     def _grouping_key(self) -> tuple[str, ...]:
         key: list[str] = []

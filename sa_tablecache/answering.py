@@ -14,19 +14,21 @@ from . import criteria
 from .comparison import Inexact
 from .criteria import And
 from .layout import Layout
+from .orders import NAN, Record
 from .planner import Candidate, Columns, Question
 from .scores import NULLS_FIRST, NULLS_LAST, IntervalSet
 from .shapes import Ordering, Shape
-from .storage import NAN, Record
 from .table import State
 
 
-def covered_candidate(question: Question, state: State) -> Candidate | None:
+def covered_candidate(layout: Layout, question: Question, state: State) -> Candidate | None:
     """Return the index with the fewest records in range, of those that are covered."""
     best: Candidate | None = None
     fewest = 0
     for candidate in question.candidates:
-        if state.coverage.covers(candidate.index, candidate.intervals):
+        if _is_testable(layout, question, candidate) and state.coverage.covers(
+            candidate.index, candidate.intervals
+        ):
             order = state.storage.orders[candidate.index]
             size = sum(map(order.count, candidate.intervals))
             # Of two indexes with as many records, the one that leaves less to test is better.
@@ -39,6 +41,12 @@ def covered_candidate(question: Question, state: State) -> Candidate | None:
     return best
 
 
+def _is_testable(layout: Layout, question: Question, candidate: Candidate) -> bool:
+    """Whether what an index leaves to test is about columns that records have."""
+    about = question.shape.about
+    return all(about[number] <= layout.columns.public for number in candidate.residual)
+
+
 def partial_candidate(
     layout: Layout, question: Question, state: State
 ) -> tuple[Candidate, IntervalSet] | None:
@@ -48,7 +56,11 @@ def partial_candidate(
     for candidate in question.candidates:
         missing = state.coverage.missing(candidate.index, candidate.intervals)
         present = candidate.intervals - missing
-        if not present or not layout.is_expressible(candidate.index, missing):
+        if (
+            not present
+            or not layout.is_expressible(candidate.index, missing)
+            or not _is_testable(layout, question, candidate)
+        ):
             continue
         order = state.storage.orders[candidate.index]
         size = sum(map(order.count, present))

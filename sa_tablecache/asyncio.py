@@ -251,9 +251,10 @@ class AsyncCacheSession(AsyncSession):
         _check_range(index, len(prefix), (ge, gt, le, lt), limit)
         read = RangeRead(index, prefix, ge, gt, le, lt, descending, limit, after)
         session = self.sync_session
-        records = reading.range_from_cache(session.cache, session, read, fetch=False)
-        if records is not None:
-            return records
+        if not session._is_filtered():
+            records = reading.range_from_cache(session.cache, session, read, fetch=False)
+            if records is not None:
+                return records
         return await greenlet_spawn(
             session.range, index, *prefix, ge=ge, gt=gt, le=le, lt=lt,
             descending=descending, limit=limit, after=after,

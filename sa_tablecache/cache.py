@@ -199,7 +199,7 @@ class BaseTableCache:
         that fails leaves all as it was.
 
         :param criteria: a range of one index, such as ``View.time_hour >= since``.
-        :param progress: called every 10,000 rows with the number of rows so far.
+        :param progress: called every 1,000 rows with the number of rows so far.
         :raises NotExpressible: if no index can express the criteria; it says which one would.
         """
         table, index, intervals = self._target(view, criteria)
@@ -240,7 +240,7 @@ class BaseTableCache:
             question = ask(shape, parameters, table.set_up().columns)
         except Inexact:
             return table.state.coverage.everything
-        return covered_candidate(question, table.state) is not None
+        return covered_candidate(table.set_up(), question, table.state) is not None
 
     def ready(self, view: type[CachedView]) -> bool:
         """Whether a load of the view has ended."""
@@ -389,6 +389,8 @@ class BaseTableCache:
             "mysql": "SELECT count(*) FROM information_schema.innodb_trx "
             "WHERE trx_mysql_thread_id = :pid",
         }.get(self._snapshots.engine.dialect.name.replace("mariadb", "mysql"))
+        if self._snapshots.dialect.name == "sqlite":
+            return self._snapshots.nobody_writes()
         if orphan.backend is None or query is None:
             return False
         with self._snapshots.open() as connection:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from .analysis import TableName, ViewPlan
+from .analysis import TableName
 
 RowKey: TypeAlias = tuple[object, ...]
 
@@ -74,18 +74,21 @@ class Marks:
         return self.view or bool(self.rows)
 
 
-def marks_of(plan: ViewPlan, changes: ChangeSet, followed: frozenset[TableName]) -> Marks:
+def marks_of(
+    tables: frozenset[TableName], changes: ChangeSet, followed: frozenset[TableName]
+) -> Marks:
     """Return what changes mark of a view.
 
+    :param tables: the tables that concern the view.
     :param followed: the tables whose rows can be followed to the view's records by key.
     """
-    if not changes.touches(plan.tables):
+    if not changes.touches(tables):
         return Marks(False)
-    if changes.everything or not changes.tables.isdisjoint(plan.tables):
+    if changes.everything or not changes.tables.isdisjoint(tables):
         return Marks(True)
     rows: set[tuple[TableName, RowKey]] = set()
     for table, keys in changes.rows.items():
-        if table in plan.tables:
+        if table in tables:
             if table not in followed:
                 return Marks(True)
             rows.update((table, key) for key in keys)

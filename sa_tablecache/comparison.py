@@ -30,6 +30,8 @@ class StoredColumn:
     """Whether equal text is bytewise equal text."""
     bytewise: bool | None = None
     """Whether text sorts by code points."""
+    by_database: bool = False
+    """Whether SQLite itself may have written values, in a format of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,8 @@ def _by_type(type_: types.TypeEngine[Any], dialect: str, stored: StoredColumn | 
                 return Comparison(True, True, (dt.datetime,), normalise=to_utc)
             if dialect == "sqlite" and getattr(type_, "_storage_format", None) is not None:
                 return Comparison(False, False, reason="a storage_format of its own")
+            if stored is not None and stored.by_database:
+                return Comparison(False, False, reason="a server default writes another format")
             return Comparison(True, True, (dt.datetime,))
         case types.Date():
             return Comparison(True, True, (dt.date,))

@@ -20,7 +20,8 @@ from .analysis import Leaf, TableName
 from .coverage import Coverage
 from .layout import Layout, RowKey
 from .loading import Rows
-from .storage import Hidden, Record, Storage
+from .orders import Hidden, Record
+from .storage import Storage
 
 BATCH = 5_000
 """Keys in one delta query."""

@@ -130,7 +130,7 @@ class Watcher:
         if not writes and not writes.opaque:
             return
         transaction = transaction_of(connection.info)
-        _note(transaction, writes, context)
+        _note(transaction, writes, context, connection)
         if _autocommits(connection):
             _take_leases(self, transaction, connection)
 
@@ -252,22 +252,42 @@ class Watcher:
                 _publish(self, transaction)
 
 
-def _note(transaction: Transaction, writes: Writes, context: Any) -> None:
+def _note(transaction: Transaction, writes: Writes, context: Any, connection: Connection) -> None:
     transaction.opaque = transaction.opaque or writes.opaque
     if writes.anything:
         transaction.changes.add_everything()
         return
     for table in writes.tables:
-        transaction.changes.add_table(table)
+        for name in _names(table, connection):
+            transaction.changes.add_table(name)
     if writes.table is None:
         return
+    names = _names(writes.table, connection)
     keys = rows_of(writes, context)
     if keys is not None:
-        transaction.changes.add_rows(writes.table, keys)
+        for name in names:
+            transaction.changes.add_rows(name, keys)
+    elif len(names) > 1:
+        for name in names:
+            transaction.changes.add_table(name)
     elif writes.inserts:
         transaction.inserting[id(context)] = writes.table
     else:
         transaction.changes.add_table(writes.table)
+
+
+def _names(table: TableName, connection: Connection) -> list[TableName]:
+    """Return all names under which a view may know a written table."""
+    schema, name = table
+    translate = connection.get_execution_options().get("schema_translate_map") or {}
+    schemas = {schema, translate.get(schema, schema)}
+    default = "main" if connection.dialect.name == "sqlite" else None
+    default = default or connection.dialect.default_schema_name
+    if default in schemas:
+        schemas.add(None)
+    elif None in schemas and schema is not None:
+        schemas.add(default)
+    return [(s, name) for s in schemas]
 
 
 def _take_leases(watcher: Watcher, transaction: Transaction, connection: Connection) -> None:

@@ -78,7 +78,7 @@ def _explained(
         raise Inexact("a commit is under way")
     state = table.state
     reason = "" if table.current is not None else "after a refresh of what is marked"
-    candidate, missing, kind = covered_candidate(question, state), NOTHING, "hit"
+    candidate, missing, kind = covered_candidate(layout, question, state), NOTHING, "hit"
     if candidate is None:
         partial = partial_candidate(layout, question, state)
         if partial is None:

@@ -31,7 +31,7 @@ IMMUTABLE_FUNCTIONS: Final = AGGREGATE_FUNCTIONS | frozenset(
     replace concat concat_ws reverse repeat left right position strpos instr initcap md5 ascii chr
     char hex unhex translate split_part timezone iif typeof json_extract json_array_length
     jsonb_array_length json_object json_array jsonb_build_object json_build_object cardinality
-    array_length unnest row_number rank dense_rank percent_rank cume_dist ntile lag lead
+    array_length row_number rank dense_rank percent_rank cume_dist ntile lag lead
     first_value last_value nth_value cast bit_length make_date make_time div width_bucket""".split()
 )
 

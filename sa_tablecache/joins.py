@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sqlalchemy import Column, Table, UniqueConstraint
+from sqlalchemy import Column, String, Table, UniqueConstraint
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.elements import (
     BinaryExpression,
@@ -104,6 +104,8 @@ class Joins:
         self.others: list[str] = []
         """What else there is in FROM: subqueries and the like."""
         self.dependencies: list[tuple[frozenset[LeafColumn], frozenset[LeafColumn]]] = []
+        self.text: set[LeafColumn] = set()
+        """Text columns that are compared by ``=``: equal text need not be the same text."""
         self.equal: dict[LeafColumn, set[LeafColumn]] = {}
         """For a leaf's column, the columns equal to it wherever the leaf is not NULL-extended."""
 
@@ -190,6 +192,9 @@ class Joins:
             self.leaf_column(side) if hasattr(side, "table") else None
             for side in (conjunct.left, conjunct.right)
         ]
+        for side in sides:
+            if side is not None and isinstance(self._type_of(side), String):
+                self.text.add(side)
         if sides[0] is None or sides[1] is None:
             if sides[0] is not None and isinstance(conjunct.right, BindParameter):
                 if not right_of_outer:

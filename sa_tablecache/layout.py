@@ -21,13 +21,15 @@ from sqlalchemy.sql import ColumnElement
 from sqlalchemy.types import NullType
 
 from .analysis import Leaf, TableName, ViewPlan, table_label
+from .clauses import ScoreColumn, intervals_clause
 from .comparison import Comparison, is_sortable
 from .coverage import Coverage
 from .exc import ViewDefinitionError
-from .loading import Catalog, Loader, Rows, ScoreColumn, intervals_clause
+from .loading import Catalog, Loader, Rows
+from .orders import Hidden, Order, Part, Record
 from .planner import Columns
 from .scores import Extreme, IntervalSet
-from .storage import Hidden, Order, Part, Record, Storage
+from .storage import Storage
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class Layout:
         self._leaf_orders: dict[int, str] = {}
         comparisons = {name: catalog.comparison(plan, name, dialect) for name in plan.by_name}
         wanted, hidden = self._index_orders()
-        hidden += self._lineage_orders(wanted, comparisons)
+        hidden += self._lineage_orders(wanted, comparisons, catalog, dialect)
         hidden = list(dict.fromkeys(hidden))
         nulls_first = dialect.name != "postgresql"
         positions = {name: at for at, name in enumerate(hidden)}
@@ -71,7 +73,10 @@ class Layout:
             name: Order(name, tuple(map(part, columns)), scores, nulls_first)
             for name, (columns, scores) in wanted.items()
         }
+        self._lazy = {n: o for n, o in self.orders.items() if n.startswith(LINEAGE)}
         self.loader = Loader(plan, hidden, comparisons)
+        self.tables = plan.tables | catalog.related.keys()
+        """The tables of which a change concerns the view, partitions and the like included."""
         self.columns = Columns(
             plan,
             comparisons,
@@ -107,6 +112,8 @@ class Layout:
         self,
         wanted: dict[str, tuple[tuple[str, ...], int]],
         comparisons: dict[str, Comparison],
+        catalog: Catalog,
+        dialect: Dialect,
     ) -> list[str]:
         """Add the orders that lead from base rows to records; an index may do as well."""
         plan = self.plan
@@ -130,6 +137,14 @@ class Layout:
                 wanted[name] = (names + plan.key_without(names), len(names))
                 self._leaf_orders[leaf.number] = name
                 hidden += plan.hidden_among(names)
+        folded = [c for c in plan.compared_text if not catalog.tells_apart(c, dialect)]
+        if folded:
+            # What follows from "equal, so the same" does not follow: keys, anchors and lineage.
+            followed.clear()
+            for table in plan.tables:
+                self.coarse.setdefault(table, f"joined by {folded[0]}, whose collation folds text")
+        self.key_is_proven = plan.key_is_derived and not folded
+        """Whether no two rows can share the primary key."""
         if plan.anchor is None or plan.anchor.number not in self._leaf_orders:
             followed.clear()
             for table in plan.tables:
@@ -164,7 +179,7 @@ class Layout:
 
     def build(self, rows: Rows) -> Storage:
         """Sort rows into a storage of their own."""
-        return Storage.build(self.orders.values(), rows.records, rows.hidden)
+        return Storage.build(self.columns.orders.values(), self._lazy, rows.records, rows.hidden)
 
     def is_covered(self, coverage: Coverage, record: Record, hidden: Hidden | None) -> bool:
         """Whether a record is covered by any index."""
@@ -177,7 +192,7 @@ class Layout:
 
     def records_of(self, storage: Storage, leaf: Leaf, keys: Iterable[RowKey]) -> list[Record]:
         """Return the stored records made from certain rows of a leaf."""
-        order = storage.orders[self._leaf_orders[leaf.number]]
+        order = storage.order(self._leaf_orders[leaf.number])
         found: list[Record] = []
         for key in keys:
             found += order.between(order.order.prefix(key))

@@ -29,29 +29,22 @@ from sqlalchemy import (
     String,
     Time,
     Uuid,
-    and_,
-    false,
-    literal,
-    or_,
     select,
     text,
-    true,
 )
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from sqlalchemy.sql import ColumnElement
-from sqlalchemy.sql.elements import ColumnClause
 
 from .analysis import TableName, ViewPlan, table_label
 from .comparison import Comparison, StoredColumn, comparison
 from .exc import UnsuitableEngine, ViewDefinitionError
-from .scores import MAX, MIN, NULLS_FIRST, NULLS_LAST, IntervalSet
-from .scores import Interval as ScoreInterval
 
 Progress = Callable[[int], object]
 """Called now and then during a load with the number of records read so far."""
 
-PARTITION = 10_000
-"""Rows fetched at a time."""
+PARTITION = 1_000
+"""Rows fetched at a time: few enough to be made into records while they are in the CPU's cache."""
 
 #: Marks a pooled connection as one of ours, for listeners that the pool was copied with.
 READER = "sa_tablecache.reader"
@@ -84,14 +77,22 @@ class Snapshots:
                 "through it would read uncommitted rows and end the application's transaction; "
                 "use a database file (SQLite) or a QueuePool, or give load_engine= to the cache"
             )
-        if load_engine is None:
-            options = engine.get_execution_options()
-            self.engine = Engine(engine.pool.recreate(), engine.dialect, engine.url)
-            self.engine.update_execution_options(**options)
-            self._owned = True
-        else:
-            self.engine = load_engine
-            self._owned = False
+        self._source = source
+        self._owned = load_engine is None
+        self._engine: Engine | None = None if load_engine is None else load_engine
+        self.dialect = source.dialect
+
+    @property
+    def engine(self) -> Engine:
+        """The engine to read through; a pool of the cache's own is made when it is first used.
+
+        By then the application has added what it listens to, such as what sets a search_path.
+        """
+        if self._engine is None:
+            source = self._source
+            self._engine = Engine(source.pool.recreate(), source.dialect, source.url)
+            self._engine.update_execution_options(**source.get_execution_options())
+        return self._engine
 
     @contextmanager
     def open(self) -> Iterator[Connection]:
@@ -122,10 +123,24 @@ class Snapshots:
                     connection.info["sa_tablecache.primary"] = True
             yield connection
 
+    def nobody_writes(self) -> bool:
+        """Whether no connection to an SQLite file has a writing transaction; does not wait."""
+        with self.engine.connect() as connection:
+            timeout = connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
+            connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+            try:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            except OperationalError:
+                return False
+            finally:
+                connection.rollback()
+                connection.exec_driver_sql(f"PRAGMA busy_timeout = {timeout}")
+        return True
+
     def close(self) -> None:
         """Close the pool, if it is the cache's own."""
-        if self._owned:
-            self.engine.dispose()
+        if self._owned and self._engine is not None:
+            self._engine.dispose()
 
 
 @dataclass(frozen=True)
@@ -133,6 +148,17 @@ class Catalog:
     """What the database says of the tables of one view."""
 
     columns: dict[tuple[TableName, str], StoredColumn] = field(default_factory=dict)
+
+    related: dict[TableName, TableName] = field(default_factory=dict)
+    """Partitions, inheritance children and database views, by name, and a table behind each."""
+
+    def tells_apart(self, column: Any, dialect: Any) -> bool:
+        """Whether equal text of a stored column is the same text."""
+        if column.type.collation is not None:
+            return False
+        table = column.table
+        stored = self.columns.get(((table.schema, table.name), column.name), StoredColumn())
+        return comparison(String(), dialect, stored).equality
 
     def comparison(self, plan: ViewPlan, name: str, connection_dialect: Any) -> Comparison:
         """Return how the values of a view's column compare."""
@@ -163,6 +189,29 @@ _POSTGRESQL_COLUMNS = text(
 )
 
 
+_POSTGRESQL_RELATED = text(
+    """
+    WITH RECURSIVE edge (parent, child) AS (
+        SELECT inhparent, inhrelid FROM pg_inherits
+        UNION
+        SELECT d.refobjid, r.ev_class
+        FROM pg_rewrite r
+        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+        WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid <> r.ev_class
+    ), related (oid) AS (
+        SELECT to_regclass(:name)::oid
+        UNION
+        SELECT edge.child FROM edge JOIN related ON edge.parent = related.oid
+    )
+    SELECT n.nspname AS schema, c.relname AS name
+    FROM related
+    JOIN pg_class c ON c.oid = related.oid
+    JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.oid <> to_regclass(:name)
+    """
+)
+
+
 def probe(connection: Connection, plan: ViewPlan) -> Catalog:
     """Look up how the tables of a view are stored: one statement for each table.
 
@@ -172,9 +221,14 @@ def probe(connection: Connection, plan: ViewPlan) -> Catalog:
     """
     dialect = connection.dialect.name
     columns: dict[tuple[TableName, str], StoredColumn] = {}
+    related: dict[TableName, TableName] = {}
     if dialect == "postgresql":
         for table in sorted(plan.tables, key=table_label):
             columns.update(_probe_postgresql(connection, plan, table))
+            for row in connection.execute(
+                _POSTGRESQL_RELATED, {"name": _postgresql_name(connection, table)}
+            ):
+                related[row.schema, row.name] = table
     elif dialect == "sqlite":
         for table in sorted(plan.tables, key=table_label):
             columns.update(_probe_sqlite(connection, plan, table))
@@ -189,7 +243,7 @@ def probe(connection: Connection, plan: ViewPlan) -> Catalog:
             )
             if kind is not None and kind != "BASE TABLE":
                 raise _not_a_table(plan, table, str(kind).lower())
-    return Catalog(columns)
+    return Catalog(columns, related)
 
 
 def _translated(connection: Connection, table: TableName) -> TableName:
@@ -205,11 +259,15 @@ def _not_a_table(plan: ViewPlan, table: TableName, kind: str) -> ViewDefinitionE
     )
 
 
+def _postgresql_name(connection: Connection, table: TableName) -> str:
+    quote = connection.dialect.identifier_preparer.quote
+    return ".".join(quote(part) for part in _translated(connection, table) if part)
+
+
 def _probe_postgresql(
     connection: Connection, plan: ViewPlan, table: TableName
 ) -> Iterator[tuple[tuple[TableName, str], StoredColumn]]:
-    quote = connection.dialect.identifier_preparer.quote
-    name = ".".join(quote(part) for part in _translated(connection, table) if part)
+    name = _postgresql_name(connection, table)
     kinds = {"v": "view", "m": "materialized view", "f": "foreign table"}
     for row in connection.execute(_POSTGRESQL_COLUMNS, {"name": name}):
         if row.kind in kinds:
@@ -253,7 +311,8 @@ def _probe_sqlite(
     for column in plan.columns + plan.hidden:
         source = column.source
         if source is not None and (source.table.schema, source.table.name) == table:
-            yield (table, source.name), StoredColumn(None, bytewise, bytewise)
+            written = source.server_default is not None or source.server_onupdate is not None
+            yield (table, source.name), StoredColumn(None, bytewise, bytewise, written)
 
 
 @dataclass(slots=True)
@@ -306,7 +365,7 @@ class Loader:
         stream: bool = False,
         progress: Progress | None = None,
     ) -> Rows:
-        """Read records: one SELECT; ``stream`` for many, in parts of 10,000 rows."""
+        """Read records: one SELECT; ``stream`` for many, in parts of 1,000 rows."""
         rows = Rows(hidden=[] if self.hidden else None)
         statement = self.statement(*criteria)
         if not stream:
@@ -369,79 +428,3 @@ class Loader:
         }
         exec(source, scope)  # noqa: S102 - built from numbers and our own words only
         return cast("Callable[..., None]", scope["make"])
-
-
-# -- intervals as SQL --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreColumn:
-    """A column that an index sorts by, as SQL."""
-
-    clause: ColumnClause[Any]
-    nullable: bool
-    nulls_first: bool
-
-
-def intervals_clause(columns: Sequence[ScoreColumn], intervals: IntervalSet) -> ColumnElement[bool]:
-    """Return the criteria that select exactly the rows whose scores are in the intervals."""
-    return or_(false(), *(_interval_clause(columns, i) for i in intervals))
-
-
-def _interval_clause(
-    columns: Sequence[ScoreColumn], interval: ScoreInterval
-) -> ColumnElement[bool]:
-    lower, upper = interval
-    clauses: list[ColumnElement[bool]] = [true()]
-    at = 0
-    while at < min(len(lower), len(upper)) - 1 and lower[at] == upper[at]:
-        clauses.append(_equals(columns[at].clause, lower[at]))
-        at += 1
-    columns, lower, upper = columns[at:], lower[at:], upper[at:]
-    # "All but NULL" is said by any comparison with a value.
-    if upper == (NULLS_LAST, MIN) and len(lower) > 1:
-        columns = (ScoreColumn(columns[0].clause, False, False), *columns[1:])
-    elif lower == (NULLS_FIRST, MAX) and len(upper) > 1:
-        columns = (ScoreColumn(columns[0].clause, False, True), *columns[1:])
-        clauses.append(_beyond(columns, upper, above=False))
-        return and_(*clauses)
-    else:
-        clauses.append(_beyond(columns, upper, above=False))
-    clauses.append(_beyond(columns, lower, above=True))
-    return and_(*clauses)
-
-
-def _equals(column: ColumnClause[Any], value: Any) -> ColumnElement[bool]:
-    if value is NULLS_FIRST or value is NULLS_LAST:
-        return column.is_(None)
-    return column == literal(value, column.type)
-
-
-def _beyond(
-    columns: Sequence[ScoreColumn], cut: tuple[Any, ...], *, above: bool
-) -> ColumnElement[bool]:
-    """Return "the scores are after (before) the cut", compared column by column."""
-    value = cut[0]
-    if len(cut) == 1:
-        return true() if (value is MIN) is above else false()
-    column = columns[0].clause
-    nulls_beyond = columns[0].nullable and columns[0].nulls_first is not above
-    inclusive = len(cut) == 2 and (cut[1] is MIN) is above
-    whole = len(cut) == 2 and cut[1] in (MIN, MAX)
-    if value is NULLS_FIRST or value is NULLS_LAST:
-        strictly: ColumnElement[bool] = (
-            false() if (value is NULLS_LAST) is above else column.is_not(None)
-        )
-        if whole:
-            return or_(strictly, column.is_(None)) if inclusive else strictly
-    else:
-        bound = literal(value, column.type)
-        compare = (
-            (column >= bound if above else column <= bound)
-            if whole and inclusive
-            else (column > bound if above else column < bound)
-        )
-        strictly = or_(compare, column.is_(None)) if nulls_beyond else compare
-        if whole:
-            return strictly
-    return or_(strictly, and_(_equals(column, value), _beyond(columns[1:], cut[1:], above=above)))

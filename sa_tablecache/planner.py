@@ -12,15 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 from sqlalchemy.sql.elements import BindParameter
+from sqlalchemy.types import TypeDecorator
 
 from . import criteria
 from .analysis import ViewPlan
 from .comparison import Comparison, Inexact
 from .criteria import And, Compare, Const, In, IsNull, Node, Or, RowCompare, Truth, columns_of
 from .exc import NotExpressible
+from .orders import Order
 from .scores import (
     EVERYTHING,
     MAX,
@@ -32,7 +35,6 @@ from .scores import (
     IntervalSet,
 )
 from .shapes import Shape
-from .storage import Order
 
 MOST_POINTS: Final = 1_000
 """So many intervals at most are made from IN lists; longer ones are filtered."""
@@ -47,7 +49,7 @@ class Columns:
     orders: Mapping[str, Order]
     nulls_first: bool
 
-    @property
+    @cached_property
     def public(self) -> frozenset[str]:
         """The columns that records have."""
         return frozenset(c.name for c in self.plan.columns)
@@ -87,6 +89,11 @@ def ask(shape: Shape, parameters: Sequence[BindParameter[Any]], columns: Columns
     :raises Inexact: if Python would not give the database's answer.
     """
     raw = [parameter.effective_value for parameter in parameters]
+    for parameter in parameters:
+        if parameter.required:
+            raise Inexact("a parameter without a value")
+        if isinstance(parameter.type, TypeDecorator):
+            raise Inexact("a parameter that its type changes")
     bound: list[Any] = [False] * len(raw)
     criteria.bind(shape.where, raw, bound, columns.comparisons)
     limit = offset = None

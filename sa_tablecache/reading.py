@@ -29,16 +29,16 @@ from .answering import (
     records_in,
 )
 from .cache import BaseTableCache
+from .clauses import intervals_clause
 from .comparison import Inexact, to_utc
 from .exc import CriteriaError
 from .layout import Layout
-from .loading import intervals_clause
 from .options import BypassCache
+from .orders import Record
 from .planner import Question, ask
 from .scopes import database_reason
 from .scores import MAX, MIN, NULLS_LAST, Interval, IntervalSet
 from .shapes import Shape, shape_of, view_of
-from .storage import Record
 from .table import CachedTable, State
 from .view import CachedView, ViewIndex
 
@@ -132,7 +132,7 @@ def answer(
             return None
         layout = table.set_up()
         question = ask(shape, parameters, layout.columns)
-        candidate = covered_candidate(question, state)
+        candidate = covered_candidate(layout, question, state)
         if candidate is not None:
             rows = from_state(layout, question, state, candidate)
             remember(session, table, "hit")
@@ -199,8 +199,9 @@ def record_maker(view: type[CachedView], dialect_name: str) -> Callable[..., Rec
 
 def fetch_records(session: Session, view: type[CachedView], statement: Select[Any]) -> list[Record]:
     """Have the database answer a SELECT of whole records, in the session's transaction."""
-    result = session.connection().execute(statement)
-    make = record_maker(view, session.connection().dialect.name)
+    result = session.execute(statement, execution_options={SKIP: True})
+    bind = session.get_bind(clause=statement)
+    make = record_maker(view, bind.dialect.name)
     return [make(*row) for row in result]
 
 
@@ -433,4 +434,6 @@ def _database_key(session: Session, layout: Layout, read: RangeRead) -> tuple[An
                 f"place in {read.by.name} is not known: start again from the first page"
             )
         values |= dict(zip(hidden, row, strict=True))
-    return order.cut_values([values[part.name] for part in order.parts])
+    nulls = order.cut_values((None,) * len(order.parts))
+    wanted = [values[part.name] for part in order.parts]
+    return tuple(n if v is None else v for v, n in zip(wanted, nulls, strict=True))

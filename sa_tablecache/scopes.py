@@ -85,7 +85,7 @@ def isolation_asked_for(engine: Engine) -> bool:
 
 def _connection_reason(connection: Connection, table: CachedTable, engine: Engine) -> str | None:
     transaction: Transaction | None = connection.info.get(KEY)
-    if transaction is not None and transaction.touches(table.plan.tables):
+    if transaction is not None and transaction.touches(table.tables):
         return "the transaction wrote a table of the view"
     if connection.info.get(TAINTED):
         return "the connection ran SET or the like"

@@ -27,13 +27,15 @@ from .cache import BaseTableCache
 from .comparison import Inexact
 from .exc import CriteriaError, TableCacheError
 from .explaining import Explanation
+from .orders import Record
 from .reading import SKIP, Answer, LastRead, RangeRead
 from .scopes import CONNECTIONS, database_reason
 from .shapes import HARMLESS_OPTIONS, view_of
-from .storage import Record
 from .view import CachedView, ViewIndex, ViewMeta, ViewTable
 
 V = TypeVar("V", bound=CachedView)
+
+OTHER_LISTENERS = "the application listens to do_orm_execute, and may add criteria"
 
 
 # -- results -----------------------------------------------------------------------------------
@@ -134,15 +136,15 @@ def listen(cache: BaseTableCache, target: Any) -> None:
     def do_orm_execute(state: ORMExecuteState) -> Result[Any] | None:
         if state.local_execution_options.get(SKIP):
             return None
+        if cache.closed and not isinstance(state.session, CacheSession):
+            return None
         statement = state.statement
         if not isinstance(statement, Select):
             return None
         view = view_of(statement)
         if view is not None and (view in cache.views or isinstance(state.session, CacheSession)):
             if _others_follow(state.session, do_orm_execute):
-                reading.remember(
-                    state.session, cache.table(view), "bypass", "other do_orm_execute listeners"
-                )
+                reading.remember(state.session, cache.table(view), "bypass", OTHER_LISTENERS)
             elif (
                 not state.parameters
                 and "bind" not in state.bind_arguments
@@ -174,6 +176,12 @@ def listen(cache: BaseTableCache, target: Any) -> None:
     do_orm_execute._sa_tablecache = True  # type: ignore[attr-defined]
     event.listen(target, "do_orm_execute", do_orm_execute)
     event.listen(target, "after_begin", after_begin)
+    if isinstance(target, Session) and target.in_transaction():
+        # Its transaction began before anybody listened: its own writes could be missed.
+        transaction = target.get_transaction()
+        assert transaction is not None
+        known = target.info.setdefault(CONNECTIONS, [])
+        known += [entry[0] for entry in transaction._connections.values()]
 
 
 def _others_follow(session: Session, mine: Any) -> bool:
@@ -274,11 +282,15 @@ class CacheSession(Session):
                     return _result(answer, statement).scalar()
             return super().scalar(statement, params, **kwargs)
 
+    def _is_filtered(self) -> bool:
+        """Whether the application listens to what is executed, and may add criteria to it."""
+        return not all(getattr(f, "_sa_tablecache", False) for f in self.dispatch.do_orm_execute)
+
     def _from_cache(self, statement: Any) -> Answer | None:
         """Answer a statement from memory alone; ``None`` sends it on its usual way."""
         if type(statement) is not Select or view_of(statement) is None:
             return None
-        if not all(getattr(f, "_sa_tablecache", False) for f in self.dispatch.do_orm_execute):
+        if self._is_filtered():
             return None
         return reading.answer(_cache_of(self), self, statement, fetch=False)
 
@@ -317,7 +329,7 @@ class CacheSession(Session):
     def _get_stored(self, table: Any, key: tuple[Any, ...]) -> Any:
         """Return a stored record, if the cache may be used: it was read whole by any index."""
         layout = table.layout
-        if table.current is None or layout is None:
+        if table.current is None or layout is None or self._is_filtered():
             return None
         comparisons = layout.columns.comparisons
         try:
@@ -374,7 +386,11 @@ class CacheSession(Session):
         _check_range(index, len(prefix), (ge, gt, le, lt), limit)
         read = RangeRead(index, prefix, ge, gt, le, lt, descending, limit, after)
         cache = _cache_of(self)
-        records = reading.range_from_cache(cache, self, read)
+        records = None
+        if self._is_filtered():
+            reading.remember(self, cache.table(index.view), "bypass", OTHER_LISTENERS)
+        else:
+            records = reading.range_from_cache(cache, self, read)
         if records is None:
             table = cache.table(index.view)
             statement = reading.range_statement(self, table, read)

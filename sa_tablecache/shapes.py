@@ -23,7 +23,7 @@ from .comparison import Inexact
 from .criteria import And, Node
 from .exc import CriteriaError
 from .options import CacheOption
-from .storage import Record
+from .orders import Record
 from .view import CachedView, ViewTable
 
 
@@ -80,7 +80,7 @@ _KNOWN: Final = frozenset(
 
 #: Execution options that change nothing about which rows are right.
 HARMLESS_OPTIONS: Final = frozenset(
-    """yield_per stream_results max_row_buffer populate_existing autoflush compiled_cache
+    """yield_per stream_results max_row_buffer populate_existing compiled_cache
     logging_token preserve_rowcount prebuffer_rows""".split()
 )
 

@@ -214,7 +214,7 @@ def _dml(statement: Any, compiled: Any) -> Writes:
     primary_key = tuple(table.primary_key.columns)
     if isinstance(statement, Insert):
         # ON CONFLICT, ON DUPLICATE KEY and OR REPLACE change rows that the statement does not name.
-        if statement._post_values_clause is not None or statement._prefixes:
+        if statement._post_values_clause is not None or statement._prefixes or _replaces(table):
             return Writes(tables=frozenset({name}) | cascades(table, deleted=True, columns=None))
         if statement.select is not None or statement._multi_values or not primary_key:
             return Writes(tables=frozenset({name}))
@@ -225,6 +225,9 @@ def _dml(statement: Any, compiled: Any) -> Writes:
         frozenset() if deleted else _written_columns(statement, table, compiled.column_keys or ())
     )
     further = cascades(table, deleted=deleted, columns=written)
+    if not deleted:  # MySQL: UPDATE a, b SET b.x = ...
+        others = {getattr(column, "table", None) for column in statement._values or ()}
+        further |= {table_name(t) for t in others if isinstance(t, Table)} - {name}
     pinned: dict[str, str] = {}
     for criterion in statement._where_criteria:
         for conjunct in conjuncts(criterion):
@@ -248,6 +251,16 @@ def _dml(statement: Any, compiled: Any) -> Writes:
     if not keys:
         return Writes(tables=frozenset({name}) | further)
     return Writes(tables=further, table=name, key=tuple(keys), primary_key=primary_key)
+
+
+def _replaces(table: Table) -> bool:
+    """Whether a constraint has SQLite delete other rows: ON CONFLICT REPLACE."""
+    return any(
+        str(value).upper() == "REPLACE"
+        for element in (*table.constraints, *table.columns)
+        for name, value in element.dialect_kwargs.items()
+        if name.startswith("sqlite_on_conflict")
+    )
 
 
 def _written_columns(statement: Any, table: Table, parameters: Sequence[str]) -> frozenset[str]:

@@ -19,17 +19,14 @@ expression, is it kept beside it.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from operator import attrgetter, itemgetter
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 from .exc import TableCacheError
-from .scores import EVERYTHING, MAX, MIN, NULLS_FIRST, NULLS_LAST, Cut, Extreme, Interval, Key
-
-Record: TypeAlias = Any
-Hidden: TypeAlias = tuple[Any, ...]
+from .orders import Hidden, Order, Record
+from .scores import EVERYTHING, MIN, Cut, Interval, Key
 
 CHUNK = 512
 """Records in a chunk after a bulk load; one that grows to twice as many is split.
@@ -43,89 +40,6 @@ BULK = 8
 
 SCAN = 32
 """Looking at all records costs as much as finding one in so many by key."""
-
-NAN = Extreme("NAN", 0.5)  # type: ignore[arg-type]
-"""In keys, the place of NaN where the database sorts it after all numbers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One component of a sort order."""
-
-    name: str
-    nullable: bool
-    hidden: int | None = None
-    """Its position among the hidden values, or ``None`` for a column of the record."""
-    hashed: bool = False
-    """Whether to sort by hash, because the values themselves do not sort (keys only)."""
-    nan: bool = False
-    """Whether NaN may occur."""
-
-    def source(self, null: str) -> str:
-        """Return the Python expression of this component for record ``r``, hidden values ``h``."""
-        value = f"r.{self.name}" if self.hidden is None else f"h[{self.hidden}]"
-        result = value
-        if self.hashed:
-            result = f"hash({value})"
-        elif self.nan:
-            result = f"(NAN if {value} != {value} else {value})"
-        return f"({null} if {value} is None else {result})" if self.nullable else result
-
-    @property
-    def plain(self) -> bool:
-        """Whether the component is just an attribute of the record."""
-        return not (self.nullable or self.hashed or self.nan) and self.hidden is None
-
-
-@dataclass(frozen=True)
-class Order:
-    """How one index sorts: its scores, then the primary key."""
-
-    name: str
-    parts: tuple[Part, ...]
-    scores: int
-    """How many of the parts are scores; the others break ties."""
-    nulls_first: bool
-    stored: bool = field(init=False)
-    """Whether keys are kept beside the records, because records do not show them."""
-    key_of: Callable[[Record, Hidden | None], Key] = field(init=False, repr=False)
-    prefixes: tuple[Callable[[Any], Any] | None, ...] = field(init=False, repr=False)
-    """For each length of prefix, its getter: from a stored key or else from a record."""
-
-    def __post_init__(self) -> None:
-        null = "NULLS_FIRST" if self.nulls_first else "NULLS_LAST"
-        names = {"NULLS_FIRST": NULLS_FIRST, "NULLS_LAST": NULLS_LAST, "NAN": NAN}
-        sources = [part.source(null) for part in self.parts]
-        stored = any(part.hidden is not None for part in self.parts)
-        prefixes: list[Callable[[Any], Any] | None] = [None]
-        for length in range(1, len(self.parts) + 1):
-            if stored:
-                whole = length == len(self.parts)
-                prefixes.append(
-                    itemgetter(0) if length == 1 else None if whole else itemgetter(slice(length))
-                )
-            elif all(part.plain for part in self.parts[:length]):
-                prefixes.append(attrgetter(*(part.name for part in self.parts[:length])))
-            else:
-                body = sources[0] if length == 1 else f"({', '.join(sources[:length])})"
-                prefixes.append(eval(f"lambda r: {body}", names))  # noqa: S307
-        set_ = object.__setattr__
-        set_(self, "stored", stored)
-        set_(self, "prefixes", tuple(prefixes))
-        set_(self, "key_of", eval(f"lambda r, h: ({', '.join(sources)},)", names))  # noqa: S307
-
-    def cut_values(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        """Return a prefix of values as it stands in keys, ``None`` for NULL."""
-        null = NULLS_FIRST if self.nulls_first else NULLS_LAST
-        return tuple(
-            null if value is None else hash(value) if part.hashed else value
-            for part, value in zip(self.parts, values, strict=False)
-        )
-
-    def prefix(self, values: Sequence[Any]) -> Interval:
-        """Return the interval of all keys that start with the values."""
-        cut = self.cut_values(values)
-        return Interval((*cut, MIN), (*cut, MAX))
 
 
 def _chunked(items: list[Any]) -> list[list[Any]]:
@@ -153,9 +67,17 @@ class SortedRecords:
 
     @classmethod
     def build(
-        cls, order: Order, records: Iterable[Record], hidden: Sequence[Hidden] | None
+        cls,
+        order: Order,
+        records: Iterable[Record],
+        hidden: Sequence[Hidden] | None,
+        *,
+        scores_only: bool = False,
     ) -> SortedRecords:
-        """Sort records into a new sequence; ``hidden`` runs beside ``records``."""
+        """Sort records into a new sequence; ``hidden`` runs beside ``records``.
+
+        :param scores_only: the records come in the order of the primary key.
+        """
         items: list[Record] = list(records)
         beside: list[Any] | None = None
         try:
@@ -167,7 +89,7 @@ class SortedRecords:
                 values = keys if order.stored else hidden
                 beside = [values[i] for i in at]
             else:
-                items.sort(key=order.prefixes[-1])
+                items.sort(key=order.prefixes[order.scores if scores_only else -1])
         except TypeError as error:
             names = ", ".join(part.name for part in order.parts)
             raise TableCacheError(
@@ -362,30 +284,52 @@ class SortedRecords:
 class Storage:
     """The records of a view in all their orders, immutable.
 
-    The order called ``""`` is that of the primary key; it also holds the hidden values.
+    The order called ``""`` is that of the primary key; it also holds the hidden values. Orders that
+    only lead from base rows to records are made when they are first needed: most base tables are
+    hardly ever written.
     """
 
-    __slots__ = ("orders",)
+    __slots__ = ("_lazy", "orders")
 
-    def __init__(self, orders: dict[str, SortedRecords]) -> None:
+    def __init__(self, orders: dict[str, SortedRecords], lazy: Mapping[str, Order]) -> None:
         self.orders = orders
+        self._lazy = lazy
 
     @classmethod
     def build(
         cls,
         orders: Iterable[Order],
+        lazy: Mapping[str, Order],
         records: list[Record],
         hidden: list[Hidden] | None,
     ) -> Storage:
-        """Sort records into all orders."""
-        return cls(
-            {
-                order.name: SortedRecords.build(
-                    order, records, hidden if order.stored or not order.name else None
-                )
-                for order in orders
-            }
-        )
+        """Sort records into all orders but the lazy ones."""
+        first, *others = orders
+        primary = SortedRecords.build(first, records, hidden)
+        storage = cls({first.name: primary}, lazy)
+        for order in others:
+            storage.orders[order.name] = storage._sorted(order)
+        return storage
+
+    def _sorted(self, order: Order) -> SortedRecords:
+        """Sort all records into one more order."""
+        primary = self.orders[""]
+        records = list(primary)
+        if order.stored:
+            assert primary.beside is not None
+            hidden = [h for values in primary.beside for h in values]
+            return SortedRecords.build(order, records, hidden)
+        # They come in the order of the key, which the sort keeps among equal scores.
+        return SortedRecords.build(order, records, None, scores_only=True)
+
+    def order(self, name: str) -> SortedRecords:
+        """Return the records in one order, made now if it is a lazy one."""
+        found = self.orders.get(name)
+        if found is None:
+            found = self._sorted(self._lazy[name])
+            # Others may read the orders meanwhile: they get another dictionary.
+            self.orders = {**self.orders, name: found}
+        return found
 
     def __len__(self) -> int:
         return len(self.orders[""])
@@ -456,18 +400,21 @@ class Storage:
             return self
         if (len(removed) + len(added)) * BULK <= len(self):
             return Storage(
-                {name: records.replace(removed, added) for name, records in self.orders.items()}
+                {name: records.replace(removed, added) for name, records in self.orders.items()},
+                self._lazy,
             )
         gone = {id(record) for record, _ in removed}
         if len(gone) * 2 <= len(self):
             return Storage(
-                {name: records.merged(gone, added) for name, records in self.orders.items()}
+                {name: records.merged(gone, added) for name, records in self.orders.items()},
+                self._lazy,
             )
         kept = [pair for pair in self.pairs() if id(pair[0]) not in gone]
         kept += added
         has_hidden = self.orders[""].beside is not None
         return Storage.build(
-            [records.order for records in self.orders.values()],
+            [records.order for name, records in self.orders.items() if name not in self._lazy],
+            self._lazy,
             [record for record, _ in kept],
             [cast("Hidden", hidden) for _, hidden in kept] if has_hidden else None,
         )

@@ -39,8 +39,9 @@ from .exc import DuplicateKey
 from .figures import Stats
 from .layout import Layout
 from .loading import Progress, Rows, Snapshots, probe
+from .orders import Hidden, Record
 from .scores import IntervalSet
-from .storage import Hidden, Record, Storage
+from .storage import Storage
 from .turns import Turn, new_future, wait_for
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class CachedTable:
         self.plan = plan
         self.view = plan.view
         self._snapshots = snapshots
-        self._in_task = bool(snapshots.engine.dialect.is_async)
+        self._in_task = bool(snapshots.dialect.is_async)
         self._lock = Lock()
         self._loading = Turn(in_task=self._in_task)
         self._refreshing = Turn(in_task=self._in_task)
@@ -79,7 +80,7 @@ class CachedTable:
         self.layout: Layout | None = None
         """How records lie in memory; ``None`` until the database was asked."""
 
-        self._state = State(Storage({}), Coverage())
+        self._state = State(Storage({}, {}), Coverage())
         self._current: State | None = self._state
         self.changed_at = 0
         """When records, marks or leases changed last, as an :func:`.events.tick`."""
@@ -101,11 +102,20 @@ class CachedTable:
                 if self.layout is None:
                     with self._snapshots.open() as connection:
                         catalog = probe(connection, self.plan)
-                    layout = Layout(self.plan, catalog, self._snapshots.engine.dialect)
+                    layout = Layout(self.plan, catalog, self._snapshots.dialect)
                     with self._lock:
                         self._set_state(State(layout.build(layout.no_rows()), Coverage()))
                         self.layout = layout
         return self.layout
+
+    @property
+    def _key_is_proven(self) -> bool:
+        return self.layout is not None and self.layout.key_is_proven
+
+    @property
+    def tables(self) -> frozenset[TableName]:
+        """The tables of which a change concerns the view."""
+        return self.plan.tables if self.layout is None else self.layout.tables
 
     @property
     def coarse(self) -> dict[TableName, str]:
@@ -140,7 +150,7 @@ class CachedTable:
 
     def lease(self, changes: ChangeSet) -> bool:
         """Have readers ask the database until :meth:`publish`; say whether it is concerned."""
-        if not changes.touches(self.plan.tables):
+        if not changes.touches(self.tables):
             return False
         with self._lock:
             self._leases += 1
@@ -150,7 +160,7 @@ class CachedTable:
     def publish(self, changes: ChangeSet, *, leased: bool) -> None:
         """Mark what changed and end the lease, in one critical section."""
         followed = self.layout.followed if self.layout is not None else frozenset()
-        marks = marks_of(self.plan, changes, followed)
+        marks = marks_of(self.tables, changes, followed)
         if not marks and not leased:
             return
         with self._lock:
@@ -292,7 +302,7 @@ class CachedTable:
 
     def _check_unique(self, storage: Storage) -> None:
         """Refuse rows that share a primary key, where the user said what the key is."""
-        if self.plan.key_is_derived:
+        if self._key_is_proven:
             return
         primary = storage.orders[""]
         key_of = self.plan.key_of
@@ -451,7 +461,7 @@ class CachedTable:
         assert self.plan.anchor is not None
         removed = storage.with_hidden(layout.records_of(storage, self.plan.anchor, anchors))
         result = storage.replace(removed, pairs)
-        if not self.plan.key_is_derived:
+        if not self._key_is_proven:
             primary = result.orders[""]
             for record, _ in pairs:
                 if primary.count(primary.order.prefix(self.plan.key_tuple(record))) > 1:

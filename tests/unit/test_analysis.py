@@ -308,7 +308,7 @@ def test_where_on_the_nullable_side_makes_that_side_coarse() -> None:
     """A row that such a criterion drops leaves no trace that could be followed."""
     found = plan(select(a.c.id).outerjoin(b, b.c.id == a.c.x).where(b.c.id.is_(None)))
     assert set(found.coarse) == {(None, "b")}
-    assert "WHERE on the nullable side" in found.coarse[(None, "b")]
+    assert "nullable side" in found.coarse[(None, "b")]
     preserved = plan(select(a.c.id).outerjoin(b, b.c.id == a.c.x).where(a.c.x > 1))
     assert not preserved.coarse
 

@@ -20,7 +20,7 @@ def test_rows_of_a_followed_table_mark_rows() -> None:
     changes = ChangeSet()
     changes.add_rows(PLANES, [("N1",), ("N2",)])
     changes.add_rows(FLIGHTS, [(7,)])
-    marks = marks_of(PLAN, changes, FOLLOWED)
+    marks = marks_of(PLAN.tables, changes, FOLLOWED)
     assert marks == Marks(False, frozenset({(PLANES, ("N1",)), (PLANES, ("N2",)), (FLIGHTS, (7,))}))
     assert marks
 
@@ -32,7 +32,7 @@ def test_other_tables_mark_nothing() -> None:
     changes.add_table((None, "airports"))
     assert changes
     assert not changes.touches(PLAN.tables)
-    assert not marks_of(PLAN, changes, FOLLOWED)
+    assert not marks_of(PLAN.tables, changes, FOLLOWED)
 
 
 def test_unknown_rows_mark_the_view() -> None:
@@ -42,15 +42,15 @@ def test_unknown_rows_mark_the_view() -> None:
     everything.add_everything()
     for changes in (table, everything):
         assert changes.touches(PLAN.tables)
-        assert marks_of(PLAN, changes, FOLLOWED) == Marks(True)
+        assert marks_of(PLAN.tables, changes, FOLLOWED) == Marks(True)
 
 
 def test_rows_that_cannot_be_followed_mark_the_view() -> None:
     """Known rows are of no use where nothing leads from them to records."""
     changes = ChangeSet()
     changes.add_rows(PLANES, [("N1",)])
-    assert marks_of(PLAN, changes, FOLLOWED - {PLANES}) == Marks(True)
-    assert marks_of(plan_of(FlownPlanes), changes, frozenset()) == Marks(True)
+    assert marks_of(PLAN.tables, changes, FOLLOWED - {PLANES}) == Marks(True)
+    assert marks_of(plan_of(FlownPlanes).tables, changes, frozenset()) == Marks(True)
 
 
 def test_a_table_swallows_its_rows() -> None:
@@ -95,4 +95,4 @@ def test_no_change_is_false() -> None:
     """An empty set of changes marks nothing."""
     assert not ChangeSet()
     assert not ChangeSet().touches(PLAN.tables)
-    assert not marks_of(PLAN, ChangeSet(), FOLLOWED)
+    assert not marks_of(PLAN.tables, ChangeSet(), FOLLOWED)

@@ -8,8 +8,9 @@ import pytest
 
 from sa_tablecache import storage as storage_module
 from sa_tablecache.exc import TableCacheError
+from sa_tablecache.orders import NAN, Order, Part
 from sa_tablecache.scores import EVERYTHING, MAX, MIN, NULLS_FIRST, NULLS_LAST, Interval
-from sa_tablecache.storage import NAN, Order, Part, SortedRecords, Storage
+from sa_tablecache.storage import SortedRecords, Storage
 
 
 class Row:
@@ -149,6 +150,7 @@ class Model:
         hidden = [h for _, h in self.pairs]
         return Storage.build(
             self.orders,
+            {},
             [row for row, _ in self.pairs],
             None if None in hidden else hidden,  # type: ignore[arg-type]
         )
@@ -263,7 +265,7 @@ def test_many_records_for_one_place_are_split_evenly() -> None:
     """However many records come to lie in one chunk, none grows longer than two."""
     order = Order("", (Part("id", nullable=False),), 1, nulls_first=True)
     rows = [Row(number, None, "", None, 0.0) for number in range(2_000)]
-    storage = Storage.build([order], rows, None)
+    storage = Storage.build([order], {}, rows, None)
     late = [Row(2_000 + number, None, "", None, 0.0) for number in range(200)]
     after = storage.replace([], [(row, None) for row in late])
     after._check()
@@ -331,7 +333,7 @@ def test_null_and_nan_stand_where_the_database_puts_them() -> None:
     for nulls_first in (True, False):
         order = Order("", (part, Part("id", nullable=False)), 1, nulls_first)
         rows = [Row(at, None, "", None, value) for at, value in enumerate(values)]  # type: ignore
-        found = [row.id for row in Storage.build([order], rows, None)]
+        found = [row.id for row in Storage.build([order], {}, rows, None)]
         assert found == ([2, 4, 0, 3, 1] if nulls_first else [4, 0, 3, 1, 2])
     assert NULLS_FIRST < 1.0 < NAN < NULLS_LAST
 
@@ -341,7 +343,7 @@ def test_values_without_a_common_order_are_told() -> None:
     order = Order("", (Part("label", nullable=False),), 1, nulls_first=True)
     rows = [Row(1, None, "a", None, 0.0), Row(2, None, 2, None, 0.0)]  # type: ignore[arg-type]
     with pytest.raises(TableCacheError, match="label cannot be sorted"):
-        Storage.build([order], rows, None)
+        Storage.build([order], {}, rows, None)
 
 
 def test_a_record_that_is_not_stored_cannot_be_removed() -> None:
@@ -367,7 +369,7 @@ def test_disorder_fails_the_check() -> None:
         SortedRecords(order.order, order.chunks[1:], None),
     ):
         with pytest.raises(AssertionError):
-            Storage({**storage.orders, "": broken})._check()
+            Storage({**storage.orders, "": broken}, {})._check()
     empty = SortedRecords(order.order, [*order.chunks, order.chunks[0]], None)
     empty.chunks[-1] = []
     with pytest.raises(AssertionError):
