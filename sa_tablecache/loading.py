@@ -308,8 +308,8 @@ def _probe_sqlite(
     collations = re.findall(r"\bCOLLATE\s+\W?(\w+)", row[1] or "", re.IGNORECASE)
     # Which column a COLLATE belongs to is the database's to parse: one makes all text coarse.
     bytewise = all(collation.upper() == "BINARY" for collation in collations)
-    for column in plan.columns + plan.hidden:
-        source = column.source
+    sources = [column.source for column in plan.columns + plan.hidden]
+    for source in (*sources, *plan.compared_text):
         if source is not None and (source.table.schema, source.table.name) == table:
             written = source.server_default is not None or source.server_onupdate is not None
             yield (table, source.name), StoredColumn(None, bytewise, bytewise, written)

@@ -50,9 +50,12 @@ def _result(answer: Answer, statement: Select[Any]) -> Result[Any]:
     return IteratorResult(SimpleResultMetaData(names), iter(answer.rows))
 
 
-def _records_result(view: type[CachedView], records: Iterator[Record]) -> Result[Any]:
+def _records_result(
+    view: type[CachedView], records: Iterator[Record], raw: Any = None
+) -> Result[Any]:
+    """Wrap records as a result of one entity; closing it closes ``raw``, where they come from."""
     result: Result[Any] = IteratorResult(
-        SimpleResultMetaData([view.__name__]), records, _source_supports_scalars=True
+        SimpleResultMetaData([view.__name__]), records, raw=raw, _source_supports_scalars=True
     )
     # Where the ORM marks a result of one entity; Query reads it.
     result._attributes = result._attributes.union({"is_single_entity": True})
@@ -81,7 +84,7 @@ def _with_records(statement: Any, result: Result[Any], dialect_name: str) -> Res
             names += element.c.keys()
     if len(makers) == 1 and makers[0][1] is not None:
         only = makers[0][1]
-        return _records_result(view_of_raw(raw[0]), (only(*row) for row in result))
+        return _records_result(view_of_raw(raw[0]), (only(*row) for row in result), result)
 
     def rows() -> Iterator[tuple[Any, ...]]:
         for row in result:
@@ -92,7 +95,7 @@ def _with_records(statement: Any, result: Result[Any], dialect_name: str) -> Res
                 at += width
             yield tuple(values)
 
-    return IteratorResult(SimpleResultMetaData(names), rows())
+    return IteratorResult(SimpleResultMetaData(names), rows(), raw=cast("Any", result))
 
 
 def view_of_raw(element: Any) -> type[CachedView]:

@@ -383,7 +383,7 @@ def _expand(view: type, statement: Any) -> tuple[SelectBase, list[tuple[str | No
             for key, element in raw.c.items():
                 expanded.append(element)
                 names.append(str(key))
-    if len(expanded) != len(statement._raw_columns):
+    if not all(isinstance(raw, ColumnElement) for raw in statement._raw_columns):
         statement = statement.with_only_columns(*expanded)
     return statement, [
         (name, coercions.expect(roles.ColumnsClauseRole, element).type)
