@@ -5,11 +5,15 @@ The random tests choose among these paths; here each of them is taken, for each 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from random import Random
+from threading import Thread
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, insert, select, text, update
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
+from sqlalchemy.orm.exc import FlushError, ObjectDeletedError, StaleDataError
 
 from sa_tablecache import TableCache
 from tests.integration import writer as paths
@@ -113,6 +117,47 @@ def test_however_a_transaction_ends_the_next_read_is_right(
             for _ in range(4):
                 bench.writer.run(shell)
                 bench.check()
+
+
+@pytest.mark.parametrize("seed", [4, 5, 6])
+def test_writers_on_several_threads_leave_every_view_right(postgresql: Database, seed: int):
+    """After transactions of all kinds at once, beside readers and loads, all views are right."""
+    with benches(postgresql, seed) as family_benches:
+        bench = family_benches[seed % 3]
+        views = [truth.kind.view for truth in bench.truths]
+        factory = bench.factory
+        done: list[int] = []
+
+        def write(number: int) -> None:
+            writer = Writer(bench.cache.engine, factory, bench.writer.family, 100 * seed + number)
+            try:
+                for _ in range(12):
+                    try:
+                        writer.step()
+                    except (DBAPIError, StaleDataError, ObjectDeletedError, FlushError):
+                        continue  # deadlocks, and rows that others deleted in the meantime
+            finally:
+                done.append(number)
+
+        def read(number: int) -> None:
+            rng = Random(number)
+            while len(done) < 3:
+                view = rng.choice(views)
+                if number and rng.random() < 0.1:
+                    bench.cache.clear(view)
+                    bench.cache.load(view)
+                with factory() as session:
+                    session.scalars(select(view)).all()
+
+        threads = [Thread(target=write, args=(number,)) for number in range(3)]
+        threads += [Thread(target=read, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        bench.check()
+        for other in family_benches:
+            other.check()
 
 
 # --- one row, and what it may be missed by --------------------------------------------------------
