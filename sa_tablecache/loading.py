@@ -243,6 +243,11 @@ def probe(connection: Connection, plan: ViewPlan) -> Catalog:
             )
             if kind is not None and kind != "BASE TABLE":
                 raise _not_a_table(plan, table, str(kind).lower())
+    # A writer may leave out the default schema where the view says it, and the other way round.
+    default = "main" if dialect == "sqlite" else connection.dialect.default_schema_name
+    for (schema, name), table in [*related.items(), *((t, t) for t in plan.tables)]:
+        if schema == default and (None, name) not in plan.tables:
+            related[None, name] = table
     return Catalog(columns, related)
 
 
