@@ -11,6 +11,7 @@ from sqlalchemy import Connection, func, select
 
 from .layout import Layout
 from .scores import IntervalSet
+from .storage import Storage
 
 SAMPLE = 1_000
 """Rows that an estimate looks at."""
@@ -30,6 +31,8 @@ class Stats:
     """The figures of one view. Times are in seconds, sizes in bytes."""
 
     records: int
+    bytes: int
+    """Estimated from a sample; repeated values are shared, and counted once."""
     coverage: str
     hits: int
     partial_hits: int
@@ -43,6 +46,29 @@ class Stats:
     oldest_mark: float
     leases: int
     coarse: dict[str, str] = field(default_factory=dict)
+
+
+def stored_bytes(storage: Storage) -> int:
+    """Estimate the memory of all records and orders from a chunk in the middle."""
+    primary = storage.orders.get("")
+    if primary is None or not primary.chunks:
+        return 0
+    middle = len(primary.chunks) // 2
+    sample = primary.chunks[middle]
+    seen: set[int] = set()
+    size = 0
+    for record in sample:
+        size += sys.getsizeof(record)
+        for name in record.__struct_fields__:
+            value = getattr(record, name)
+            if id(value) not in seen:
+                seen.add(id(value))
+                size += sys.getsizeof(value)
+    for records in storage.orders.values():
+        size += 8 * len(sample)
+        if records.beside is not None:
+            size += len(sample) * (8 + sys.getsizeof(records.beside[0][0]))
+    return size * len(primary) // len(sample)
 
 
 def estimate(

@@ -36,7 +36,7 @@ from .coverage import Coverage
 from .deltas import read_coverage, read_touched
 from .events import tick
 from .exc import DuplicateKey
-from .figures import Stats
+from .figures import Stats, stored_bytes
 from .layout import Layout
 from .loading import Progress, Rows, Snapshots, probe
 from .orders import Hidden, Record
@@ -478,6 +478,7 @@ class CachedTable:
             pending, leases = len(self._pending), self._leases
         return Stats(
             records=len(state.storage) if self.layout is not None else 0,
+            bytes=stored_bytes(state.storage),
             coverage=repr(state.coverage),
             hits=self.counts["hit"],
             partial_hits=self.counts["partial"],
