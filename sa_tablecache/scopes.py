@@ -8,6 +8,7 @@ schema, or (where the database's default isolation is a snapshot) began before t
 from __future__ import annotations
 
 from typing import Final
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
@@ -35,9 +36,7 @@ def database_reason(session: Session, cache: BaseTableCache, table: CachedTable)
     flush_pending(session)
     engine = cache.engine
     bind = session.bind
-    if bind is not engine or getattr(type(session).get_bind, "__module__", "").partition(".")[
-        0
-    ] not in ("sqlalchemy", "sa_tablecache"):
+    if bind is not engine or not _plain_bind(type(session)):
         reason = _foreign_bind(session, engine)
         if reason is not None:
             return reason
@@ -57,6 +56,19 @@ def database_reason(session: Session, cache: BaseTableCache, table: CachedTable)
     return None
 
 
+_plain_binds: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+
+
+def _plain_bind(session_class: type) -> bool:
+    """Whether sessions of a class choose their engine as SQLAlchemy does."""
+    known = _plain_binds.get(session_class)
+    if known is None:
+        module = str(getattr(session_class.get_bind, "__module__", ""))  # type: ignore[attr-defined]
+        known = module.partition(".")[0] in ("sqlalchemy", "sa_tablecache")
+        _plain_binds[session_class] = known
+    return known
+
+
 def _foreign_bind(session: Session, engine: Engine) -> str | None:
     try:
         bind = session.get_bind()
@@ -71,16 +83,27 @@ def _foreign_bind(session: Session, engine: Engine) -> str | None:
     return _ASKED_ON_ENGINE if isolation_asked_for(other) else None
 
 
+_isolation: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
+
+
 def isolation_asked_for(engine: Engine) -> bool:
     """Whether all transactions of an engine are to be REPEATABLE READ or SERIALIZABLE."""
+    known = _isolation.get(engine)
+    if known is not None:
+        return known
     dialect = engine.dialect
     asked = engine.get_execution_options().get("isolation_level") or getattr(
         dialect, "_on_connect_isolation_level", None
     )
-    if asked is not None:
-        return asked in _ASKED
-    # On PostgreSQL a default other than READ COMMITTED was set by someone: server, database, role.
-    return dialect.name == "postgresql" and dialect.default_isolation_level in _ASKED
+    if asked is None and dialect.name == "postgresql":
+        # A default other than READ COMMITTED was set by someone: server, database, role. It is
+        # known when the engine has connected.
+        asked = dialect.default_isolation_level
+        if asked is None:
+            return False
+    result = asked in _ASKED
+    _isolation[engine] = result
+    return result
 
 
 def _connection_reason(connection: Connection, table: CachedTable, engine: Engine) -> str | None:

@@ -287,7 +287,10 @@ class CacheSession(Session):
 
     def _is_filtered(self) -> bool:
         """Whether the application listens to what is executed, and may add criteria to it."""
-        return not all(getattr(f, "_sa_tablecache", False) for f in self.dispatch.do_orm_execute)
+        for listener in self.dispatch.do_orm_execute:
+            if not getattr(listener, "_sa_tablecache", False):
+                return True
+        return False
 
     def _from_cache(self, statement: Any) -> Answer | None:
         """Answer a statement from memory alone; ``None`` sends it on its usual way."""

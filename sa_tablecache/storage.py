@@ -28,7 +28,7 @@ from .exc import TableCacheError
 from .orders import Hidden, Order, Record
 from .scores import EVERYTHING, MIN, Cut, Interval, Key
 
-CHUNK = 512
+CHUNK = 256
 """Records in a chunk after a bulk load; one that grows to twice as many is split.
 
 Changing a record copies one chunk and the list of chunks, so that the square root of the number of
