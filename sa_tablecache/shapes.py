@@ -7,7 +7,7 @@ take as "ask the database", with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 from weakref import WeakKeyDictionary
@@ -75,7 +75,7 @@ _KNOWN: Final = frozenset(
     """_propagate_attrs _raw_columns _label_style _where_criteria _order_by_clauses _limit_clause
     _offset_clause _with_options _execution_options _from_obj _fetch_clause _fetch_clause_options
     _memoized_keys _all_selected_columns _generate_cache_key _for_update_arg
-    dispatch load_options _compile_options""".split()
+    _is_clone_of dispatch load_options _compile_options""".split()
 )
 
 #: Execution options that change nothing about which rows are right.
@@ -141,7 +141,9 @@ def shape_of(statement: Select[Any]) -> tuple[Shape, list[BindParameter[Any]]]:
 def _check_features(statement: Select[Any]) -> None:
     """Raise :class:`.Inexact` for what is not (or may not be) part of a statement's cache key."""
     for name, value in statement.__dict__.items():
-        if name not in _KNOWN and value:
+        # Only empty collections, None and False say that a feature is not used.
+        unset = value is None or value is False or (isinstance(value, Collection) and not value)
+        if name not in _KNOWN and not unset:
             raise Inexact(f"{name.strip('_')} is left to the database")
     for name in statement._execution_options:
         if name not in HARMLESS_OPTIONS:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from decimal import Decimal
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import (
     Column,
@@ -583,6 +584,10 @@ def test_a_table_that_is_gone_for_a_while(sqlite: Database):
         assert world.ids(OuterBoard.model == "A321") == [1, 4]
 
 
+#: SQLAlchemy 2.0 passes on what asyncpg says when it cannot connect.
+REFUSED = (DBAPIError, asyncpg.PostgresError)
+
+
 async def test_an_asynchronous_database_that_is_down(database: Database, outage: Outage):
     """The asynchronous cache gives the same errors and recovers in the same way."""
     engine = database.async_engine()
@@ -596,9 +601,9 @@ async def test_an_asynchronous_database_that_is_down(database: Database, outage:
             await session.commit()
         with outage():
             async with factory() as session:
-                with pytest.raises(DBAPIError):
+                with pytest.raises(REFUSED):
                     await session.scalars(select(OuterBoard))
-            with pytest.raises(DBAPIError):
+            with pytest.raises(REFUSED):
                 await cache.load(OuterBoard)
             assert cache.stats(OuterBoard).pending_marks == 1
             assert cache.stats(OuterBoard).records == 4
