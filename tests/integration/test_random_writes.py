@@ -24,7 +24,7 @@ from tests.integration.rows import fill
 from tests.integration.writer import Writer
 from tests.zoo import KINDS
 
-STEPS = int(os.environ.get("SA_TABLECACHE_TEST_STEPS", "8"))
+STEPS = int(os.environ.get("SA_TABLECACHE_TEST_STEPS", "6"))
 LINGUISTIC = ("OuterBoard", "Names", "CustomerList", "WholeChain", "PlaneEntity", "LabelledSamples")
 """Kinds with text among their keys, scores and groups."""
 ASYNCHRONOUS = ("OuterBoard", "FullJoin", "PeopleAndTags", "WholeChain", "Depot", "Samples")
