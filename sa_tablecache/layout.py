@@ -153,6 +153,8 @@ class Layout:
                 self.coarse.setdefault(table, "no row to anchor its changes on")
         self.concerns = self._concerns(frozenset(followed - lost))
         """What the view has to do with each of its tables."""
+        self.followed_names = frozenset(name for _, name in self.followed)
+        """Names of tables whose changed rows can be followed, whatever their schema."""
         return hidden
 
     def _concerns(self, followed: frozenset[TableName]) -> dict[TableName, Concern]:
