@@ -174,8 +174,9 @@ class Checker:
         at = [self.truth.names.index(part) for part in leading]
 
         def scores(of: list[Any]) -> list[Any]:
-            """Return the scores in their order; a collation may take cases for equal."""
-            return [[row[i].lower() for i in at] for row in of]
+            """Return the scores in their order; a collation may take cases for equal, and zeros
+            are equal."""
+            return [[_folded(row[i]) for i in at] for row in of]
 
         assert scores(plain) == scores(rows), f"order of {described}"
 
@@ -247,3 +248,7 @@ class Checker:
             wrong = [record for record in records if record not in rows]
             msg = f"{self.view.__name__}, {described}: missing {missing}, wrong {wrong}"
             raise AssertionError(msg)
+
+
+def _folded(plain: str) -> str:
+    return "float 0.0" if plain == "float -0.0" else plain.lower()
