@@ -175,7 +175,8 @@ class Checker:
 
         def scores(of: list[Any]) -> list[Any]:
             """Return the scores in their order; a collation may take cases for equal, and zeros
-            are equal."""
+            are equal.
+            """
             return [[_folded(row[i]) for i in at] for row in of]
 
         assert scores(plain) == scores(rows), f"order of {described}"
