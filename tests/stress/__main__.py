@@ -54,7 +54,6 @@ def main() -> int:
             for asynchronous in _modes(arguments.mode)
         ]
         console.print(f"seed {seed}: {', '.join(map(_name, runs))}")
-        end = started + arguments.minutes * 60
         bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
         )
@@ -63,13 +62,15 @@ def main() -> int:
             task = progress.add_task("starting", total=total)
             turn, failed = 0, 0
 
-            def after(run: Run, number: int) -> bool:
-                spent = counts["rounds"] if arguments.rounds else time.monotonic() - started
-                described = f"{_name(run)} round {number}: {counts['reads']} reads, {failed} wrong"
-                progress.update(task, completed=spent, description=described)
-                return bool(spent < total)
+            def spent() -> float:
+                return counts["rounds"] if arguments.rounds else time.monotonic() - started
 
-            while (counts["rounds"] < arguments.rounds) if arguments.rounds else (time.monotonic() < end):
+            def after(run: Run, number: int) -> bool:
+                described = f"{_name(run)} round {number}: {counts['reads']} reads, {failed} wrong"
+                progress.update(task, completed=spent(), description=described)
+                return bool(spent() < total)
+
+            while spent() < total:
                 run = runs[turn % len(runs)]
                 first = arguments.first + turn // len(runs) * ROUNDS_IN_A_TURN
                 try:

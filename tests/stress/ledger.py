@@ -9,7 +9,8 @@ are a sequence; which of them an answer may show follows from when each commit b
 acknowledged:
 
 * *dirty*: a version that was rolled back, or whose COMMIT was not sent yet;
-* *stale*: a version older than one that was acknowledged before the read began;
+* *stale*: a version older than one whose COMMIT had returned before the read began, or which an
+  answer had shown before;
 * *torn*: a transaction of which the answer shows one row and not the other, or a later transaction
   without one that was acknowledged before that one's COMMIT was sent.
 
@@ -60,25 +61,23 @@ class Seen:
 
 
 class Ledger:
-    """The versions of all entities."""
+    """The versions of all entities.
 
-    def __init__(self) -> None:
+    :param states: the number and the state of each, as everybody sees them at the start.
+    """
+
+    def __init__(self, states: Mapping[Entity, tuple[int, State]]) -> None:
         self._ticks = count(1)
-        self._versions: dict[Entity, list[Version]] = {}
+        origin = Transaction(committing=0, acknowledged=0)
+        for entity, (number, state) in states.items():
+            origin.writes[entity] = Version(number, state, origin)
+        self._versions = {entity: [version] for entity, version in origin.writes.items()}
 
     def now(self) -> int:
         """Return a moment that is later than all before."""
         return next(self._ticks)
 
     # -- writing --------------------------------------------------------------------------------
-
-    def start(self, states: Mapping[Entity, tuple[int, State]]) -> None:
-        """Forget the past: these are the versions that everybody sees."""
-        origin = Transaction(committing=0, acknowledged=0)
-        for entity, (number, state) in states.items():
-            version = Version(number, state, origin)
-            self._versions[entity] = [version]
-            origin.writes[entity] = version
 
     def entities(self, kind: str) -> list[Entity]:
         """Return the entities of a kind."""
@@ -87,10 +86,6 @@ class Ledger:
     def latest(self, entity: Entity) -> Version:
         """Return the version that the next one will follow; for who holds the entity."""
         return next(v for v in reversed(self._versions[entity]) if not v.transaction.dead)
-
-    def last(self, entity: Entity) -> int:
-        """Return the highest number that was given to a version of an entity."""
-        return self._versions[entity][-1].number
 
     def begin(self, states: Mapping[Entity, State]) -> Transaction:
         """Note what a transaction is going to write, and number the versions."""
@@ -107,8 +102,9 @@ class Ledger:
         transaction.committing = self.now()
 
     def acknowledge(self, transaction: Transaction) -> None:
-        """Note that COMMIT has returned."""
-        transaction.acknowledged = self.now()
+        """Note that COMMIT has returned, to whoever heard of it first."""
+        if not transaction.dead:
+            transaction.acknowledged = min(transaction.acknowledged, self.now())
 
     def abandon(self, transaction: Transaction) -> None:
         """Note that the transaction was rolled back."""
@@ -156,6 +152,10 @@ class Ledger:
             if len(candidates) == 1:
                 shown[entity] = candidates[0]
         self._check_moment(began, shown)
+        for version in shown.values():
+            # What one has seen, nobody may miss any more.
+            transaction = version.transaction
+            transaction.acknowledged = min(transaction.acknowledged, ended)
 
     def _check_moment(self, began: int, shown: Mapping[Entity, Version]) -> None:
         """Check that one moment, not before the read began, has all these versions."""

@@ -1,8 +1,8 @@
 """Rounds of many actors at once, each of which ends with a comparison of everything.
 
-A failure names the seed, the round and what each actor did last. The same seed gives the same
-operations; threads interleave as they like, so that a failure may need several runs to be seen
-again.
+A failure names the seed, the round and what each actor did last. A round starts with rows of its
+own, so that seed and round give the same operations again; threads interleave as they like, so that
+a failure may need several runs to be seen again, and what is written may depend on who was faster.
 """
 
 from collections import Counter
@@ -12,18 +12,27 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, event, select
 from sqlalchemy.orm import Session
 
 from sa_tablecache import AsyncTableCache, TableCache
-from tests.integration.databases import Database
 from tests.integration.checking import Checker
+from tests.integration.databases import Database
 from tests.integration.rows import fill as fill_zoo
-from tests.stress.actors import Actor, Scene
+from tests.stress.actors import COMMITTED, Actor, Scene
 from tests.stress.conductors import Conductor, Tasks, Threads
 from tests.stress.ledger import Impossible, Ledger
-from tests.stress.world import ACCOUNTS, OWNERS, RANGES, VIEWS, Base, account, committed, fill, owner
-from tests.zoo import DEPOT, FAMILIES, KINDS
+from tests.stress.world import (
+    ACCOUNTS,
+    OWNERS,
+    VIEWS,
+    Base,
+    account,
+    committed,
+    fill,
+    owner,
+)
+from tests.zoo import DEPOT, FAMILIES, KINDS, person_tag
 
 KINDS_AT_ONCE = 4
 STEPS = 30
@@ -61,19 +70,15 @@ class Run:
         else:
             self._rounds(Threads(), numbers, after)
 
-    def _rounds(
-        self, conductor: Conductor, numbers: range, after: Callable[[int], bool]
-    ) -> None:
+    def _rounds(self, conductor: Conductor, numbers: range, after: Callable[[int], bool]) -> None:
         with self._bystanders() as bystanders:
             with bystanders.connect() as connection:
                 Base.metadata.drop_all(connection)
                 Base.metadata.create_all(connection)
-                fill(connection, Random(self.seed))
-            engine = self._engine(conductor)
-            ledger = Ledger()
+            engine, bound = self._engines(conductor)
             try:
                 for number in numbers:
-                    self._round(conductor, engine.engine, engine.owner, bystanders, ledger, number)
+                    self._round(conductor, engine, bound, bystanders, number)
                     self.counts["rounds"] += 1
                     if not after(number):
                         break
@@ -84,9 +89,8 @@ class Run:
         self,
         conductor: Conductor,
         engine: Engine,
-        owner_of_engine: Any,
+        bound: Any,
         bystanders: Engine,
-        ledger: Ledger,
         number: int,
     ) -> None:
         rng = Random(f"{self.seed} {number}")
@@ -102,10 +106,11 @@ class Run:
             connection = stack.enter_context(bystanders.connect())
             self._empty(connection, family)
             fill_zoo(connection, family, self.seed + number)
-            cache, factory = self._cache(owner_of_engine, views)
+            fill(connection, rng)
+            cache, factory = self._cache(bound, views)
             stack.callback(cache.close)
             entities = [*map(account, range(1, ACCOUNTS + 1)), *map(owner, range(1, OWNERS + 1))]
-            self._start(ledger, connection, entities, first=number == 0 or not ledger.entities("owner"))
+            ledger = Ledger(committed(connection, entities))
             scene = Scene(
                 conductor,
                 engine,
@@ -155,21 +160,21 @@ class Run:
         finally:
             engine.dispose()
 
-    def _engine(self, conductor: Conductor) -> "_Engine":
+    def _engines(self, conductor: Conductor) -> tuple[Engine, Any]:
+        """Return an engine, and the same as a cache is bound to it."""
         options: dict[str, Any] = {"pool_size": self.actors + 2, "max_overflow": self.actors}
+        bound: Any
         if self.asynchronous:
-            asynchronous = self.database.async_engine(**options)
-            engine, lent, dispose = asynchronous.sync_engine, asynchronous, asynchronous.sync_engine.dispose
+            bound = self.database.async_engine(**options)
+            engine = bound.sync_engine
         else:
-            engine = lent = self.database.engine(**options)
-            dispose = engine.dispose
+            engine = bound = self.database.engine(**options)
         if self.database.dialect == "sqlite":
             with engine.connect() as connection:
                 connection.exec_driver_sql("PRAGMA journal_mode = WAL")
                 connection.exec_driver_sql(f"PRAGMA {DEPOT}.journal_mode = WAL")
-        if self.slow:
-            _slow_commits(engine, conductor, Random(self.seed))
-        return _Engine(engine, lent, dispose)
+        _watch_commits(engine, conductor, Random(self.seed), slow=self.slow)
+        return engine, bound
 
     def _cache(self, engine: Any, views: list[Any]) -> tuple[Any, Callable[..., Session]]:
         if not self.asynchronous:
@@ -185,32 +190,20 @@ class Run:
         return outer.sync_cache, factory
 
     def _empty(self, connection: Any, family: str) -> None:
-        from tests.zoo import person_tag
-
+        for table in reversed(Base.metadata.sorted_tables):
+            connection.execute(table.delete())
         if family == "staff":
             connection.execute(person_tag.delete())
         for model in reversed(FAMILIES[family]):
             if not model.__mapper__.single:
                 connection.execute(model.__table__.delete())
 
-    def _start(self, ledger: Ledger, connection: Any, entities: list[Any], *, first: bool) -> None:
-        states = committed(connection, entities)
-        ledger.start(
-            {
-                entity: (
-                    number if number is not None else (0 if first else ledger.last(entity)),
-                    state,
-                )
-                for entity, (number, state) in states.items()
-            }
-        )
-
     def _slow_down(self, conductor: Conductor, table: Any, rng: Random) -> None:
         chance = Random(rng.random())
 
         def pause(_point: str) -> None:
             if chance.random() < 0.5:
-                conductor.pause(chance.random() * 0.01)
+                conductor.pause(chance.random() ** 2 * 0.03)
 
         table._pause = pause
 
@@ -226,7 +219,7 @@ class Run:
                 session.scalars(select(VIEWS[0])).all()
         for entity, (number, state) in committed(connection, entities).items():
             known = scene.ledger.latest(entity)
-            if (known.state, known.number) != (state, number if state is not None else known.number):
+            if known.state != state or number not in (None, known.number):
                 raise Impossible(f"the database has {state} of {entity}, the ledger {known}")
         for view in scene.cache.views:
             leases = scene.cache.stats(view).leases
@@ -240,8 +233,8 @@ class Run:
                     records = session.scalars(select(view)).all()
                 answer = Counter(tuple(record._asdict().values()) for record in records)
                 if answer != expected:
-                    msg = f"{view.__name__} at rest: {answer - expected} instead of {expected - answer}"
-                    raise Impossible(msg)
+                    wrong, missing = answer - expected, expected - answer
+                    raise Impossible(f"{view.__name__} at rest: {wrong} instead of {missing}")
                 self.counts["reads"] += 1
         for kind in scene.kinds:
             Checker(kind, scene.factory, connection, rng).check()
@@ -249,11 +242,12 @@ class Run:
         scene.cache._check()
 
     def _report(self, number: int, scene: Scene, actors: list[Actor]) -> str:
+        mode = "tasks" if self.asynchronous else "threads"
+        kinds = [kind.view.__name__ for kind in scene.kinds]
         lines = [
-            f"seed {self.seed}, round {number}, {self.actors} actors, {self.database.dialect}"
-            f"{' (asyncio)' if self.asynchronous else ''}, family {scene.family},"
-            f" kinds {[kind.view.__name__ for kind in scene.kinds]}; what they did last:"
+            f"seed {self.seed}, round {number}, {self.database.dialect}, {self.actors} {mode},"
         ]
+        lines.append(f"family {scene.family}, kinds {kinds}, kills {scene.kills}; did last:")
         for actor in actors:
             lines.append(f"actor {actor.number}:")
             lines += list(actor.log)[-25:]
@@ -261,22 +255,22 @@ class Run:
         return "\n".join(lines)
 
 
-@dataclass
-class _Engine:
-    engine: Engine
-    owner: Any
-    dispose: Callable[[], None]
-
-
-def _slow_commits(engine: Engine, conductor: Conductor, rng: Random) -> None:
-    """Wait right before COMMIT is sent, and between its end and what the cache hears of it."""
+def _watch_commits(engine: Engine, conductor: Conductor, rng: Random, *, slow: bool) -> None:
+    """Tell of a COMMIT when it has returned, before the cache hears of it, and wait around it."""
     do_commit = engine.dialect.do_commit
 
     def commit(connection: Any) -> None:
-        if rng.random() < 0.3:
+        if slow and rng.random() < 0.3:
             conductor.pause(rng.random() * 0.005)
         do_commit(connection)
-        if rng.random() < 0.5:
+        committed = connection.info.pop(COMMITTED, None)
+        if committed is not None:
+            committed()
+        if slow and rng.random() < 0.5:
             conductor.pause(rng.random() * 0.01)
 
     engine.dialect.do_commit = commit  # type: ignore[method-assign]
+
+    @event.listens_for(engine, "checkin")
+    def forget(_dbapi_connection: Any, record: Any) -> None:
+        record.info.pop(COMMITTED, None)

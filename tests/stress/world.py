@@ -134,11 +134,7 @@ class Watched(CachedView):
         Account.amount,
         Account.peer,
         Account.owner_id,
-    ).where(
-        exists(
-            select(1).where(Mirror.id == Account.id, Mirror.version == Account.version)
-        )
-    )
+    ).where(exists(select(1).where(Mirror.id == Account.id, Mirror.version == Account.version)))
 
     by_name = ScoreIndex("name")
     by_score = ScoreIndex("score")
@@ -213,13 +209,12 @@ def fill(connection: Connection, rng: Random) -> None:
 
 def committed(connection: Connection, entities: Iterable[Entity]) -> dict[Entity, Any]:
     """Return number and state of entities, as the database has them; the number of a row that is
-    not there is None."""
+    not there is None.
+    """
     found: dict[Entity, Any] = dict.fromkeys(entities, (None, None))
     for row in connection.execute(select(Account.__table__)):
         if account(row.name) in found:
-            state = AccountState(
-                row.name, row.id, row.score, row.amount, row.peer, row.owner_id
-            )
+            state = AccountState(row.name, row.id, row.score, row.amount, row.peer, row.owner_id)
             found[account(row.name)] = (row.version, state)
     for row in connection.execute(select(Owner.__table__)):
         if owner(row.id) in found:

@@ -168,7 +168,9 @@ def text_insert(connection: Connection, model: Any, values: Values) -> None:
     """`text()`."""
     names = ", ".join(values)
     places = ", ".join(f":{name}" for name in values)
-    connection.execute(text(f"INSERT INTO {model.__tablename__} ({names}) VALUES ({places})"), values)
+    connection.execute(
+        text(f"INSERT INTO {model.__tablename__} ({names}) VALUES ({places})"), values
+    )
 
 
 def orm_add(session: Session, model: Any, values: Values) -> None:
@@ -306,7 +308,9 @@ class Hand:
         """Delete a row."""
         self._take(DELETES, target, model, key)
 
-    def _take(self, known: tuple[tuple[Path, ...], tuple[Path, ...]], target: Target, *what: Any) -> None:
+    def _take(
+        self, known: tuple[tuple[Path, ...], tuple[Path, ...]], target: Target, *what: Any
+    ) -> None:
         by_connection, by_session = known
         if isinstance(target, Connection) or self.rng.random() < 0.4:
             path = self.rng.choice(by_connection)
