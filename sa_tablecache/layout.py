@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, TypeAlias, cast
 
@@ -31,6 +31,7 @@ from .orders import Hidden, Order, Part, Record
 from .planner import Columns
 from .scores import Extreme, IntervalSet
 from .storage import Storage
+from .triggers import Automatic
 from .usage import placing_columns, used_columns
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,16 @@ def log_coarse(plan: ViewPlan, table: TableName, why: str) -> None:
 class Layout:
     """How the records of one view lie in memory, for one database."""
 
-    def __init__(self, plan: ViewPlan, catalog: Catalog, dialect: Dialect) -> None:
+    def __init__(
+        self,
+        plan: ViewPlan,
+        catalog: Catalog,
+        dialect: Dialect,
+        automatic: Mapping[TableName, Automatic],
+    ) -> None:
         self.plan = plan
+        self.automatic = automatic
+        """What tables do by themselves when a row is written."""
         self.coarse: dict[TableName, str] = dict(plan.coarse)
         """Tables of which any change marks the whole view, and why."""
         self._leaf_orders: dict[int, str] = {}
@@ -153,13 +162,20 @@ class Layout:
                 self.coarse.setdefault(table, "no row to anchor its changes on")
         self.concerns = self._concerns(frozenset(followed - lost))
         """What the view has to do with each of its tables."""
+        self.followed_names = frozenset(name for _, name in self.followed)
+        """Names of tables whose changed rows can be followed, whatever their schema."""
         return hidden
 
     def _concerns(self, followed: frozenset[TableName]) -> dict[TableName, Concern]:
         used, placing = used_columns(self.plan), placing_columns(self.plan)
         none: frozenset[str] = frozenset()
         return {
-            table: Concern(used.get(table, none), placing.get(table, none), table in followed)
+            table: Concern(
+                used.get(table, none),
+                placing.get(table, none),
+                followed=table in followed,
+                opaque=table in self.automatic,
+            )
             for table in self.plan.tables
         }
 

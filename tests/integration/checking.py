@@ -174,10 +174,8 @@ class Checker:
         at = [self.truth.names.index(part) for part in leading]
 
         def scores(of: list[Any]) -> list[Any]:
-            """Return the scores in their order; a collation may take cases for equal, and zeros
-            are equal.
-            """
-            return [[_folded(row[i]) for i in at] for row in of]
+            """Return the scores in their order: cases may be equal to a collation, zeros are."""
+            return [[row[i].lower().replace("float -0.0", "float 0.0") for i in at] for row in of]
 
         assert scores(plain) == scores(rows), f"order of {described}"
 
@@ -249,7 +247,3 @@ class Checker:
             wrong = [record for record in records if record not in rows]
             msg = f"{self.view.__name__}, {described}: missing {missing}, wrong {wrong}"
             raise AssertionError(msg)
-
-
-def _folded(plain: str) -> str:
-    return "float 0.0" if plain == "float -0.0" else plain.lower()
