@@ -12,8 +12,7 @@ Out: the plan, from which everything else works:
   When something changed, all records of the touched anchors are read again and replaced, so that
   NULL-extended rows appear and vanish by themselves and old foreign key values are never needed.
 
-Nothing here runs SQL. The statement is frozen once (relationship joins, inheritance and
-many-to-many aliases resolved) by the ORM's own compiler.
+Nothing here runs SQL.
 """
 
 from __future__ import annotations
@@ -23,35 +22,18 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, cast
 
-from sqlalchemy import Column, DateTime, Select, select
+from sqlalchemy import Column
 from sqlalchemy.engine.default import StrCompileDialect
 from sqlalchemy.exc import CompileError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql import ColumnElement, visitors
+from sqlalchemy.sql import ColumnElement
 from sqlalchemy.sql.compiler import StrSQLCompiler
-from sqlalchemy.sql.dml import UpdateBase
-from sqlalchemy.sql.elements import (
-    BindParameter,
-    Cast,
-    ColumnClause,
-    Extract,
-    Grouping,
-    Over,
-    TextClause,
-)
-from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import (
-    CompoundSelect,
-    Exists,
-    ScalarSelect,
-    SelectBase,
-    TableSample,
-    TextualSelect,
-)
+from sqlalchemy.sql.elements import ColumnClause, Grouping
+from sqlalchemy.sql.selectable import CompoundSelect, SelectBase
 
-from .exc import ViewDefinitionError
-from .functions import AGGREGATE_FUNCTIONS, IMMUTABLE_FUNCTIONS, VOLATILE_FUNCTIONS, function_name
+from .expressions import Expressions
 from .joins import Joins, LeafColumn, closure, is_column
+from .keys import derived_key
 from .view import Analysis, CachedView, ViewTable
 
 #: A base table by name, resolved: what a change and a leaf are matched by.
@@ -226,67 +208,27 @@ class _Analysis:
         self.view = view
         self.visible: dict[LeafColumn, str] = {}
         """The name of each base column that the view shows."""
-        self.name = view.__name__
         self.table: ViewTable = view.__table__
-        self.names: list[str] = list(self.table.c.keys())
-        self.statement = self._freeze(view.__statement__)
-        self.reasons: list[str] = []
-        """Why the select as a whole has no row lineage."""
+        self.expressions = Expressions(view)
+        self.names = self.expressions.names
+        self.statement = self.expressions.statement
+        self.reasons = self.expressions.reasons
         self.joins = Joins()
 
     # -- reading the statement ------------------------------------------------------------------
-
-    def refuse(self, culprit: str, way_out: str) -> ViewDefinitionError:
-        return ViewDefinitionError(f"view {self.name}: {culprit}; {way_out}")
-
-    def _freeze(self, statement: Any) -> Any:
-        """Return an ORM select as a plain Core select, its columns labelled with our names."""
-        if isinstance(statement, TextualSelect):
-            raise self.refuse(
-                "its select is text(), so nobody can know which tables it reads",
-                "write it with select()",
-            )
-        if not isinstance(statement, Select):
-            if not isinstance(statement, CompoundSelect):
-                raise self.refuse(
-                    f"its select is a {type(statement).__name__}", "write it with select()"
-                )
-            rows = statement.subquery("rows")
-            return select(
-                *(c.label(n) for n, c in zip(self.names, rows.c, strict=True))
-            ).select_from(rows)
-        if statement._for_update_arg is not None:
-            raise self.refuse("FOR UPDATE has no meaning in a view", "leave it out")
-        if statement._propagate_attrs.get("compile_state_plugin") == "orm":
-            state = statement._compile_state_factory(statement, statement._default_compiler())
-            statement = cast("Any", state).statement
-        raw = statement._raw_columns
-        if not isinstance(statement, Select) or len(raw) != len(self.names):
-            raise self.refuse(
-                "its select has loader options that change what it selects",
-                "select plain columns, without options()",
-            )
-        statement = statement._generate()
-        statement._raw_columns = [
-            getattr(c, "element", c).label(n) if type(c).__name__ == "Label" else c.label(n)
-            for n, c in zip(self.names, raw, strict=True)
-        ]
-        for memoized in ("_all_selected_columns", "_memoized_keys"):
-            statement.__dict__.pop(memoized, None)
-        return statement
 
     def plan(self) -> ViewPlan:
         try:
             tables = rendered_tables(self.statement)
         except CompileError as error:
-            raise self.refuse(
+            raise self.expressions.refuse(
                 f"its select cannot be compiled ({error})", "correct the select"
             ) from error
-        functions = self._check_expressions()
+        functions = self.expressions.check_select()
         compound = isinstance(self.view.__statement__, CompoundSelect)
         if compound:
             self.reasons.append(f"set operation ({self.view.__statement__.keyword.name})")
-        self._check_clauses()
+        self.expressions.note_clauses()
         froms = self.statement.get_final_froms()
         for selectable in froms:
             self.joins.read_from(selectable)
@@ -298,7 +240,7 @@ class _Analysis:
         if any(join.full for join, _, _ in self.joins.joins):
             self.reasons.append("FULL JOIN")
         if not tables:
-            raise self.refuse("its select reads no table", "select from one")
+            raise self.expressions.refuse("its select reads no table", "select from one")
 
         statement = self.statement
         hidden: list[ViewColumn] = []
@@ -308,18 +250,18 @@ class _Analysis:
                 if isinstance(part, str):
                     continue
                 if compound or self.statement._distinct or self.statement._distinct_on:
-                    raise self.refuse(
+                    raise self.expressions.refuse(
                         f"index {index.name} is an expression, which cannot be added to a "
                         "select with DISTINCT or a set operation",
                         "select the expression as a column and name that in the ScoreIndex",
                     )
                 clause = cast("ColumnClause[Any]", index.columns[at])
-                self._check_expression(part, f"index {index.name}")
+                self.expressions.check(part, f"index {index.name}")
                 extra.append(part.label(clause.name))
                 source = part if is_column(part) else None
                 hidden.append(ViewColumn(clause.name, clause, True, source))
         if extra and rendered_tables(statement.add_columns(*extra)) != tables:
-            raise self.refuse(
+            raise self.expressions.refuse(
                 "an index expression uses a table that the select does not read",
                 "join that table in __select__",
             )
@@ -328,7 +270,11 @@ class _Analysis:
         if extra:
             statement = statement.add_columns(*extra)
         derived = self.view.__primary_key__ is None
-        key = self._derived_key(columns) if derived else tuple(self.view.__primary_key__)
+        key = (
+            derived_key(self.expressions, self.joins, self.visible)
+            if derived
+            else tuple(self.view.__primary_key__)
+        )
         return ViewPlan(
             view=self.view,
             statement=statement,
@@ -346,105 +292,6 @@ class _Analysis:
             ),
             functions=functions,
         )
-
-    def _check_clauses(self) -> None:
-        """Note the clauses after which a row of the view is not one row of a join."""
-        statement = self.statement
-        for clause, present in (
-            ("DISTINCT", statement._distinct or statement._distinct_on),
-            ("GROUP BY", statement._group_by_clauses),
-            ("HAVING", statement._having_criteria),
-            (
-                "LIMIT",
-                statement._limit_clause is not None
-                or statement._offset_clause is not None
-                or statement._fetch_clause is not None,
-            ),
-            ("CTE", statement._independent_ctes),
-            ("prefix or suffix", statement._prefixes or statement._suffixes),
-        ):
-            if present:
-                self.reasons.append(clause)
-
-    def _check_expressions(self) -> frozenset[str]:
-        """Refuse what cannot be right; note what has no lineage; return the functions used."""
-        functions: set[str] = set()
-        for element in visitors.iterate(self.statement):
-            if isinstance(element, UpdateBase):
-                raise self.refuse("its select writes", "a view only reads")
-            if isinstance(element, TextClause):
-                raise self.refuse(
-                    f"text({element.text[:60]!r}) hides which tables and functions it uses",
-                    "write it as a SQLAlchemy expression",
-                )
-            if isinstance(element, TableSample):
-                raise self.refuse("TABLESAMPLE gives other rows each time", "leave it out")
-            if isinstance(element, FunctionElement):
-                functions.add(function_name(element))
-            self._check_element(element, "its select")
-        top: list[Any] = [
-            *self.statement._raw_columns,
-            *self.statement._where_criteria,
-            *self.statement.get_final_froms(),
-        ]
-        for root in top:
-            for element in visitors.iterate(root):
-                if isinstance(element, Exists):
-                    self.reasons.append("EXISTS")
-                elif isinstance(element, ScalarSelect | SelectBase):
-                    self.reasons.append("subquery")
-                elif isinstance(element, Over):
-                    self.reasons.append("window function")
-                elif (
-                    isinstance(element, FunctionElement)
-                    and str(getattr(element, "name", "")).lower() in AGGREGATE_FUNCTIONS
-                ):
-                    self.reasons.append("aggregate")
-        return frozenset(functions)
-
-    def _check_expression(self, expression: Any, where: str) -> None:
-        for element in visitors.iterate(expression):
-            self._check_element(element, where)
-            if isinstance(element, SelectBase | ScalarSelect | Exists):
-                self.reasons.append(f"subquery in {where}")
-            elif isinstance(element, Over):
-                self.reasons.append(f"window function in {where}")
-
-    def _check_element(self, element: Any, where: str) -> None:
-        if isinstance(element, FunctionElement):
-            name = function_name(element)
-            if name in VOLATILE_FUNCTIONS:
-                raise self.refuse(
-                    f"{name}() in {where} depends on the time, the session or chance, so that no "
-                    "cached answer could be right",
-                    "select the plain column and compute at the reader's, or filter in the query",
-                )
-            if name not in IMMUTABLE_FUNCTIONS and name not in self.view.__immutable_functions__:
-                raise self.refuse(
-                    f"function {name}() in {where} is not known to depend on its arguments alone",
-                    f'if it does, say __immutable_functions__ = ("{name}",)',
-                )
-        elif isinstance(element, Cast | Extract):
-            inner = element.clause if isinstance(element, Cast) else element.expr
-            type_ = inner.type
-            if isinstance(type_, DateTime) and type_.timezone:
-                raise self.refuse(
-                    f"{type(element).__name__.upper()} of a timestamp with time zone in {where} "
-                    "depends on the session's TimeZone",
-                    "convert it first with func.timezone('UTC', column)",
-                )
-        elif isinstance(element, ColumnClause) and element.is_literal:
-            text = element.name
-            if not (text.isdigit() or text in ("*", "NULL", "true", "false")):
-                raise self.refuse(
-                    f"literal_column({text!r}) in {where} hides what it uses",
-                    "write it as a SQLAlchemy expression, or literal(...) for a value",
-                )
-        elif isinstance(element, BindParameter) and element.required:
-            raise self.refuse(
-                f"bindparam({element.key!r}) in {where} has no value",
-                "a view has no parameters: filter in the query",
-            )
 
     # -- lineage and keys -----------------------------------------------------------------------
 
@@ -521,87 +368,6 @@ class _Analysis:
         if source is None or self.reasons:
             return True
         return self.joins.leaves[source[0]].nullable or bool(source[1].nullable)
-
-    def _derived_key(self, columns: tuple[ViewColumn, ...]) -> tuple[str, ...]:
-        """Return the smallest set of visible columns, by greedy removal, that identifies a row."""
-        statement = self.view.__statement__
-        if isinstance(statement, CompoundSelect):
-            if statement.keyword.name.endswith("ALL"):
-                raise self.refuse(
-                    f"{statement.keyword.value} can give the same row twice, so it has no key",
-                    "use a set operation that removes duplicates, or name the key with "
-                    "__primary_key__",
-                )
-            return tuple(self.names)
-        if self.statement._distinct:
-            return tuple(self.names)
-        if self.statement._group_by_clauses:
-            return self._grouping_key()
-        if not self.joins.leaves or any(r.endswith("in FROM") for r in self.reasons):
-            raise self.refuse(
-                "no primary key can be derived from a subquery in FROM",
-                "name the columns that identify a row with __primary_key__",
-            )
-        if any(j.full for j, _, _ in self.joins.joins) or any(
-            not o.table.primary_key.columns for o in self.joins.leaves
-        ):
-            raise self.refuse(
-                "no primary key can be derived over a FULL JOIN or a table without primary key",
-                "name the columns that identify a row with __primary_key__",
-            )
-        wanted = {
-            LeafColumn(o.number, c.key)
-            for o in self.joins.leaves
-            for c in o.table.primary_key.columns
-        }
-        candidates = list(self.visible)
-        if not wanted <= closure(candidates, self.joins.dependencies):
-            key = sorted(wanted)
-            for column in sorted(wanted, reverse=True):
-                rest = [c for c in key if c != column]
-                if wanted <= closure(rest, self.joins.dependencies):
-                    key = rest
-            missing = ", ".join(
-                f"{self.joins.leaves[c.leaf].table.name}.{c.name}"
-                for c in key
-                if c not in self.visible
-            )
-            raise self.refuse(
-                f"no primary key can be derived from the selected columns: {missing} is missing",
-                "add it to the select, or name the columns that identify a row with "
-                "__primary_key__",
-            )
-        position = {name: at for at, name in enumerate(self.names)}
-        for column in sorted(
-            candidates,
-            key=lambda c: (c not in wanted, c.leaf, position[self.visible[c]]),
-            reverse=True,
-        ):
-            rest = [c for c in candidates if c != column]
-            if wanted <= closure(rest, self.joins.dependencies):
-                candidates = rest
-        names = tuple(sorted((self.visible[c] for c in candidates), key=position.__getitem__))
-        return names or (self.names[0],)  # of a view of one row at most, any column is a key
-
-    def _grouping_key(self) -> tuple[str, ...]:
-        key: list[str] = []
-        elements = {
-            name: label.element
-            for name, label in zip(self.names, self.statement._raw_columns, strict=True)
-        }
-        for clause in self.statement._group_by_clauses:
-            plain = clause._deannotate()
-            for name, element in elements.items():
-                if element is plain or element._deannotate().compare(plain):
-                    key.append(name)
-                    break
-            else:
-                raise self.refuse(
-                    f"GROUP BY {clause} is not among the selected columns, so no primary key "
-                    "can be derived",
-                    "select it, or name the columns that identify a row with __primary_key__",
-                )
-        return tuple(dict.fromkeys(key))
 
     def _coarse(
         self, tables: frozenset[TableName], leaves: tuple[Leaf, ...]
