@@ -10,29 +10,31 @@ Out: the plan, from which everything else works:
 * the view's primary key, by functional dependencies;
 * the *anchor*: the joined table that outer joins never NULL-extend and that is part of the key.
   When something changed, all records of the touched anchors are read again and replaced, so that
-  NULL-extended rows appear and vanish by themselves and old foreign key values are never needed.
+  NULL-extended rows appear and vanish by themselves and old foreign key values are never needed;
+* where the select or a subquery in FROM groups, the *paths* from a changed row to groups: those of
+  the values that it had and has.
 
 Nothing here runs SQL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, cast
 
-from sqlalchemy import Column
+from sqlalchemy import Column, Table
 from sqlalchemy.engine.default import StrCompileDialect
 from sqlalchemy.exc import CompileError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql import ColumnElement
 from sqlalchemy.sql.compiler import StrSQLCompiler
-from sqlalchemy.sql.elements import ColumnClause, Grouping
+from sqlalchemy.sql.elements import ColumnClause
 from sqlalchemy.sql.selectable import CompoundSelect, SelectBase
 
-from .expressions import Expressions
-from .joins import Joins, LeafColumn, closure, is_column
+from .expressions import GROUPING, Expressions, obstacles
+from .groups import GroupPath, column_of, grouped_by, paths_to, read_grouped
+from .joins import Grouped, Joins, LeafColumn, closure, is_column
 from .keys import derived_key
 from .view import Analysis, CachedView, ViewTable
 
@@ -88,6 +90,10 @@ class ViewPlan:
     tables: frozenset[TableName]
     coarse: dict[TableName, str]
     """Tables of which any change marks the whole view, and why."""
+    grouped: bool = False
+    """Whether its records are groups: they have no anchor, and are replaced by their values."""
+    paths: tuple[GroupPath, ...] = ()
+    """How changed rows of tables lead to the groups of the view, or of subqueries in it."""
     compared_text: tuple[Column[Any], ...] = ()
     """Text columns by whose equality the tables are joined."""
     functions: frozenset[str] = frozenset()
@@ -213,7 +219,9 @@ class _Analysis:
         self.names = self.expressions.names
         self.statement = self.expressions.statement
         self.reasons = self.expressions.reasons
-        self.joins = Joins()
+        self.joins = Joins(read_grouped)
+        self.by: tuple[LeafColumn, ...] | None = None
+        """What the select groups by, if a changed row can be followed to its groups."""
 
     # -- reading the statement ------------------------------------------------------------------
 
@@ -228,17 +236,7 @@ class _Analysis:
         compound = isinstance(self.view.__statement__, CompoundSelect)
         if compound:
             self.reasons.append(f"set operation ({self.view.__statement__.keyword.name})")
-        self.expressions.note_clauses()
-        froms = self.statement.get_final_froms()
-        for selectable in froms:
-            self.joins.read_from(selectable)
-        self.reasons += self.joins.others
-        occurrences = self.joins.leaves
-        for occurrence in occurrences:
-            if not occurrence.table.primary_key.columns:
-                self.reasons.append(f"table {occurrence.table.fullname} has no primary key")
-        if any(join.full for join, _, _ in self.joins.joins):
-            self.reasons.append("FULL JOIN")
+        self._read_from()
         if not tables:
             raise self.expressions.refuse("its select reads no table", "select from one")
 
@@ -266,7 +264,9 @@ class _Analysis:
                 "join that table in __select__",
             )
 
-        columns, leaves, anchor, one_row = self._lineage(hidden, extra)
+        columns = self._columns()
+        leaves, anchor, one_row = self._lineage(hidden, extra)
+        paths, coarse = self._paths(hidden, extra)
         if extra:
             statement = statement.add_columns(*extra)
         derived = self.view.__primary_key__ is None
@@ -286,61 +286,107 @@ class _Analysis:
             anchor=anchor,
             one_row_per_anchor=one_row,
             tables=tables,
-            coarse=self._coarse(tables, leaves),
+            coarse=self._coarse(tables, leaves, paths) | coarse,
+            grouped=self.by is not None,
+            paths=paths,
             compared_text=tuple(
-                self.joins.leaves[c.leaf].table.c[c.name] for c in sorted(self.joins.text)
+                joins.leaves[c.leaf].columns[c.name]
+                for joins in (self.joins, *(g.joins for _, g in self._subqueries()))
+                for c in sorted(joins.text)
             ),
             functions=functions,
         )
 
+    def _read_from(self) -> None:
+        """Read the FROM clause, and note why a row of the view is not one row of a join."""
+        for selectable in self.statement.get_final_froms():
+            self.joins.read_from(selectable)
+        self.joins.read_dependencies(self.statement._where_criteria)
+        subqueries = [self.joins.leaves[number].selectable for number, _ in self._subqueries()]
+        reasons = [*obstacles(self.statement, subqueries), *self.joins.others]
+        reasons += [
+            f"table {leaf.name} has no primary key" for leaf in self.joins.leaves if not leaf.key
+        ]
+        if any(join.full for join, _, _ in self.joins.joins):
+            reasons.append("FULL JOIN")
+        if self.statement._group_by_clauses:
+            by = grouped_by(self.statement, self.joins)
+            if by is None:
+                reasons.append("a group that is no plain column")
+            elif not subqueries and not self.reasons and not set(reasons) - set(GROUPING):
+                self.by = by
+                return
+        self.reasons += reasons
+
+    def _subqueries(self) -> list[tuple[int, Grouped]]:
+        """Return the subqueries with GROUP BY among the leaves, with their numbers."""
+        return [
+            (leaf.number, leaf.source)
+            for leaf in self.joins.leaves
+            if isinstance(leaf.source, Grouped)
+        ]
+
     # -- lineage and keys -----------------------------------------------------------------------
+
+    def _columns(self) -> tuple[ViewColumn, ...]:
+        sources = [column_of(label.element, self.joins) for label in self.statement._raw_columns]
+        self.visible = {
+            at: name
+            for name, at in reversed(list(zip(self.names, sources, strict=True)))
+            if at is not None
+        }
+        columns = []
+        for name, at in zip(self.names, sources, strict=True):
+            source = None if at is None else self._source(at)
+            nullable = source is None or at is None or bool(self.reasons) or self._is_nullable(at)
+            columns.append(ViewColumn(name, self.table.c[name], nullable, source))
+        return tuple(columns)
+
+    def _source(self, at: LeafColumn) -> Column[Any] | None:
+        """Return the base table's column that a leaf's column is."""
+        column = self.joins.leaves[at.leaf].columns[at.name]
+        return column if is_column(column) and isinstance(column.table, Table) else None
+
+    def _is_nullable(self, at: LeafColumn) -> bool:
+        leaf = self.joins.leaves[at.leaf]
+        return leaf.nullable or isinstance(leaf.source, Grouped) or leaf.columns[at.name].nullable
+
+    def _hidden(
+        self, at: LeafColumn, hidden: list[ViewColumn], extra: list[Any]
+    ) -> tuple[str, str | None]:
+        """Add a leaf's column to the rendered view; return its name, and one that shows it."""
+        leaf = self.joins.leaves[at.leaf]
+        name = f"_key{at.leaf}_{at.name}"
+        clause = self.table.hidden(name, leaf.columns[at.name].type)
+        extra.append(leaf.selectable.c[at.name].label(name))
+        hidden.append(ViewColumn(name, clause, self._is_nullable(at), self._source(at)))
+        return name, self.joins.visible_equal(at, self.visible)
 
     def _lineage(
         self, hidden: list[ViewColumn], extra: list[Any]
-    ) -> tuple[tuple[ViewColumn, ...], tuple[Leaf, ...], Leaf | None, bool]:
-        sources = [self._source(label) for label in self.statement._raw_columns]
-        self.joins.read_dependencies(self.statement._where_criteria)
-        columns = tuple(
-            ViewColumn(
-                name,
-                self.table.c[name],
-                self._is_nullable(source),
-                source[1] if source is not None else None,
-            )
-            for name, source in zip(self.names, sources, strict=True)
-        )
-        self.visible = {
-            LeafColumn(source[0], source[1].key): name
-            for name, source in reversed(list(zip(self.names, sources, strict=True)))
-            if source is not None
-        }
-        if self.reasons:
-            return columns, (), None, False
+    ) -> tuple[tuple[Leaf, ...], Leaf | None, bool]:
+        if self.reasons or self.by is not None:
+            return (), None, False
         leaves = []
         for occurrence in self.joins.leaves:
+            if isinstance(occurrence.source, Grouped):
+                continue
             names, visible = [], []
-            for column in occurrence.table.primary_key.columns:
-                name = f"_key{occurrence.number}_{column.key}"
-                clause = self.table.hidden(name, column.type)
-                extra.append(occurrence.selectable.c[column.key].label(name))
-                hidden.append(ViewColumn(name, clause, occurrence.nullable, column))
+            for key in occurrence.key:
+                name, shown = self._hidden(LeafColumn(occurrence.number, key), hidden, extra)
                 names.append(name)
-                visible.append(
-                    self.joins.visible_equal(
-                        LeafColumn(occurrence.number, column.key), self.visible
-                    )
-                )
+                visible.append(shown)
             leaves.append(
                 Leaf(
                     number=occurrence.number,
-                    table=table_name(occurrence.table),
-                    primary_key=tuple(occurrence.table.primary_key.columns),
+                    table=table_name(occurrence.source),
+                    primary_key=tuple(occurrence.source.primary_key.columns),
                     nullable=occurrence.nullable,
                     hidden=tuple(names),
                     visible=None if None in visible else cast("tuple[str, ...]", tuple(visible)),
                 )
             )
-        all_keys = {LeafColumn(leaf.number, c.key) for leaf in leaves for c in leaf.primary_key}
+        all_keys = {LeafColumn(leaf.number, key) for leaf in self.joins.leaves for key in leaf.key}
         anchor, one_row = None, False
         for leaf in leaves:
             if leaf.nullable:
@@ -351,33 +397,51 @@ class _Analysis:
                 break
             # Of several preserved leaves the later one is on the many side of a chain of joins.
             anchor = leaf
-        return columns, tuple(leaves), anchor, one_row
+        return tuple(leaves), anchor, one_row
 
-    def _source(self, label: Any) -> tuple[int, Column[Any]] | None:
-        element = label.element
-        while isinstance(element, Grouping):
-            element = element.element
-        if not isinstance(element, ColumnElement) or not hasattr(element, "table"):
-            return None
-        at = self.joins.leaf_column(element)
-        if at is None:
-            return None
-        return at.leaf, self.joins.leaves[at.leaf].table.c[at.name]
-
-    def _is_nullable(self, source: tuple[int, Column[Any]] | None) -> bool:
-        if source is None or self.reasons:
-            return True
-        return self.joins.leaves[source[0]].nullable or bool(source[1].nullable)
+    def _paths(
+        self, hidden: list[ViewColumn], extra: list[Any]
+    ) -> tuple[tuple[GroupPath, ...], dict[TableName, str]]:
+        """Return how changed rows lead to groups, and the tables of which they do not."""
+        if self.by is not None:
+            names = [self.visible.get(column) for column in self.by]
+            ways = list(paths_to(self.joins, self.by, [(n, n) if n else None for n in names]))
+        else:
+            ways = [
+                way
+                for number, grouped in self._subqueries()
+                if not self.reasons
+                for way in paths_to(
+                    grouped.joins,
+                    grouped.by,
+                    [self._hidden(LeafColumn(number, key), hidden, extra) for key in grouped.key],
+                )
+            ]
+        coarse = {
+            table: f"no group key follows from a row of {table_label(table)}"
+            for table, path in ways
+            if path is None
+        }
+        return tuple(path for _, path in ways if path is not None), coarse
 
     def _coarse(
-        self, tables: frozenset[TableName], leaves: tuple[Leaf, ...]
+        self,
+        tables: frozenset[TableName],
+        leaves: Iterable[Leaf],
+        paths: Iterable[GroupPath],
     ) -> dict[TableName, str]:
         if self.reasons:
             why = ", ".join(dict.fromkeys(self.reasons))
             return dict.fromkeys(tables, why)
-        coarse = dict.fromkeys(tables - {leaf.table for leaf in leaves}, "read by a subquery")
-        if self.joins.filtered(self.statement._where_criteria):
-            for leaf in leaves:
-                if leaf.nullable:
-                    coarse[leaf.table] = "a condition on the nullable side of an outer join"
+        known = {leaf.table for leaf in leaves} | {path.table for path in paths}
+        coarse = dict.fromkeys(tables - known, "read by a subquery")
+        if self.by is None and self.joins.filtered(self.statement._where_criteria):
+            for leaf in self.joins.leaves:
+                if not leaf.nullable:
+                    continue
+                within = leaf.source.joins.leaves if isinstance(leaf.source, Grouped) else [leaf]
+                for inner in within:
+                    coarse[table_name(inner.source)] = (
+                        "a condition on the nullable side of an outer join"
+                    )
         return coarse

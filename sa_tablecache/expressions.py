@@ -8,6 +8,7 @@ with the culprit and the way out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from sqlalchemy import DateTime, Select, select
@@ -26,6 +27,61 @@ from sqlalchemy.sql.selectable import (
 
 from .exc import ViewDefinitionError
 from .functions import AGGREGATE_FUNCTIONS, IMMUTABLE_FUNCTIONS, VOLATILE_FUNCTIONS, function_name
+
+GROUPING = ("GROUP BY", "HAVING", "aggregate")
+"""The obstacles that are none where all of GROUP BY is plain columns."""
+
+
+def plain(statement: Any) -> Any:
+    """Return an ORM select as a plain Core select."""
+    if statement._propagate_attrs.get("compile_state_plugin") != "orm":
+        return statement
+    state = statement._compile_state_factory(statement, statement._default_compiler())
+    return cast("Any", state).statement
+
+
+def obstacles(statement: Any, leaves: Sequence[Any] = ()) -> Iterator[str]:
+    """Yield the reasons why a row of a select is not one row of a join.
+
+    :param leaves: elements of FROM that are no obstacle, whatever is inside of them.
+    """
+    for clause, present in (
+        ("DISTINCT", statement._distinct or statement._distinct_on),
+        ("GROUP BY", statement._group_by_clauses),
+        ("HAVING", statement._having_criteria),
+        (
+            "LIMIT",
+            statement._limit_clause is not None
+            or statement._offset_clause is not None
+            or statement._fetch_clause is not None,
+        ),
+        ("CTE", statement._independent_ctes),
+        ("prefix or suffix", statement._prefixes or statement._suffixes),
+    ):
+        if present:
+            yield clause
+    todo: list[Any] = [
+        *statement._raw_columns,
+        *statement._where_criteria,
+        *statement._having_criteria,
+        *statement.get_final_froms(),
+    ]
+    while todo:
+        element = todo.pop()
+        if any(element is leaf for leaf in leaves):
+            continue
+        if isinstance(element, Exists):
+            yield "EXISTS"
+        elif isinstance(element, ScalarSelect | SelectBase):
+            yield "subquery"
+        elif isinstance(element, Over):
+            yield "window function"
+        elif (
+            isinstance(element, FunctionElement)
+            and str(getattr(element, "name", "")).lower() in AGGREGATE_FUNCTIONS
+        ):
+            yield "aggregate"
+        todo += element.get_children()
 
 
 class Expressions:
@@ -60,9 +116,7 @@ class Expressions:
             ).select_from(rows)
         if statement._for_update_arg is not None:
             raise self.refuse("FOR UPDATE has no meaning in a view", "leave it out")
-        if statement._propagate_attrs.get("compile_state_plugin") == "orm":
-            state = statement._compile_state_factory(statement, statement._default_compiler())
-            statement = cast("Any", state).statement
+        statement = plain(statement)
         raw = statement._raw_columns
         if not isinstance(statement, Select) or len(raw) != len(self.names):
             raise self.refuse(
@@ -78,27 +132,8 @@ class Expressions:
             statement.__dict__.pop(memoized, None)
         return statement
 
-    def note_clauses(self) -> None:
-        """Note the clauses after which a row of the view is not one row of a join."""
-        statement = self.statement
-        for clause, present in (
-            ("DISTINCT", statement._distinct or statement._distinct_on),
-            ("GROUP BY", statement._group_by_clauses),
-            ("HAVING", statement._having_criteria),
-            (
-                "LIMIT",
-                statement._limit_clause is not None
-                or statement._offset_clause is not None
-                or statement._fetch_clause is not None,
-            ),
-            ("CTE", statement._independent_ctes),
-            ("prefix or suffix", statement._prefixes or statement._suffixes),
-        ):
-            if present:
-                self.reasons.append(clause)
-
     def check_select(self) -> frozenset[str]:
-        """Refuse what cannot be right; note what has no lineage; return the functions used."""
+        """Refuse what cannot be right; return the functions used."""
         functions: set[str] = set()
         for element in visitors.iterate(self.statement):
             if isinstance(element, UpdateBase):
@@ -113,24 +148,6 @@ class Expressions:
             if isinstance(element, FunctionElement):
                 functions.add(function_name(element))
             self._check_element(element, "its select")
-        top: list[Any] = [
-            *self.statement._raw_columns,
-            *self.statement._where_criteria,
-            *self.statement.get_final_froms(),
-        ]
-        for root in top:
-            for element in visitors.iterate(root):
-                if isinstance(element, Exists):
-                    self.reasons.append("EXISTS")
-                elif isinstance(element, ScalarSelect | SelectBase):
-                    self.reasons.append("subquery")
-                elif isinstance(element, Over):
-                    self.reasons.append("window function")
-                elif (
-                    isinstance(element, FunctionElement)
-                    and str(getattr(element, "name", "")).lower() in AGGREGATE_FUNCTIONS
-                ):
-                    self.reasons.append("aggregate")
         return frozenset(functions)
 
     def check(self, expression: Any, where: str) -> None:

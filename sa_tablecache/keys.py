@@ -35,16 +35,12 @@ def derived_key(
             "no primary key can be derived from a subquery in FROM",
             "name the columns that identify a row with __primary_key__",
         )
-    if any(j.full for j, _, _ in joins.joins) or any(
-        not o.table.primary_key.columns for o in joins.leaves
-    ):
+    if any(j.full for j, _, _ in joins.joins) or any(not o.key for o in joins.leaves):
         raise select.refuse(
             "no primary key can be derived over a FULL JOIN or a table without primary key",
             "name the columns that identify a row with __primary_key__",
         )
-    wanted = {
-        LeafColumn(o.number, c.key) for o in joins.leaves for c in o.table.primary_key.columns
-    }
+    wanted = {LeafColumn(o.number, key) for o in joins.leaves for key in o.key}
     candidates = list(visible)
     if not wanted <= closure(candidates, joins.dependencies):
         key = sorted(wanted)
@@ -53,7 +49,7 @@ def derived_key(
             if wanted <= closure(rest, joins.dependencies):
                 key = rest
         missing = ", ".join(
-            f"{joins.leaves[c.leaf].table.name}.{c.name}" for c in key if c not in visible
+            f"{joins.leaves[c.leaf].name}.{c.name}" for c in key if c not in visible
         )
         raise select.refuse(
             f"no primary key can be derived from the selected columns: {missing} is missing",

@@ -599,7 +599,7 @@ def _busy() -> Select[Any]:
     )
 
 
-@kind("sky", "carrier", parts=("n",), coarse=True)
+@kind("sky", "carrier", parts=("n",))
 class BusyAirlines(CachedView):
     """A CTE."""
 
@@ -620,7 +620,7 @@ def _last_flight() -> Select[Any]:
     )
 
 
-@kind("sky", "tailnum", parts=("hour",), coarse=True)
+@kind("sky", "tailnum", parts=("hour",))
 class LastFlights(CachedView):
     """A subquery in FROM."""
 
@@ -630,7 +630,7 @@ class LastFlights(CachedView):
     by_hour = ScoreIndex("hour")
 
 
-@kind("sky", "carrier", parts=("n", "last"), coarse=True)
+@kind("sky", "carrier", parts=("n", "last"))
 class CarrierTotals(CachedView):
     """GROUP BY over an outer join."""
 
