@@ -8,7 +8,7 @@ the groups that it may touch: those with the values that it had and has (see
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,10 +58,31 @@ class GroupPath:
         """Whether the primary key of a row has all the values, so that they never change."""
         return all(column.primary_key for column in self.columns)
 
-    @property
-    def sources(self) -> frozenset[str]:
-        """The keys of the table's columns that have the values."""
-        return frozenset(column.key for column in self.columns)
+    def of_key(self, key: Sequence[Any]) -> list[tuple[Any, ...]] | None:
+        """Return :meth:`values` of the row with a primary key, which has to have them all."""
+        return self.values(dict(zip((c.key for c in self.primary_key), key, strict=True)))
+
+    def before(
+        self, columns: frozenset[str] | None, rows: Iterable[Mapping[str, Any]] | None
+    ) -> list[tuple[Any, ...]] | None:
+        """Return :meth:`values` of what a changed row was before; ``None`` if they are not known.
+
+        Nothing, if they are what they are now: the row itself leads to them.
+
+        :param columns: the keys of all columns that may be others now, if they are known.
+        :param rows: what the row was before, as far as that is known.
+        """
+        if columns is not None and columns.isdisjoint(column.key for column in self.columns):
+            return []
+        if rows is None:
+            return None
+        found: list[tuple[Any, ...]] = []
+        for row in rows:
+            values = self.values(row)
+            if values is None:
+                return None
+            found += values
+        return found
 
     def values(self, row: Mapping[str, Any]) -> list[tuple[Any, ...]] | None:
         """Return the values of the groups that a row is part of, or may leave to others.

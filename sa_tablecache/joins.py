@@ -298,18 +298,18 @@ class Joins:
         table = self.leaves[leaf].source
         assert isinstance(table, Table)
         around = [right for join, right, _ in self.joins if join.isouter and leaf in right]
-        # Columns of the key come first: what follows from the key needs no query.
-        columns = sorted(table.columns, key=lambda column: not column.primary_key)
         found = []
         for at, group in enumerate(by):
             vanishes = any(group.leaf in right for right in around)
             if vanishes and group.leaf not in min(around, key=len):
                 continue
-            for column in columns:
-                if group in self._equals(LeafColumn(leaf, column.key)):
-                    found.append(Determined(at, column, vanishes))
-                    break
-        return found
+            found += [
+                Determined(at, column, vanishes)
+                for column in table.columns
+                if group in self._equals(LeafColumn(leaf, column.key))
+            ]
+        # What follows from the key never changes, and needs no query.
+        return [d for d in found if d.column.primary_key] or found
 
     def _equals(self, column: LeafColumn) -> Iterator[LeafColumn]:
         """Yield the columns equal to one wherever its leaf is not NULL-extended; itself first."""
