@@ -102,8 +102,10 @@ def _read_groups(
     covered: list[ColumnElement[bool]],
 ) -> tuple[Touched, Rows]:
     """Read the records of groups: one SELECT."""
-    touched = {layout.group_orders[names]: values for names, values in groups.items() if values}
-    if not touched:
+    touched: Touched = {}
+    for names, values in groups.items():
+        touched.setdefault(layout.group_orders[names], set()).update(values)
+    if not any(groups.values()):
         return touched, layout.no_rows()
     criterion = or_(
         *(
