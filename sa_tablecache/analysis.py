@@ -90,6 +90,10 @@ class ViewPlan:
     tables: frozenset[TableName]
     coarse: dict[TableName, str]
     """Tables of which any change marks the whole view, and why."""
+    extensions: dict[int, tuple[frozenset[str], frozenset[str]]] = field(default_factory=dict)
+    """For each leaf that an outer join can NULL-extend, by number: of the row that takes the place
+    of one with the leaf, the columns that surely stay what they are, and those that surely are
+    NULL."""
     grouped: bool = False
     """Whether its records are groups: they have no anchor, and are replaced by their values."""
     paths: tuple[GroupPath, ...] = ()
@@ -214,6 +218,8 @@ class _Analysis:
         self.view = view
         self.visible: dict[LeafColumn, str] = {}
         """The name of each base column that the view shows."""
+        self.lineage: dict[str, LeafColumn] = {}
+        """The base column of each hidden column that is one."""
         self.table: ViewTable = view.__table__
         self.expressions = Expressions(view)
         self.names = self.expressions.names
@@ -287,6 +293,7 @@ class _Analysis:
             one_row_per_anchor=one_row,
             tables=tables,
             coarse=self._coarse(tables, leaves, paths) | coarse,
+            extensions=self._extensions(),
             grouped=self.by is not None,
             paths=paths,
             compared_text=tuple(
@@ -357,6 +364,7 @@ class _Analysis:
         """Add a leaf's column to the rendered view; return its name, and one that shows it."""
         leaf = self.joins.leaves[at.leaf]
         name = f"_key{at.leaf}_{at.name}"
+        self.lineage[name] = at
         clause = self.table.hidden(name, leaf.columns[at.name].type)
         extra.append(leaf.selectable.c[at.name].label(name))
         hidden.append(ViewColumn(name, clause, self._is_nullable(at), self._source(at)))
@@ -399,6 +407,18 @@ class _Analysis:
             anchor = leaf
         return tuple(leaves), anchor, one_row
 
+    def _extensions(self) -> dict[int, tuple[frozenset[str], frozenset[str]]]:
+        names = {**{name: at for at, name in self.visible.items()}, **self.lineage}
+        result = {}
+        for leaf in self.joins.leaves:
+            if leaf.nullable and not self.reasons:
+                stay, vanish = self.joins.extension(leaf.number)
+                result[leaf.number] = (
+                    frozenset(name for name, at in names.items() if at.leaf in stay),
+                    frozenset(name for name, at in names.items() if at.leaf in vanish),
+                )
+        return result
+
     def _paths(
         self, hidden: list[ViewColumn], extra: list[Any]
     ) -> tuple[tuple[GroupPath, ...], dict[TableName, str]]:
@@ -415,6 +435,7 @@ class _Analysis:
                     grouped.joins,
                     grouped.by,
                     [self._hidden(LeafColumn(number, key), hidden, extra) for key in grouped.key],
+                    number,
                 )
             ]
         coarse = {

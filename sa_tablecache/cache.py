@@ -14,15 +14,15 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self, cast
 
-from sqlalchemy import Engine, Table, inspect, select, text
-from sqlalchemy.orm import Mapper
+from sqlalchemy import Engine, select, text
 from sqlalchemy.sql import ColumnElement
 
 from .analysis import plan_of, table_label, table_name
 from .answering import covered_candidate
 from .changes import VIEW, ChangeSet, Marks
+from .commits import Backend
 from .comparison import Inexact
-from .events import Backend, unwatch, watch
+from .events import tables_of, unwatch, watch
 from .exc import Closed, CriteriaError, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
 from .figures import Estimate, Stats, estimate
@@ -277,7 +277,7 @@ class BaseTableCache:
             self.table(view).publish(frozenset({VIEW}))
             return
         changes = ChangeSet()
-        tables = _tables_of(target)
+        tables = tables_of(target)
         for table in tables:
             if not what:
                 changes.add_table(table_name(table))
@@ -344,6 +344,11 @@ class BaseTableCache:
         return explain(self.table(view), statement)
 
     # -- commits --------------------------------------------------------------------------------
+
+    def wanted(self, table: str) -> frozenset[str] | None:
+        """Return which columns of deleted rows of a table are wanted, if anything of it is."""
+        tables = [t for t in list(self._tables.values()) if t.asks_about(table)]
+        return frozenset() if tables else None
 
     def lease(self, changes: ChangeSet) -> _Lease:
         """Take a lease on what the changes of a commit will mark."""
@@ -438,12 +443,3 @@ def shape_of_criteria(view: type[CachedView], criteria: Sequence[Any]) -> None:
         shape_of(select(view).where(*criteria))
     except Inexact:
         return
-
-
-def _tables_of(target: Any) -> list[Table]:
-    if isinstance(target, Table):
-        return [target]
-    mapper = inspect(target, raiseerr=False)
-    if not isinstance(mapper, Mapper):
-        raise CriteriaError(f"{target!r} is neither a cached view, nor a mapped class, nor a Table")
-    return [table for table in mapper.tables if isinstance(table, Table)]

@@ -84,6 +84,15 @@ class ChangeSet:
         """Note that any row of any table may have changed."""
         self.everything = True
 
+    def update(self, other: ChangeSet) -> None:
+        """Note all that another change set has."""
+        self.everything = self.everything or other.everything
+        for table in other.tables:
+            self.add_table(table)
+        for table, rows in other.rows.items():
+            for key, written in rows.items():
+                self.add_rows(table, [key], written)
+
     def forget_before(self) -> None:
         """Forget what rows were before: a savepoint was rolled back, and their locks with it.
 

@@ -75,7 +75,7 @@ def read_touched(
         touched, rows = (
             _read_groups(layout, connection, groups, covered)
             if layout.plan.grouped
-            else _read_anchors(layout, connection, storage, keys, groups, covered)
+            else _read_anchors(layout, connection, storage, coverage, keys, groups)
         )
         if rows is not None:
             return touched, rows
@@ -121,9 +121,9 @@ def _read_anchors(
     layout: Layout,
     connection: Connection,
     storage: Storage,
+    coverage: Coverage,
     keys: dict[TableName, set[RowKey]],
     groups: dict[tuple[str, ...], set[RowKey]],
-    covered: list[ColumnElement[bool]],
 ) -> tuple[Touched, Rows | None]:
     """Read all records of the anchors that rows and groups lead to; none if those are too many."""
     plan = layout.plan
@@ -131,25 +131,35 @@ def _read_anchors(
     assert anchor is not None
     touched: set[RowKey] = set()
     complete: dict[RowKey, tuple[Record, Hidden | None]] = {}
-    ways: list[tuple[list[Record], tuple[str, ...], set[RowKey]]] = []
+    result = {layout.anchor_order: touched}
+    covered = layout.coverage_clause(coverage)
+    ways: list[tuple[int, list[Record], tuple[str, ...], tuple[str, ...], set[RowKey]]] = []
     for leaf in plan.leaves:
         wanted = keys.get(leaf.table, set())
         if leaf is anchor:
             touched |= wanted
         elif wanted:
-            ways.append((layout.records_of(storage, leaf, wanted), leaf.hidden, wanted))
+            stored = layout.records_of(storage, leaf, wanted)
+            shown = leaf.visible or leaf.hidden
+            ways.append((leaf.number, stored, leaf.hidden, shown, wanted))
     for names, values in groups.items():
+        path = layout.path_of[names]
+        assert path.leaf is not None
         stored = storage.starting_with(layout.group_orders[names], values)
-        ways.append((stored, names, values))
-    for stored, names, values in ways:
+        ways.append((path.leaf, stored, names, path.stored, values))
+    for leaf_number, stored, names, shown, values in ways:
         for record, hidden in storage.with_hidden(stored):
             touched.add(layout.anchor_key(record, hidden))
+        if layout.may_reveal(coverage, leaf_number):
+            # Columns that stay lead to NULL-extended rows, too, if they show the same values.
+            if not plan.extensions[leaf_number][0].issuperset(shown):
+                return result, None
+            names = shown
         for record, hidden in _read(layout, connection, names, values, covered).pairs():
             key = layout.anchor_key(record, hidden)
             touched.add(key)
             if plan.one_row_per_anchor:
                 complete[key] = record, hidden
-    result = {layout.anchor_order: touched}
     rest = touched - complete.keys()
     if len(rest) > MOST_ANCHORS:
         return result, None

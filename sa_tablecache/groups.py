@@ -36,6 +36,8 @@ class GroupPath:
     """The columns of the rendered view that show them for each group."""
     stored: tuple[str, ...]
     """The columns by which records with them are found in storage: visible ones, if there are."""
+    leaf: int | None
+    """The number of the subquery among the leaves of the view; ``None`` if the view groups."""
     vanishing: tuple[bool, ...]
     """Whether each is NULL in the row that takes the place of one that an outer join loses."""
     comparisons: tuple[Comparison, ...] = ()
@@ -152,12 +154,16 @@ def read_grouped(selectable: Any) -> Grouped | None:
 
 
 def paths_to(
-    joins: Joins, by: Sequence[LeafColumn], shown: Sequence[tuple[str, str | None] | None]
+    joins: Joins,
+    by: Sequence[LeafColumn],
+    shown: Sequence[tuple[str, str | None] | None],
+    number: int | None = None,
 ) -> Iterator[tuple[tuple[str | None, str], GroupPath | None]]:
     """Yield for each leaf its table, and how a changed row of it leads to groups if it does.
 
     :param shown: for each column of GROUP BY, the column of the rendered view that shows it, and
         one of the view itself that does, if there are.
+    :param number: that of the subquery, if it is one that groups.
     """
     for leaf in joins.leaves:
         table = leaf.source
@@ -170,6 +176,7 @@ def paths_to(
             columns=tuple(d.column for d, _ in known),
             names=tuple(name for _, (name, _) in known),
             stored=tuple(visible or name for _, (name, visible) in known),
+            leaf=number,
             vanishing=tuple(d.vanishes for d, _ in known),
         )
         yield path.table, path if known else None

@@ -150,6 +150,8 @@ class Joins:
         self.leaves: list[Occurrence] = []
         self.joins: list[tuple[Join, range, int]] = []
         """Every join with the numbers of the leaves on its right side, and its own depth."""
+        self._lefts: dict[int, range] = {}
+        """By the first leaf on the right side of a join, the leaves on its left side."""
         self.others: list[str] = []
         """What else there is in FROM: subqueries and the like."""
         self.dependencies: list[tuple[frozenset[LeafColumn], frozenset[LeafColumn]]] = []
@@ -164,8 +166,10 @@ class Joins:
             self.read_from(selectable.element, depth)
             return
         if isinstance(selectable, Join):
+            before = len(self.leaves)
             self.read_from(selectable.left, depth + selectable.full)
             first = len(self.leaves)
+            self._lefts[first] = range(before, first)
             self.read_from(selectable.right, depth + (selectable.isouter or selectable.full))
             self.joins.append((selectable, range(first, len(self.leaves)), depth))
             return
@@ -297,11 +301,11 @@ class Joins:
         """
         table = self.leaves[leaf].source
         assert isinstance(table, Table)
-        around = [right for join, right, _ in self.joins if join.isouter and leaf in right]
+        around = self._around(leaf)
         found = []
         for at, group in enumerate(by):
             vanishes = any(group.leaf in right for right in around)
-            if vanishes and group.leaf not in min(around, key=len):
+            if vanishes and group.leaf not in around[0]:
                 continue
             found += [
                 Determined(at, column, vanishes)
@@ -309,7 +313,21 @@ class Joins:
                 if group in self._equals(LeafColumn(leaf, column.key))
             ]
         # What follows from the key never changes, and needs no query.
-        return [d for d in found if d.column.primary_key] or found
+        found = [d for d in found if d.column.primary_key] or found
+        return list({d.at: d for d in found}.values())
+
+    def _around(self, leaf: int) -> list[range]:
+        """Return the right sides of the outer joins that NULL-extend a leaf, the smallest first."""
+        return [right for join, right, _ in self.joins if join.isouter and leaf in right]
+
+    def extension(self, leaf: int) -> tuple[range, range]:
+        """Return what the row has that takes the place of one in which a leaf was.
+
+        The leaves that surely stay what they are, and those that surely are NULL. Of the others
+        nothing is known: what they are may depend on the leaf.
+        """
+        around = self._around(leaf)
+        return self._lefts[around[-1].start], around[0]
 
     def _equals(self, column: LeafColumn) -> Iterator[LeafColumn]:
         """Yield the columns equal to one wherever its leaf is not NULL-extended; itself first."""

@@ -58,6 +58,8 @@ class Layout:
         self._leaf_orders: dict[int, str] = {}
         self.group_orders: dict[tuple[str, ...], str] = {}
         """For columns that show groups, the order by which records are found from them."""
+        self.path_of: dict[tuple[str, ...], GroupPath] = {}
+        """For these columns, one of the paths that lead to them."""
         comparisons = {name: catalog.comparison(plan, name, dialect) for name in plan.by_name}
         wanted, hidden = self._index_orders()
         hidden += self._lineage_orders(wanted, comparisons, catalog, dialect)
@@ -168,6 +170,7 @@ class Layout:
                 followed.add(path.table)
             self.group_orders[path.names] = self._order_by(path.stored, wanted)
             hidden += plan.hidden_among(path.stored)
+            self.path_of[path.names] = path
             paths.append(path)
         folded = [c for c in plan.compared_text if not catalog.tells_apart(c, dialect)]
         if folded:
@@ -186,6 +189,8 @@ class Layout:
         """How changed rows lead to groups."""
         self.concerns = self._concerns(frozenset(followed - lost))
         """What the view has to do with each of its tables."""
+        self.followed_names = frozenset(name for _, name in self.followed)
+        """Names of tables whose changed rows can be followed, whatever their schema."""
         return hidden
 
     def _concerns(self, followed: frozenset[TableName]) -> dict[TableName, Concern]:
@@ -229,6 +234,24 @@ class Layout:
             self.orders[name].key_of(record, hidden) in intervals
             for name, intervals in coverage.sets.items()
         )
+
+    def may_reveal(self, coverage: Coverage, leaf: int) -> bool:
+        """Whether a NULL-extended row may be covered where what it takes the place of is not.
+
+        If so, nothing in storage leads to it from the row of the leaf that is gone.
+        """
+        if coverage.everything or leaf not in self.plan.extensions:
+            return False
+        stay, vanish = self.plan.extensions[leaf]
+        for index, intervals in coverage.sets.items():
+            order = self.orders[index]
+            names = [part.name for part in order.parts]
+            if stay.issuperset(names):
+                continue
+            if names[0] in vanish and not intervals & IntervalSet([order.prefix([None])]):
+                continue
+            return True
+        return False
 
     # -- base rows -------------------------------------------------------------------------------
 

@@ -178,6 +178,11 @@ class CachedTable:
         """Whether no refresh helps any reader, because a commit is under way."""
         return self._freshness.waits_for_commit
 
+    def asks_about(self, table: str) -> bool:
+        """Whether changed rows of a table (its name, in any schema) are followed to records."""
+        layout = self.layout
+        return layout is not None and table in layout.followed_names
+
     def marks_of(self, changes: ChangeSet) -> Marks:
         """Return what changes mark of the view."""
         concerns = {} if self.layout is None else self.layout.concerns

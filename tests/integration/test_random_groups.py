@@ -1,9 +1,9 @@
 """Any view that groups, at random, after any writes: a cached answer is the database's.
 
-The views are made at random, too: trees of inner and outer joins over aliases of three tables full of
-NULLs, grouped by some of their columns, or joined to a subquery that groups. The writes are made
-behind the cache's back, which is then told, more or less exactly, what they were. So that this
-searches for groups that are not read again, and for nothing else. A failure names its seed::
+The views are made at random, too: trees of inner and outer joins over aliases of three tables full
+of NULLs, grouped by some of their columns, or joined to subqueries that group. The writes are made
+behind the cache's back, which is then told, more or less exactly, what they were: this searches for
+groups that are not read again, and for nothing else. A failure names its seed::
 
     SA_TABLECACHE_TEST_SEEDS=17 pytest tests/integration/test_random_groups.py
 """
@@ -216,9 +216,7 @@ class Writer:
                     self._note(changes, table, row, Written(None, (row,)))
                 else:
                     values = self._values(table)
-                    connection.execute(
-                        update(table).where(*self._is(table, row)).values(values)
-                    )
+                    connection.execute(update(table).where(*self._is(table, row)).values(values))
                     before = (row,) if self.rng.random() < 0.8 else None
                     self._note(changes, table, row, Written(frozenset(values), before))
         return changes
@@ -238,7 +236,8 @@ class Writer:
 
     def _values(self, table: Table) -> dict[str, Any]:
         keys = [column.key for column in table.c if not column.primary_key]
-        return {key: self._value() for key in self.rng.sample(keys, k=self.rng.choice([1, len(keys)]))}
+        some = self.rng.sample(keys, k=self.rng.choice([1, len(keys)]))
+        return {key: self._value() for key in some}
 
     def _value(self) -> int | None:
         return None if self.rng.random() < 0.2 else self.rng.randrange(SMALL)
@@ -253,7 +252,7 @@ class Writer:
 
 def rows_of(records: Any) -> list[tuple[Any, ...]]:
     """Return records or rows as they compare."""
-    return sorted((tuple(getattr(r, "_asdict")().values()) for r in records), key=repr)
+    return sorted((tuple(r._asdict().values()) for r in records), key=repr)
 
 
 def compare(cache: TableCache, view: Any, writer: Engine, part: Any, said: str) -> None:
@@ -295,9 +294,7 @@ def run(view: Any, writer: Writer, seen: Counter[str], said: str) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("make", [some_grouped_view, some_joining_view])
-def test_groups_are_the_databases_after_random_writes(
-    engine: Engine, make: Any, seed: int
-) -> None:
+def test_groups_are_the_databases_after_random_writes(engine: Engine, make: Any, seed: int) -> None:
     """Whatever joins and groups there are, every group that a row leaves or joins is read again."""
     seen: Counter[str] = Counter()
     for number in range(VIEWS):
