@@ -47,7 +47,7 @@ from .returning import (
     suffixed_rows,
     tells_keys,
 )
-from .statements import Writes, rows_of, writes_of
+from .statements import NOTHING, Writes, rows_of, writes_of
 
 SUFFIXED: Final = "_sa_tablecache_suffixed"
 """Attribute of the context of a statement behind which RETURNING was written."""
@@ -155,8 +155,14 @@ class Watcher:
     ) -> None:
         """Note what a statement wrote, unless its result is to tell."""
         transaction: Transaction | None = connection.info.get(KEY)
-        executed = None if transaction is None else transaction.underway.get(id(context))
-        if transaction is None or executed is None or executed.asks:
+        if transaction is None:
+            return
+        executed = transaction.underway.get(id(context))
+        if executed is None:
+            if transaction.changes:  # RELEASE of a savepoint commits on SQLite, say
+                self._publish_if_over(connection, transaction, NOTHING)
+            return
+        if executed.asks:
             return
         if executed.suffixed:
             rows = suffixed_rows(executed.writes, context, cursor)
