@@ -30,7 +30,7 @@ from sqlalchemy.exc import CompileError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import StrSQLCompiler
 from sqlalchemy.sql.elements import ColumnClause
-from sqlalchemy.sql.selectable import CompoundSelect, SelectBase
+from sqlalchemy.sql.selectable import Alias, CompoundSelect, SelectBase
 
 from .expressions import GROUPING, Expressions, obstacles
 from .groups import GroupPath, column_of, grouped_by, paths_to, read_grouped
@@ -185,30 +185,56 @@ def _render(element: ViewTable, compiler: Any, *, asfrom: bool = False, **kwargs
     return f"{inner} AS {compiler.preparer.quote(element.name)}"
 
 
-class _TableCollector(StrSQLCompiler):
-    """Collects the tables that a statement really renders: nothing else knows them all."""
+class _Collector(StrSQLCompiler):
+    """Collects the tables that a statement really renders, and their columns.
 
-    found: set[TableName]
+    Nothing else knows them all: criteria of inheritance appear when an ORM select is compiled, and
+    views inside of it when they are rendered.
+    """
+
+    found: dict[TableName, set[str]]
 
     def visit_table(self, table: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("asfrom") and not isinstance(table, ViewTable):
-            self.found.add(table_name(table))
+            self.found.setdefault(table_name(table), set())
         return cast("Any", super()).visit_table(table, *args, **kwargs)
 
+    def visit_column(self, column: Any, *args: Any, **kwargs: Any) -> Any:
+        self._use(column.table, column.name)
+        return cast("Any", super()).visit_column(column, *args, **kwargs)
 
-class _TableCollectingDialect(StrCompileDialect):
+    def visit_table_valued_column(self, element: Any, *args: Any, **kwargs: Any) -> Any:
+        self._use(element.scalar_alias, None)
+        return cast("Any", super()).visit_table_valued_column(element, *args, **kwargs)
+
+    def _use(self, table: Any, name: str | None) -> None:
+        while isinstance(table, Alias):
+            table = table.element
+        if isinstance(table, Table):
+            # The column of an alias has the name of the table's, and may have another key.
+            keys = [c.key for c in table.columns if name in (None, c.name)]
+            self.found.setdefault(table_name(table), set()).update(keys)
+
+
+class _CollectingDialect(StrCompileDialect):
     supports_statement_cache = False
-    statement_compiler = _TableCollector
+
+
+def rendered_columns(statement: Any) -> dict[TableName, frozenset[str]]:
+    """Return every table that a statement reads, with the keys of the columns that it uses.
+
+    Those inside subqueries and views are included.
+    """
+    found: dict[TableName, set[str]] = {}
+    dialect: Any = _CollectingDialect()
+    dialect.statement_compiler = type("_Collecting", (_Collector,), {"found": found})
+    statement.compile(dialect=dialect)
+    return {table: frozenset(columns) for table, columns in found.items()}
 
 
 def rendered_tables(statement: Any) -> frozenset[TableName]:
-    """Return every table that a statement reads, those inside subqueries and views included."""
-    found: set[TableName] = set()
-    collector: Any = type("_Collector", (_TableCollector,), {"found": found})
-    dialect = _TableCollectingDialect()
-    dialect.statement_compiler = collector
-    statement.compile(dialect=dialect)
-    return frozenset(found)
+    """Return every table that a statement reads."""
+    return frozenset(rendered_columns(statement))
 
 
 class _Analysis:
