@@ -195,12 +195,10 @@ def marks_of(
                 continue
             if not concern.followed:
                 return _THE_VIEW
+            # What it was before an UPDATE is pieced together from the columns that it names.
+            before = written.before if not (concern.opaque and written.before) else None
             for path in concern.paths:
-                groups = (
-                    path.of_key(key)
-                    if path.follows_from_key
-                    else path.before(columns, written.before)
-                )
+                groups = path.of_key(key) if path.follows_from_key else path.before(columns, before)
                 if groups is None:
                     return _THE_VIEW
                 marks.update(GroupMark(path.names, values) for values in groups)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any, TypeAlias, cast
@@ -33,6 +33,7 @@ from .orders import Hidden, Order, Part, Record
 from .planner import Columns
 from .scores import Extreme, IntervalSet
 from .storage import Storage
+from .triggers import Automatic
 from .usage import placing_columns, used_columns
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,16 @@ def log_coarse(plan: ViewPlan, table: TableName, why: str) -> None:
 class Layout:
     """How the records of one view lie in memory, for one database."""
 
-    def __init__(self, plan: ViewPlan, catalog: Catalog, dialect: Dialect) -> None:
+    def __init__(
+        self,
+        plan: ViewPlan,
+        catalog: Catalog,
+        dialect: Dialect,
+        automatic: Mapping[TableName, Automatic],
+    ) -> None:
         self.plan = plan
+        self.automatic = automatic
+        """What tables do by themselves when a row is written."""
         self.coarse: dict[TableName, str] = dict(plan.coarse)
         """Tables of which any change marks the whole view, and why."""
         self._leaf_orders: dict[int, str] = {}
@@ -189,8 +198,14 @@ class Layout:
         """How changed rows lead to groups."""
         self.concerns = self._concerns(frozenset(followed - lost))
         """What the view has to do with each of its tables."""
-        self.followed_names = frozenset(name for _, name in self.followed)
-        """Names of tables whose changed rows can be followed, whatever their schema."""
+        self.wanted: dict[str, frozenset[str]] = {}
+        """For tables whose changed rows can be followed (their names, whatever the schema), the
+        columns whose values lead to groups."""
+        for schema, name in self.followed:
+            keys = {
+                column.key for path in self.concerns[schema, name].paths for column in path.columns
+            }
+            self.wanted[name] = self.wanted.get(name, frozenset()) | keys
         return hidden
 
     def _concerns(self, followed: frozenset[TableName]) -> dict[TableName, Concern]:
@@ -205,6 +220,7 @@ class Layout:
                 # Any column of a row may be in an aggregate of its group.
                 (used if paths else placing).get(table, none),
                 followed=table in followed,
+                opaque=table in self.automatic,
                 by_key=table in leaves or not all(path.follows_from_key for path in paths),
                 paths=paths,
             )

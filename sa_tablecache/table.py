@@ -49,7 +49,9 @@ from .orders import Hidden, Record
 from .scores import Interval, IntervalSet
 from .stale import StaleRecords
 from .storage import Storage
+from .triggers import automatic
 from .turns import Turn, new_future, wait_for
+from .usage import base_tables
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class CachedTable:
     def __init__(self, plan: ViewPlan, snapshots: Snapshots) -> None:
         self.plan = plan
         self.view = plan.view
+        self.base_tables = base_tables(plan)
         self._snapshots = snapshots
         self._in_task = bool(snapshots.dialect.is_async)
         self._lock = Lock()
@@ -103,7 +106,8 @@ class CachedTable:
                 if self.layout is None:
                     with self._snapshots.open() as connection:
                         catalog = probe(connection, self.plan)
-                    layout = Layout(self.plan, catalog, self._snapshots.dialect)
+                        by_itself = automatic(connection, self.plan)
+                    layout = Layout(self.plan, catalog, self._snapshots.dialect, by_itself)
                     with self._lock:
                         self._set_state(State(layout.build(layout.no_rows()), Coverage()))
                         self.layout = layout
@@ -178,10 +182,12 @@ class CachedTable:
         """Whether no refresh helps any reader, because a commit is under way."""
         return self._freshness.waits_for_commit
 
-    def asks_about(self, table: str) -> bool:
-        """Whether changed rows of a table (its name, in any schema) are followed to records."""
-        layout = self.layout
-        return layout is not None and table in layout.followed_names
+    def wanted(self, table: str) -> frozenset[str] | None:
+        """Return which columns of deleted rows of a table (in any schema) lead to records.
+
+        ``None`` if its rows are not followed to records at all.
+        """
+        return None if self.layout is None else self.layout.wanted.get(table)
 
     def marks_of(self, changes: ChangeSet) -> Marks:
         """Return what changes mark of the view."""
