@@ -22,7 +22,8 @@ from .explaining import Explanation
 from .figures import Estimate, Stats
 from .loading import Progress
 from .reading import LastRead, RangeRead
-from .session import CacheSession, TableCache, _check_range, _result, listen
+from .results import result_of
+from .session import CacheSession, TableCache, _check_range, listen
 from .view import CachedView, ViewIndex, ViewMeta
 
 V = TypeVar("V", bound=CachedView)
@@ -210,7 +211,7 @@ class AsyncCacheSession(AsyncSession):
             if params is None and not kwargs:
                 answer = self.sync_session._from_cache(statement)
                 if answer is not None:
-                    return _result(answer, statement)
+                    return result_of(answer, statement)
             return await super().execute(statement, params, **kwargs)
 
         async def scalars(self, statement, params=None, **kwargs):
@@ -218,7 +219,7 @@ class AsyncCacheSession(AsyncSession):
             if params is None and not kwargs:
                 answer = self.sync_session._from_cache(statement)
                 if answer is not None:
-                    return _result(answer, statement).scalars()
+                    return result_of(answer, statement).scalars()
             return await super().scalars(statement, params, **kwargs)
 
         async def scalar(self, statement, params=None, **kwargs):
@@ -226,7 +227,7 @@ class AsyncCacheSession(AsyncSession):
             if params is None and not kwargs:
                 answer = self.sync_session._from_cache(statement)
                 if answer is not None:
-                    return _result(answer, statement).scalar()
+                    return result_of(answer, statement).scalar()
             return await super().scalar(statement, params, **kwargs)
 
         async def get(self, entity, ident, **kwargs):

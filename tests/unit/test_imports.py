@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "sa_tablecache"
 ORDER = """
     exc scores comparison criteria options turns functions view joins analysis orders storage
     coverage clauses loading shapes planner changes layout deltas statements events figures table
-    policies answering explaining cache scopes reading session asyncio transactions feed migrations
+    policies answering explaining cache scopes reading results session asyncio transactions feed migrations
     metrics testing __init__
 """.split()
 
