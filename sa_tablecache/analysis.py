@@ -52,6 +52,7 @@ from sqlalchemy.sql.selectable import (
 from .exc import ViewDefinitionError
 from .functions import AGGREGATE_FUNCTIONS, IMMUTABLE_FUNCTIONS, VOLATILE_FUNCTIONS, function_name
 from .joins import Joins, LeafColumn, closure, is_column
+from .readers import scoped
 from .view import Analysis, CachedView, ViewTable
 
 #: A base table by name, resolved: what a change and a leaf are matched by.
@@ -186,7 +187,8 @@ def _render(element: ViewTable, compiler: Any, *, asfrom: bool = False, **kwargs
     if linter is not None:
         linter.froms[element] = element.name
     alias = kwargs.pop("enclosing_alias", None)
-    statement = plan_of(element.view).statement
+    view = element.view
+    statement = scoped(view, plan_of(view).statement, compiler.statement)
     inner = cast("str", compiler.process(statement.self_group(), asfrom=True))
     if alias is not None and alias.element is element:
         return inner
@@ -411,6 +413,11 @@ class _Analysis:
                 self.reasons.append(f"window function in {where}")
 
     def _check_element(self, element: Any, where: str) -> None:
+        if isinstance(element, ViewTable) and element.view.__scope__ is not None:
+            raise self.refuse(
+                f"{element.view.__name__} in {where} is read by its scope, and the cache by all",
+                "select from the tables behind it, with a __scope__ of its own",
+            )
         if isinstance(element, FunctionElement):
             name = function_name(element)
             if name in VOLATILE_FUNCTIONS:

@@ -39,6 +39,7 @@ from sqlalchemy.sql import ColumnElement
 from .analysis import TableName, ViewPlan, table_label
 from .comparison import Comparison, StoredColumn, comparison
 from .exc import UnsuitableEngine, ViewDefinitionError
+from .readers import EveryScope
 
 Progress = Callable[[int], object]
 """Called now and then during a load with the number of records read so far."""
@@ -277,7 +278,7 @@ def _probe_postgresql(
     for row in connection.execute(_POSTGRESQL_COLUMNS, {"name": name}):
         if row.kind in kinds:
             raise _not_a_table(plan, table, kinds[row.kind])
-        if row.row_security and getattr(plan.view, "__row_security__", None) != "ignore":
+        if row.row_security and plan.view.__row_security__ != "ignore":
             raise ViewDefinitionError(
                 f"view {plan.name}: {table_label(table)} is under row-level security, which a "
                 "cache shared by all cannot apply; say __row_security__ = 'ignore' if every "
@@ -360,7 +361,7 @@ class Loader:
 
     def statement(self, *criteria: ColumnElement[bool]) -> Any:
         """Return the SELECT that reads the records that meet the criteria."""
-        return select(*self.clauses).where(*criteria)
+        return select(*self.clauses).where(*criteria).options(EveryScope(self.plan.view))
 
     def read(
         self,

@@ -10,10 +10,12 @@ a :class:`sqlalchemy.orm.Session`. Two ways lead to the cache, both to ``reading
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Connection, Engine, Select, event, func, select
+from sqlalchemy import Connection, Engine, Exists, Select, event, exists, func, literal, select
 from sqlalchemy.engine.result import Result
+from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import ORMExecuteState, Query, Session, sessionmaker
 from sqlalchemy.orm.scoping import scoped_session
 
@@ -22,9 +24,19 @@ from .cache import BaseTableCache
 from .comparison import Inexact
 from .exc import CriteriaError, TableCacheError
 from .explaining import Explanation
+from .readers import reading_as
 from .reading import SKIP, Answer, LastRead, RangeRead
 from .results import result_of, selects_views, with_records, without_row_order
-from .scopes import CONNECTIONS, database_reason
+from .scopes import (
+    CONNECTIONS,
+    Attachment,
+    Scope,
+    database_reason,
+    in_own_scope,
+    may_change_reads,
+    overrides,
+    scope_of,
+)
 from .shapes import HARMLESS_OPTIONS, view_of
 from .view import CachedView, ViewIndex, ViewMeta, ViewTable
 
@@ -36,10 +48,18 @@ OTHER_LISTENERS = "the application listens to do_orm_execute, and may add criter
 # -- listening ---------------------------------------------------------------------------------
 
 
-def listen(cache: BaseTableCache, target: Any) -> None:
+def listen(cache: BaseTableCache, target: Any, scope: Scope | None = None) -> None:
     """Have sessions answered by the cache: a Session class, a Session, or a factory of them."""
 
     def do_orm_execute(state: ORMExecuteState) -> Result[Any] | None:
+        if scope is None:
+            return answered(state)
+        with reading_as(partial(scope_of, state.session)):
+            # What goes on to the database goes on here, where it is known who reads.
+            result = answered(state)
+            return state.invoke_statement() if result is None else result
+
+    def answered(state: ORMExecuteState) -> Result[Any] | None:
         if state.local_execution_options.get(SKIP):
             return None
         if cache.closed and not isinstance(state.session, CacheSession):
@@ -79,7 +99,9 @@ def listen(cache: BaseTableCache, target: Any) -> None:
         known[:] = [c for c in known if not c.closed and c is not connection]
         known.append(connection)
 
-    do_orm_execute._sa_tablecache = True  # type: ignore[attr-defined]
+    listeners: tuple[Any, ...] = (do_orm_execute, after_begin)
+    for listener in listeners:
+        listener._sa_tablecache = Attachment(cache, scope)
     event.listen(target, "do_orm_execute", do_orm_execute)
     event.listen(target, "after_begin", after_begin)
     if isinstance(target, Session) and target.in_transaction():
@@ -93,9 +115,7 @@ def listen(cache: BaseTableCache, target: Any) -> None:
 def _others_follow(session: Session, mine: Any) -> bool:
     """Whether listeners of the application, which may add criteria, run after this one."""
     listeners = list(session.dispatch.do_orm_execute)
-    return mine in listeners and not all(
-        getattr(other, "_sa_tablecache", False) for other in listeners[listeners.index(mine) :]
-    )
+    return mine in listeners and any(map(may_change_reads, listeners[listeners.index(mine) :]))
 
 
 def _plain(options: Any) -> bool:
@@ -133,9 +153,21 @@ class CachedQuery(Query[Any]):
                 return int(self.session.execute(counted).scalar_one())
         return super().count()
 
+    def exists(self) -> Exists:
+        """Return ``EXISTS (SELECT 1 FROM ...)``, a clause."""
+        statement = self.statement
+        if view_of(statement) is None or not isinstance(statement, Select):
+            return super().exists()
+        # Of a query that selects no entity, SQLAlchemy would lose the FROM: always true.
+        return exists(statement.with_only_columns(literal(1), maintain_column_froms=True))
+
     def explain(self) -> Explanation:
         """Say how the query would be answered, and why; runs nothing."""
-        return _cache_of(self.session).explain(self.statement)
+        statement: Any = self.statement
+        view = view_of(statement)
+        if view is not None:
+            statement = in_own_scope(self.session, statement, view)
+        return _cache_of(self.session).explain(statement)
 
 
 class CacheSession(Session):
@@ -155,10 +187,12 @@ class CacheSession(Session):
 
     def get_bind(self, mapper: Any = None, **kwargs: Any) -> Any:
         """Return the bind for a statement; that of a view is the cache's engine."""
-        clause = kwargs.get("clause")
-        if self.bind is None and clause is not None and view_of(clause) is not None:
+        try:
+            return super().get_bind(mapper, **kwargs)
+        except UnboundExecutionError:
+            if view_of(kwargs.get("clause")) is None:
+                raise
             return _cache_of(self).engine
-        return super().get_bind(mapper, **kwargs)
 
     # The signatures are those of Session; what they return is typed there.
 
@@ -190,10 +224,11 @@ class CacheSession(Session):
 
     def _is_filtered(self) -> bool:
         """Whether the application listens to what is executed, and may add criteria to it."""
-        for listener in self.dispatch.do_orm_execute:
-            if not getattr(listener, "_sa_tablecache", False):
-                return True
-        return False
+        return any(map(may_change_reads, self.dispatch.do_orm_execute))
+
+    def _reads_by_statement(self, view: type[CachedView]) -> bool:
+        """Whether a read has to be a SELECT: the session's class or the scope adds to it."""
+        return view.__scope__ is not None or overrides(self)
 
     def _from_cache(self, statement: Any) -> Answer | None:
         """Answer a statement from memory alone; ``None`` sends it on its usual way."""
@@ -238,7 +273,7 @@ class CacheSession(Session):
     def _get_stored(self, table: Any, key: tuple[Any, ...]) -> Any:
         """Return a stored record, if the cache may be used: it was read whole by any index."""
         layout = table.layout
-        if table.current is None or layout is None or self._is_filtered():
+        if table.current is None or layout is None or self._is_filtered() or overrides(self):
             return None
         comparisons = layout.columns.comparisons
         try:
@@ -254,10 +289,22 @@ class CacheSession(Session):
             return None
         state = table.current
         found = None if state is None else state.storage.get(exact)
-        if found is None:
+        if found is None or not self._may_see(table, found[0]):
             return None
         reading.remember(self, table, "hit")
         return layout.given([found[0]])[0]
+
+    def _may_see(self, table: Any, record: Any) -> bool:
+        """Whether a stored record is known to be in the session's scope."""
+        name = table.view.__scope__
+        if name is None:
+            return True
+        how = table.layout.columns.comparisons[name]
+        try:
+            value = how.parameter(scope_of(self, table.view))
+        except Inexact:
+            return False
+        return bool(how.equality and getattr(record, name) == value)
 
     def range(
         self,
@@ -289,20 +336,23 @@ class CacheSession(Session):
         :param after: go on after this record, the last of the page before.
         :returns: a new list. Records of equal scores are sorted by primary key.
         :raises CriteriaError: if there are more values than the index has scores.
+        :raises UnscopedRead: if the view is read by scope, and the session has none.
 
         From memory in O(log n + records) and without SQL if the range is covered; else one SELECT.
         """
         _check_range(index, len(prefix), (ge, gt, le, lt), limit)
         read = RangeRead(index, prefix, ge, gt, le, lt, descending, limit, after)
         cache = _cache_of(self)
+        if self._reads_by_statement(index.view):
+            statement = reading.range_statement(self, cache.table(index.view), read)
+            return list(self.execute(statement).scalars())
         records = None
         if self._is_filtered():
             reading.remember(self, cache.table(index.view), "bypass", OTHER_LISTENERS)
         else:
             records = reading.range_from_cache(cache, self, read)
         if records is None:
-            table = cache.table(index.view)
-            statement = reading.range_statement(self, table, read)
+            statement = reading.range_statement(self, cache.table(index.view), read)
             records = reading.fetch_records(self, index.view, statement)
         return records
 
@@ -360,9 +410,12 @@ class TableCache(BaseTableCache):
     :raises UnsuitableEngine: if all connections of the engine's pool are one.
     """
 
-    def sessionmaker(self, **options: Any) -> sessionmaker[CacheSession]:
+    def sessionmaker(
+        self, *, scope: Scope | None = None, **options: Any
+    ) -> sessionmaker[CacheSession]:
         """Return a factory of sessions that read from the cache, bound to its engine.
 
+        :param scope: see :meth:`attach`.
         :param options: as for :class:`sqlalchemy.orm.sessionmaker`; ``class_`` has to be a
             subclass of :class:`CacheSession`.
         """
@@ -370,16 +423,24 @@ class TableCache(BaseTableCache):
         class_ = type(class_.__name__, (class_,), {"cache": self, "__module__": class_.__module__})
         options.setdefault("bind", self.engine)
         factory = sessionmaker(class_=class_, **options)
-        listen(self, factory)
+        listen(self, factory, scope)
         return factory
 
-    def attach(self, target: Any) -> None:
+    def attach(self, target: Any, *, scope: Scope | None = None) -> None:
         """Have an application's own engine or sessions work with the cache.
 
         :param target: an :class:`~sqlalchemy.Engine`, whose commits invalidate from now on; or a
             ``sessionmaker``, ``scoped_session``, ``Session`` class or ``Session``, whose
             ``select(View)`` is answered by the cache, and whose bound engine is attached.
+        :param scope: for views with ``__scope__``: a function that takes a session and returns the
+            value of that column in the records that the session may see. It is asked at each read;
+            ``None`` or a ``LookupError`` say that there is none, and the read is an
+            :class:`.UnscopedRead`.
         :raises TableCacheError: for anything else.
+
+        ::
+
+            cache.attach(Session, scope=lambda session: session.info["tenant_id"])
         """
         if isinstance(target, Engine):
             self._watch(target)
@@ -398,4 +459,4 @@ class TableCache(BaseTableCache):
             )
         if bind is not None:
             self._watch(bind.engine)
-        listen(self, target)
+        listen(self, target, scope)

@@ -13,10 +13,10 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "sa_tablecache"
 
 ORDER = """
-    exc scores comparison criteria options turns functions view joins analysis orders storage
-    coverage clauses loading shapes planner changes layout deltas statements events figures table
-    policies answering explaining cache scopes reading results session asyncio transactions feed migrations
-    metrics testing __init__
+    exc scores comparison criteria options turns functions view readers joins analysis orders
+    storage coverage clauses loading shapes planner changes layout deltas statements events figures
+    table policies answering explaining cache scopes reading results session asyncio transactions
+    feed migrations metrics testing __init__
 """.split()
 
 MAX_LINES = 500
