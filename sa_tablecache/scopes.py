@@ -104,26 +104,20 @@ def harmless(listener: L) -> L:
 
 def may_change_reads(listener: Any) -> bool:
     """Whether a listener is the application's, and not known to be harmless."""
-    return (
-        attachment_of(listener) is None
-        and not getattr(listener, "_sa_tablecache_harmless", False)
-        and type(getattr(listener, "__self__", None)) is not Watcher
-    )
+    return not getattr(listener, "_sa_tablecache_harmless", False)
+
+
+harmless(Watcher.begin)
+harmless(Watcher.engine_connect)
 
 
 def _listening_reason(session: Session, bind: Any) -> str | None:
     """Return where the application could SET what its SQL depends on, when a transaction begins."""
-    for listener in session.dispatch.after_begin:
-        if may_change_reads(listener):
-            return "the application listens to after_begin, and may SET something there"
     dispatch = bind.dispatch
-    for listeners in (dispatch.begin, dispatch.engine_connect):
+    for listeners in (session.dispatch.after_begin, dispatch.begin, dispatch.engine_connect):
         for listener in listeners:
             if may_change_reads(listener):
-                return (
-                    f"the application listens to {listeners.name} of the engine, and may SET "
-                    "something there"
-                )
+                return f"the application listens to {listeners.name}, and may SET something there"
     return None
 
 

@@ -32,6 +32,7 @@ from .scopes import (
     Attachment,
     Scope,
     database_reason,
+    harmless,
     in_own_scope,
     may_change_reads,
     overrides,
@@ -101,7 +102,7 @@ def listen(cache: BaseTableCache, target: Any, scope: Scope | None = None) -> No
 
     listeners: tuple[Any, ...] = (do_orm_execute, after_begin)
     for listener in listeners:
-        listener._sa_tablecache = Attachment(cache, scope)
+        harmless(listener)._sa_tablecache = Attachment(cache, scope)
     event.listen(target, "do_orm_execute", do_orm_execute)
     event.listen(target, "after_begin", after_begin)
     if isinstance(target, Session) and target.in_transaction():
