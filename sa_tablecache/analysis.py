@@ -26,7 +26,6 @@ from typing import Any, cast
 from sqlalchemy import Column, DateTime, Select, select
 from sqlalchemy.engine.default import StrCompileDialect
 from sqlalchemy.exc import CompileError
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import ColumnElement, visitors
 from sqlalchemy.sql.compiler import StrSQLCompiler
 from sqlalchemy.sql.dml import UpdateBase
@@ -52,7 +51,6 @@ from sqlalchemy.sql.selectable import (
 from .exc import ViewDefinitionError
 from .functions import AGGREGATE_FUNCTIONS, IMMUTABLE_FUNCTIONS, VOLATILE_FUNCTIONS, function_name
 from .joins import Joins, LeafColumn, closure, is_column
-from .readers import scoped
 from .view import Analysis, CachedView, ViewTable
 
 #: A base table by name, resolved: what a change and a leaf are matched by.
@@ -95,6 +93,8 @@ class ViewPlan:
     view: type[CachedView]
     statement: SelectBase
     """What the view renders: its select with the hidden columns."""
+    declared: SelectBase
+    """The same before the ORM has resolved it, without lineage: loader criteria apply to it."""
     columns: tuple[ViewColumn, ...]
     """The public columns, in the order of the record's fields."""
     hidden: tuple[ViewColumn, ...]
@@ -178,23 +178,6 @@ def analyse(view: type[CachedView]) -> ViewPlan:
 Analysis.run = analyse
 
 
-@compiles(ViewTable)
-def _render(element: ViewTable, compiler: Any, *, asfrom: bool = False, **kwargs: Any) -> str:
-    """Render a view in a FROM clause as its select, under its name."""
-    if not asfrom:
-        return cast("str", compiler.visit_table(element, asfrom=asfrom, **kwargs))
-    linter = kwargs.pop("from_linter", None)
-    if linter is not None:
-        linter.froms[element] = element.name
-    alias = kwargs.pop("enclosing_alias", None)
-    view = element.view
-    statement = scoped(view, plan_of(view).statement, compiler.statement)
-    inner = cast("str", compiler.process(statement.self_group(), asfrom=True))
-    if alias is not None and alias.element is element:
-        return inner
-    return f"{inner} AS {compiler.preparer.quote(element.name)}"
-
-
 class _TableCollector(StrSQLCompiler):
     """Collects the tables that a statement really renders: nothing else knows them all."""
 
@@ -268,6 +251,11 @@ class _Analysis:
                 "its select has loader options that change what it selects",
                 "select plain columns, without options()",
             )
+        return self._labelled(statement)
+
+    def _labelled(self, statement: Any) -> Any:
+        """Return a select with our names on its columns."""
+        raw = statement._raw_columns
         statement = statement._generate()
         statement._raw_columns = [
             getattr(c, "element", c).label(n) if type(c).__name__ == "Label" else c.label(n)
@@ -326,6 +314,8 @@ class _Analysis:
                 "join that table in __select__",
             )
 
+        declared = statement if compound else self._labelled(self.view.__statement__)
+        declared = declared.add_columns(*extra)
         columns, leaves, anchor, one_row = self._lineage(hidden, extra)
         if extra:
             statement = statement.add_columns(*extra)
@@ -334,6 +324,7 @@ class _Analysis:
         return ViewPlan(
             view=self.view,
             statement=statement,
+            declared=declared,
             columns=columns,
             hidden=tuple(hidden),
             key=key,
