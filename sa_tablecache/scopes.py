@@ -18,7 +18,8 @@ from sqlalchemy import Connection, Engine, Select, select
 from sqlalchemy.orm import Session
 
 from .cache import BaseTableCache
-from .events import KEY, TAINTED, Transaction, Watcher, root_of
+from .commits import KEY, Transaction
+from .events import TAINTED, Watcher, root_of
 from .exc import UnscopedRead
 from .readers import in_scope
 from .table import CachedTable
