@@ -36,7 +36,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from sqlalchemy.sql import ColumnElement
 
-from .analysis import TableName, ViewPlan, table_label
+from .analysis import TableName, ViewPlan, table_label, table_name
 from .comparison import Comparison, StoredColumn, comparison
 from .exc import UnsuitableEngine, ViewDefinitionError
 from .readers import EveryScope
@@ -152,6 +152,14 @@ class Catalog:
 
     related: dict[TableName, TableName] = field(default_factory=dict)
     """Partitions, inheritance children and database views, by name, and a table behind each."""
+
+    def stored(self, plan: ViewPlan) -> dict[tuple[TableName, str], StoredColumn]:
+        """Return how the columns that a view uses are stored."""
+        used = [column.source for column in plan.columns + plan.hidden]
+        keys = {
+            (table_name(c.table), c.name) for c in (*used, *plan.compared_text) if c is not None
+        }
+        return {key: column for key, column in self.columns.items() if key in keys}
 
     def tells_apart(self, column: Any, dialect: Any) -> bool:
         """Whether equal text of a stored column is the same text."""
