@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, TypeAlias, cast
 
@@ -31,6 +31,7 @@ from .orders import Hidden, Order, Part, Record
 from .planner import Columns
 from .scores import Extreme, IntervalSet
 from .storage import Storage
+from .triggers import Automatic
 from .usage import placing_columns, used_columns
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,16 @@ def log_coarse(plan: ViewPlan, table: TableName, why: str) -> None:
 class Layout:
     """How the records of one view lie in memory, for one database."""
 
-    def __init__(self, plan: ViewPlan, catalog: Catalog, dialect: Dialect) -> None:
+    def __init__(
+        self,
+        plan: ViewPlan,
+        dialect: Dialect,
+        catalog: Catalog,
+        automatic: Mapping[TableName, Automatic],
+    ) -> None:
         self.plan = plan
+        self.automatic = automatic
+        """What tables do by themselves when a row is written."""
         self.coarse: dict[TableName, str] = dict(plan.coarse)
         """Tables of which any change marks the whole view, and why."""
         self._leaf_orders: dict[int, str] = {}
@@ -89,8 +98,8 @@ class Layout:
         for table in self.coarse.keys() - plan.coarse.keys():
             log_coarse(plan, table, self.coarse[table])
 
-    def renew(self, catalog: Catalog) -> None:
-        """Take in what the catalog says after DDL: partitions come and go.
+    def renew(self, catalog: Catalog, automatic: Mapping[TableName, Automatic]) -> None:
+        """Take in what the catalog says after DDL: partitions and triggers come and go.
 
         :raises ViewDefinitionError: if columns of the view are stored otherwise.
         """
@@ -100,6 +109,8 @@ class Layout:
                 "was first used; until the application is started again, the database answers"
             )
         self.tables = self.plan.tables | catalog.related.keys()
+        self.automatic = automatic
+        self.concerns = self._concerns(self.followed)
 
     def _index_orders(self) -> tuple[dict[str, tuple[tuple[str, ...], int]], list[str]]:
         """Return the orders of the key and the indexes, and the hidden columns they need."""
@@ -174,7 +185,12 @@ class Layout:
         used, placing = used_columns(self.plan), placing_columns(self.plan)
         none: frozenset[str] = frozenset()
         return {
-            table: Concern(used.get(table, none), placing.get(table, none), table in followed)
+            table: Concern(
+                used.get(table, none),
+                placing.get(table, none),
+                followed=table in followed,
+                opaque=table in self.automatic,
+            )
             for table in self.plan.tables
         }
 

@@ -63,7 +63,10 @@ class Writes:
     further: frozenset[TableName] = frozenset()
     """Tables of which any row may have changed if it wrote a row of its table: cascades."""
     kind: str = ""
-    """``insert``, ``upsert`` (an INSERT that may change or skip rows), ``update``, ``delete``."""
+    """``insert``, ``upsert`` (an INSERT that may change or skip rows), ``update``, ``delete``.
+
+    ``text`` is an INSERT, UPDATE or DELETE of one table, whose name is all that is known of it.
+    """
     key: tuple[KeyColumn, ...] = ()
     """Where the primary key of the rows is found, if the statement names them."""
     columns: frozenset[str] | None = None
@@ -390,10 +393,13 @@ _QUOTED = re.compile(
 )
 
 
+_UNKNOWN_NAME: Final = "_quoted_name_"
+
+
 def _bare(text: str) -> str:
     """Return text without strings and comments; a quoted name is one that nobody knows."""
     return _QUOTED.sub(
-        lambda m: " _quoted_name_ " if m["name"] else " " if m["comment"] else " '' ", text
+        lambda m: f" {_UNKNOWN_NAME} " if m["name"] else " " if m["comment"] else " '' ", text
     )
 
 
@@ -439,7 +445,30 @@ def _sets_nothing(first: str, bare: str) -> bool:
     """Whether a single statement, by its first word, cannot change what the connection sees."""
     if first in _DEFINES:
         return "select" not in bare
+    if "set_config" in bare:
+        return False
     return first in _WRITES and _calls_only_known(_INTO.sub(" ", bare))
+
+
+_TARGET = re.compile(
+    r"(?:insert\s+(?:ignore\s+)?into|update(?:\s+only)?|delete\s+from(?:\s+only)?)\s+"
+    r"(?:(?P<schema>[a-z_]\w*)\.)?(?P<table>[a-z_]\w*)\s*"
+    r"(?:(?:as\s+)?(?!(?:set|where|values|select|default|using|returning)\b)[a-z_]\w*\s*)?"
+    r"(?=\(|$|(?:set|where|values|select|default|using|returning)\b)"
+)
+_HARMLESS = re.compile(
+    r"\bon\s+conflict\b|\bdo\s+(?:update|nothing)\b|\bon\s+duplicate\s+key\s+update\b"
+)
+
+
+def _target(bare: str) -> TableName | None:
+    """Return the one table that a text writes, if it can be seen that it writes no other."""
+    found = _TARGET.match(bare)
+    if found is None or _UNKNOWN_NAME in found.group():
+        return None
+    if not _only_reads(_HARMLESS.sub(" ", bare[found.end() :])):
+        return None
+    return found["schema"], found["table"]
 
 
 def _text(text: str) -> Writes:
@@ -457,6 +486,8 @@ def _text(text: str) -> Writes:
             known = Writes(sets="set_config" in bare)
         elif single and first in _ENDS:
             known = Writes(opaque=True)
+        elif single and (target := _target(bare)) is not None:
+            known = Writes(table=target, kind="text", sets="set_config" in bare)
         elif single and _sets_nothing(first, bare):
             known = ANYTHING
         else:

@@ -49,7 +49,9 @@ from .orders import Hidden, Record
 from .scores import Interval, IntervalSet
 from .stale import StaleRecords
 from .storage import Storage
+from .triggers import Automatic, automatic
 from .turns import Turn, new_future, wait_for
+from .usage import base_tables
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class CachedTable:
     def __init__(self, plan: ViewPlan, snapshots: Snapshots) -> None:
         self.plan = plan
         self.view = plan.view
+        self.base_tables = base_tables(plan)
         self._snapshots = snapshots
         self._in_task = bool(snapshots.dialect.is_async)
         self._lock = Lock()
@@ -103,7 +106,7 @@ class CachedTable:
         if self.layout is None:
             with self._setting_up:
                 if self.layout is None:
-                    layout = Layout(self.plan, self._probed(), self._snapshots.dialect)
+                    layout = Layout(self.plan, self._snapshots.dialect, *self._probed())
                     with self._lock:
                         self._set_state(State(layout.build(layout.no_rows()), Coverage()))
                         self.layout = layout
@@ -116,16 +119,16 @@ class CachedTable:
             with self._setting_up:
                 if self.doubtful:
                     try:
-                        layout.renew(self._probed())
+                        layout.renew(*self._probed())
                     except BaseException:
                         self.doubtful = True
                         raise
         return layout
 
-    def _probed(self) -> Catalog:
+    def _probed(self) -> tuple[Catalog, dict[TableName, Automatic]]:
         self.doubtful = False  # before: DDL that ends meanwhile is another doubt
         with self._snapshots.open() as connection:
-            return probe(connection, self.plan)
+            return probe(connection, self.plan), automatic(connection, self.plan)
 
     @property
     def _key_is_proven(self) -> bool:

@@ -24,6 +24,11 @@ Usage = dict[TableName, frozenset[str]]
 """For each base table, keys of columns."""
 
 
+def base_tables(plan: ViewPlan) -> frozenset[Table]:
+    """Return the tables that a view's statement reads."""
+    return frozenset(e for e in visitors.iterate(plan.statement) if isinstance(e, Table))
+
+
 def used_columns(plan: ViewPlan) -> Usage:
     """Return the columns that a view's statement uses in any way."""
     return _columns_in([plan.statement])
