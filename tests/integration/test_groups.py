@@ -204,7 +204,11 @@ def test_a_changed_row_has_its_groups_read_again(
     with cache.sessionmaker()() as session:
         write(session)
         session.commit()
-    assert_small(refreshing(cache, view), 2 if view is not Totals else 3)
+    statements = refreshing(cache, view)
+    if view is Kinds and write in (updated, updated_in_bulk):
+        assert not statements, "sizes are in none of its aggregates"
+    else:
+        assert_small(statements, 2 if view is not Totals else 3)
     agrees(cache, view)
 
 
