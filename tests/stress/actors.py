@@ -289,7 +289,7 @@ class Actor:
                         self.hand.update(target, model, key, **values)
                     case _:
                         self.hand.delete(target, model, key)
-            if isinstance(target, Session) and self.rng.random() < 0.3:
+            if hasattr(target, "last_read") and self.rng.random() < 0.3:
                 self._see_own(target, names, transaction)
 
         def connected(connection: Any) -> None:
