@@ -345,7 +345,7 @@ def _declared(writes: Writes, declared: Any) -> Writes:
     That replaces what cannot be read from it, and is added to what can.
     """
     tables = frozenset(table_name(table) for model in declared for table in tables_of(model))
-    if writes.anything or writes.opaque:
+    if writes.anything or writes.opaque or writes.kind == "text":
         return Writes(tables=tables, sets=writes.sets)
     return replace(writes, tables=writes.tables | tables)
 
