@@ -149,6 +149,7 @@ class Actor:
             if self.scene.two_phase:
                 shells = (*shells, writes.two_phase)
             shell = rng.choice(shells)
+            transaction.quiet = shell is writes.raw_connection
             self.log.append(f"    {shell.__name__} {[(o[0], o[2], o[3]) for o in operations]}")
             done = self.scene.conductor.attempt(
                 partial(self._transact, shell, job, transaction, pids), rng

@@ -154,6 +154,9 @@ class Run:
         options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT", "pool_size": 20}
         if self.database.dialect == "postgresql":
             options["connect_args"] = {"application_name": "bystander"}
+        elif self.asynchronous:
+            # A bystander blocks the event loop, of which whoever has the lock is in need.
+            options["connect_args"] = {"timeout": 0.02}
         engine = self.database.engine(**options)
         try:
             yield engine
