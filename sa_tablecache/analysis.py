@@ -27,7 +27,6 @@ from typing import Any, cast
 from sqlalchemy import Column, Table
 from sqlalchemy.engine.default import StrCompileDialect
 from sqlalchemy.exc import CompileError
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import StrSQLCompiler
 from sqlalchemy.sql.elements import ColumnClause
 from sqlalchemy.sql.selectable import Alias, CompoundSelect, SelectBase
@@ -78,6 +77,8 @@ class ViewPlan:
     view: type[CachedView]
     statement: SelectBase
     """What the view renders: its select with the hidden columns."""
+    declared: SelectBase
+    """The same before the ORM has resolved it, without lineage: loader criteria apply to it."""
     columns: tuple[ViewColumn, ...]
     """The public columns, in the order of the record's fields."""
     hidden: tuple[ViewColumn, ...]
@@ -167,22 +168,6 @@ def analyse(view: type[CachedView]) -> ViewPlan:
 
 
 Analysis.run = analyse
-
-
-@compiles(ViewTable)
-def _render(element: ViewTable, compiler: Any, *, asfrom: bool = False, **kwargs: Any) -> str:
-    """Render a view in a FROM clause as its select, under its name."""
-    if not asfrom:
-        return cast("str", compiler.visit_table(element, asfrom=asfrom, **kwargs))
-    linter = kwargs.pop("from_linter", None)
-    if linter is not None:
-        linter.froms[element] = element.name
-    alias = kwargs.pop("enclosing_alias", None)
-    statement = plan_of(element.view).statement
-    inner = cast("str", compiler.process(statement.self_group(), asfrom=True))
-    if alias is not None and alias.element is element:
-        return inner
-    return f"{inner} AS {compiler.preparer.quote(element.name)}"
 
 
 class _Collector(StrSQLCompiler):
@@ -296,6 +281,8 @@ class _Analysis:
                 "join that table in __select__",
             )
 
+        declared = statement if compound else self.expressions.labelled(self.view.__statement__)
+        declared = declared.add_columns(*extra)
         columns = self._columns()
         leaves, anchor, one_row = self._lineage(hidden, extra)
         paths, coarse = self._paths(hidden, extra)
@@ -310,6 +297,7 @@ class _Analysis:
         return ViewPlan(
             view=self.view,
             statement=statement,
+            declared=declared,
             columns=columns,
             hidden=tuple(hidden),
             key=key,

@@ -36,9 +36,10 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from sqlalchemy.sql import ColumnElement
 
-from .analysis import TableName, ViewPlan, table_label
+from .analysis import TableName, ViewPlan, table_label, table_name
 from .comparison import Comparison, StoredColumn, comparison
 from .exc import UnsuitableEngine, ViewDefinitionError
+from .readers import EveryScope
 
 Progress = Callable[[int], object]
 """Called now and then during a load with the number of records read so far."""
@@ -151,6 +152,14 @@ class Catalog:
 
     related: dict[TableName, TableName] = field(default_factory=dict)
     """Partitions, inheritance children and database views, by name, and a table behind each."""
+
+    def stored(self, plan: ViewPlan) -> dict[tuple[TableName, str], StoredColumn]:
+        """Return how the columns that a view uses are stored."""
+        used = [column.source for column in plan.columns + plan.hidden]
+        keys = {
+            (table_name(c.table), c.name) for c in (*used, *plan.compared_text) if c is not None
+        }
+        return {key: column for key, column in self.columns.items() if key in keys}
 
     def tells_apart(self, column: Any, dialect: Any) -> bool:
         """Whether equal text of a stored column is the same text."""
@@ -277,7 +286,7 @@ def _probe_postgresql(
     for row in connection.execute(_POSTGRESQL_COLUMNS, {"name": name}):
         if row.kind in kinds:
             raise _not_a_table(plan, table, kinds[row.kind])
-        if row.row_security and getattr(plan.view, "__row_security__", None) != "ignore":
+        if row.row_security and plan.view.__row_security__ != "ignore":
             raise ViewDefinitionError(
                 f"view {plan.name}: {table_label(table)} is under row-level security, which a "
                 "cache shared by all cannot apply; say __row_security__ = 'ignore' if every "
@@ -360,7 +369,7 @@ class Loader:
 
     def statement(self, *criteria: ColumnElement[bool]) -> Any:
         """Return the SELECT that reads the records that meet the criteria."""
-        return select(*self.clauses).where(*criteria)
+        return select(*self.clauses).where(*criteria).options(EveryScope(self.plan.view))
 
     def read(
         self,
