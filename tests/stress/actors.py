@@ -12,7 +12,7 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from sqlalchemy import Connection, Engine, func, select, text
+from sqlalchemy import Connection, Engine, func, insert, select, text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
@@ -37,6 +37,7 @@ from tests.stress.world import (
     Owner,
     Peers,
     Shown,
+    Slow,
     Watched,
     account,
     committed,
@@ -49,6 +50,9 @@ Operation = tuple[str, Any, int, dict[str, Any]]
 
 COMMITTED = "tests.stress.committed"
 """In the info of a connection: what to call when its next COMMIT has returned."""
+
+CUT = "tests.stress.cut"
+"""In the info of a connection: that it breaks while its next COMMIT is under way."""
 
 READ_ERRORS = (DBAPIError,)
 WRITE_ERRORS = (DBAPIError, StaleDataError, InvalidRequestError)
@@ -274,6 +278,9 @@ class Actor:
         transaction: Transaction,
         pids: set[int],
     ) -> writes.Job:
+        slow = self.scene.kills and self.rng.random() < 0.15 and len(operations) > 1
+        cut = slow and self.rng.random() < 0.4
+
         def commits() -> None:
             if transaction.committing == NEVER:
                 self.scene.ledger.commits(transaction)
@@ -282,6 +289,8 @@ class Actor:
             if self.scene.engine.dialect.name == "sqlite":
                 # To release a savepoint may be to commit: the driver begins late.
                 commits()
+            if slow:
+                target.execute(insert(Slow.__table__))
             for what, model, key, values in operations:
                 match what:
                     case "insert":
@@ -295,6 +304,7 @@ class Actor:
 
         def connected(connection: Any) -> None:
             pids.update(_pid_of(connection))
+            connection.info[CUT] = cut
             connection.info[COMMITTED] = lambda: self.scene.ledger.acknowledge(transaction)
 
         return writes.Job(
