@@ -407,8 +407,9 @@ class BaseTableCache:
 
     def wanted(self, table: str) -> frozenset[str] | None:
         """Return which columns of deleted rows of a table are wanted, if anything of it is."""
-        tables = [t for t in list(self._tables.values()) if t.asks_about(table)]
-        return frozenset() if tables else None
+        found = [t.wanted(table) for t in list(self._tables.values())]
+        known = [columns for columns in found if columns is not None]
+        return frozenset().union(*known) if known else None
 
     def tables_named(self, name: str) -> list[Table]:
         """Return the tables of the views' metadata with a name, in any schema and case."""

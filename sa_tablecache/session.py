@@ -91,8 +91,7 @@ def listen(cache: BaseTableCache, target: Any, scope: Scope | None = None) -> No
             state.statement = statement = without_row_order(statement)
         if selects_views(statement):
             result = state.invoke_statement(execution_options={SKIP: True})
-            bind = state.session.get_bind(**state.bind_arguments)
-            return with_records(statement, result, bind.dialect.name)
+            return with_records(statement, result)
         return None
 
     def after_begin(session: Session, _: Any, connection: Connection) -> None:
