@@ -112,13 +112,17 @@ harmless(Watcher.begin)
 harmless(Watcher.engine_connect)
 
 
+def _is_sqlalchemys(thing: Any) -> bool:
+    return str(getattr(thing, "__module__", "")).partition(".")[0] == "sqlalchemy"
+
+
 def _listening_reason(session: Session, bind: Any) -> str | None:
     """Return where the application could SET what its SQL depends on, when a transaction begins."""
     dispatch = bind.dispatch
     for listeners in (session.dispatch.after_begin, dispatch.begin, dispatch.engine_connect):
         for listener in listeners:
             # SQLAlchemy itself sets isolation levels in one; those are looked at by themselves.
-            if may_change_reads(listener) and not listener.__module__.startswith("sqlalchemy."):
+            if may_change_reads(listener) and not _is_sqlalchemys(listener):
                 return f"the application listens to {listeners.name}, and may SET something there"
     return None
 
