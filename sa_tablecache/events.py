@@ -46,6 +46,7 @@ from .returning import (
     returning_suffix,
     suffixed_rows,
     tells_keys,
+    was_asked,
 )
 from .statements import ANYTHING, NOTHING, Writes, cascades, rows_of, writes_of
 
@@ -157,7 +158,7 @@ class Watcher:
             writes,
             {table: _names(table, connection) for table in _tables(writes)},
             keys,
-            asks=keys is None and tells_keys(writes, context),
+            asks=(keys is None or was_asked(context)) and tells_keys(writes, context),
             suffixed=bool(suffix),
         )
         if _autocommits(connection):

@@ -127,7 +127,7 @@ class Expressions:
         return self.labelled(statement)
 
     def labelled(self, statement: Any) -> Any:
-        """Return a select with our names on its columns."""
+        """Return a select with the view's names on its columns."""
         raw = statement._raw_columns
         statement = statement._generate()
         statement._raw_columns = [
