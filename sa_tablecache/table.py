@@ -49,6 +49,9 @@ log = logging.getLogger(__name__)
 Mark: TypeAlias = tuple[TableName, RowKey] | None
 """A base row whose records may be stale; ``None`` marks the whole view."""
 
+ATTEMPTS = 3
+"""How often a refresh starts again because the coverage changed under it."""
+
 SAMPLE = 1_000
 """Rows that an estimate looks at."""
 
@@ -368,6 +371,7 @@ class CachedTable:
 
         It emits one SELECT for each base table that has marks, and one for the touched anchors
         that those did not return; or one SELECT of all that is covered if the view is marked.
+        Where loads change the coverage again and again meanwhile, it gives up; the marks stay.
         """
         if not self._pending:
             return
@@ -380,13 +384,15 @@ class CachedTable:
         layout = self.set_up()
         token = self._begin()
         try:
-            while True:
+            for _ in range(ATTEMPTS):
                 with self._lock:
                     marks = dict(self._pending)
                     state = self._state
                 anchors, read = self._read_marked(layout, state, marks)
                 if self._replace(layout, token, state.coverage, marks, anchors, read):
                     break
+            else:
+                return
         finally:
             self._end(token)
         self.counts["refreshes"] += 1

@@ -14,6 +14,7 @@ from sqlalchemy import (
     URL,
     Engine,
     ForeignKey,
+    String,
     create_engine,
     delete,
     event,
@@ -30,6 +31,9 @@ from sa_tablecache import AsyncTableCache, CachedView, ScoreIndex, TableCache, b
 from sa_tablecache.table import CachedTable
 
 
+pytestmark = pytest.mark.mariadb
+
+
 class Base(DeclarativeBase):
     """Models of these tests."""
 
@@ -39,7 +43,7 @@ class Parent(Base):
 
     __tablename__ = "protocol_parent"
     id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
+    name: Mapped[str] = mapped_column(String(40))
 
 
 class Child(Base):
