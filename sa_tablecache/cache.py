@@ -14,15 +14,15 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self, cast
 
-from sqlalchemy import Engine, Table, inspect, select, text
-from sqlalchemy.orm import Mapper
+from sqlalchemy import Engine, select, text
 from sqlalchemy.sql import ColumnElement
 
 from .analysis import plan_of, table_label, table_name
 from .answering import covered_candidate
-from .changes import ChangeSet, Marks
+from .changes import VIEW, ChangeSet, Marks
+from .commits import Backend
 from .comparison import Inexact
-from .events import Backend, unwatch, watch
+from .events import tables_of, unwatch, watch
 from .exc import Closed, CriteriaError, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
 from .figures import Estimate, Stats, estimate
@@ -49,22 +49,21 @@ class Problem:
         return f"{self.view}: {self.what}"
 
 
-@dataclass(slots=True)
-class _Orphan:
-    """Leases of a COMMIT of which nobody knows how it ended."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lease:
+    """What one commit under way will mark, for each view that it concerns."""
 
-    tables: list[CachedTable]
+    marks: dict[CachedTable, Marks]
     changes: ChangeSet
+
+
+@dataclass(slots=True, eq=False)
+class _Orphan:
+    """The lease of a COMMIT of which nobody knows how it ended."""
+
+    lease: _Lease
     backend: Backend | None
     checked: float = 0.0
-
-
-@dataclass(slots=True)
-class _Lease:
-    """The views that one commit may touch."""
-
-    tables: list[CachedTable]
-    changes: ChangeSet
 
 
 class BaseTableCache:
@@ -275,10 +274,10 @@ class BaseTableCache:
             view: Any = target
             if what:
                 shape_of_criteria(view, what)
-            self.table(view).mark(Marks(view=True))
+            self.table(view).publish(frozenset({VIEW}))
             return
         changes = ChangeSet()
-        tables = _tables_of(target)
+        tables = tables_of(target)
         for table in tables:
             if not what:
                 changes.add_table(table_name(table))
@@ -346,21 +345,32 @@ class BaseTableCache:
 
     # -- commits --------------------------------------------------------------------------------
 
+    def wanted(self, table: str) -> frozenset[str] | None:
+        """Return which columns of deleted rows of a table are wanted, if anything of it is."""
+        tables = [t for t in list(self._tables.values()) if t.asks_about(table)]
+        return frozenset() if tables else None
+
     def lease(self, changes: ChangeSet) -> _Lease:
-        """Take a lease on the views that the changes of a commit may touch."""
-        return _Lease([t for t in self._tables.values() if t.lease(changes)], changes)
+        """Take a lease on what the changes of a commit will mark."""
+        marks = {}
+        for table in list(self._tables.values()):
+            found = table.marks_of(changes)
+            if found:
+                table.lease(found)
+                marks[table] = found
+        return _Lease(marks, changes)
 
     def publish(self, changes: ChangeSet, lease: _Lease | None) -> None:
         """Mark what a commit changed, and end its lease."""
-        leased = lease.tables if lease is not None else []
+        leased = lease.marks if lease is not None else {}
         for table in list(self._tables.values()):
-            table.publish(changes, leased=table in leased)
+            table.publish(table.marks_of(changes), leased.get(table))
 
     def orphan(self, lease: _Lease, backend: Backend | None) -> None:
         """Keep a lease until the transaction of a lost connection has ended."""
-        if lease.tables:
+        if lease.marks:
             with self._lock:
-                self._orphans.append(_Orphan(lease.tables, lease.changes, backend))
+                self._orphans.append(_Orphan(lease, backend))
 
     def settle_orphans(self) -> None:
         """End the leases of commits that have ended by now: one SELECT for each, now and then."""
@@ -377,8 +387,7 @@ class BaseTableCache:
                     if orphan not in self._orphans:
                         continue
                     self._orphans.remove(orphan)
-                for table in orphan.tables:
-                    table.publish(orphan.changes, leased=True)
+                self.publish(orphan.lease.changes, orphan.lease)
 
     def _has_ended(self, orphan: _Orphan) -> bool:
         assert self._snapshots is not None
@@ -434,12 +443,3 @@ def shape_of_criteria(view: type[CachedView], criteria: Sequence[Any]) -> None:
         shape_of(select(view).where(*criteria))
     except Inexact:
         return
-
-
-def _tables_of(target: Any) -> list[Table]:
-    if isinstance(target, Table):
-        return [target]
-    mapper = inspect(target, raiseerr=False)
-    if not isinstance(mapper, Mapper):
-        raise CriteriaError(f"{target!r} is neither a cached view, nor a mapped class, nor a Table")
-    return [table for table in mapper.tables if isinstance(table, Table)]

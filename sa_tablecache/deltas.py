@@ -17,6 +17,7 @@ from sqlalchemy import Connection, tuple_
 from sqlalchemy.sql import ColumnElement
 
 from .analysis import Leaf, TableName
+from .changes import Mark
 from .coverage import Coverage
 from .layout import Layout, RowKey
 from .loading import Rows
@@ -40,7 +41,7 @@ def read_touched(
     connection: Connection,
     storage: Storage,
     coverage: Coverage,
-    marks: Iterable[tuple[TableName, RowKey]],
+    marks: Iterable[Mark],
 ) -> tuple[set[RowKey] | None, Rows]:
     """Read the records that changed rows touch, now or as they are stored.
 
@@ -50,8 +51,8 @@ def read_touched(
     anchor = plan.anchor
     assert anchor is not None
     keys: dict[TableName, set[RowKey]] = {}
-    for table, key in marks:
-        keys.setdefault(table, set()).add(key)
+    for mark in marks:
+        keys.setdefault(mark.table, set()).add(mark.key)
     covered = layout.coverage_clause(coverage)
     touched: set[RowKey] = set()
     complete: dict[RowKey, tuple[Record, Hidden | None]] = {}

@@ -21,6 +21,7 @@ from sqlalchemy.sql import ColumnElement
 from sqlalchemy.types import NullType
 
 from .analysis import Leaf, TableName, ViewPlan, table_label
+from .changes import Concern
 from .clauses import ScoreColumn, intervals_clause
 from .comparison import Comparison, is_sortable
 from .coverage import Coverage
@@ -30,6 +31,7 @@ from .orders import Hidden, Order, Part, Record
 from .planner import Columns
 from .scores import Extreme, IntervalSet
 from .storage import Storage
+from .usage import placing_columns, used_columns
 
 log = logging.getLogger(__name__)
 
@@ -149,9 +151,24 @@ class Layout:
             followed.clear()
             for table in plan.tables:
                 self.coarse.setdefault(table, "no row to anchor its changes on")
-        self.followed = frozenset(followed - lost)
-        """Tables whose changed rows can be followed to records."""
+        self.concerns = self._concerns(frozenset(followed - lost))
+        """What the view has to do with each of its tables."""
+        self.followed_names = frozenset(name for _, name in self.followed)
+        """Names of tables whose changed rows can be followed, whatever their schema."""
         return hidden
+
+    def _concerns(self, followed: frozenset[TableName]) -> dict[TableName, Concern]:
+        used, placing = used_columns(self.plan), placing_columns(self.plan)
+        none: frozenset[str] = frozenset()
+        return {
+            table: Concern(used.get(table, none), placing.get(table, none), table in followed)
+            for table in self.plan.tables
+        }
+
+    @property
+    def followed(self) -> frozenset[TableName]:
+        """Tables whose changed rows can be followed to records."""
+        return frozenset(table for table, concern in self.concerns.items() if concern.followed)
 
     def _leaf_columns(self, leaf: Leaf, comparisons: dict[str, Comparison]) -> tuple[str, ...]:
         """Return the columns by which records are found from a row of a leaf; empty if none do."""

@@ -14,7 +14,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
 
 from .cache import BaseTableCache
-from .events import KEY, TAINTED, Transaction, root_of
+from .commits import KEY, Transaction
+from .events import TAINTED, root_of
 from .table import CachedTable
 
 CONNECTIONS: Final = "sa_tablecache.connections"
