@@ -102,6 +102,12 @@ def isolation_asked_for(engine: Engine) -> bool:
         asked = dialect.default_isolation_level
         if asked is None:
             return False
+    if asked is None and dialect.name in ("mysql", "mariadb"):
+        # There REPEATABLE READ is what everybody gets who asks for nothing.
+        default = dialect.default_isolation_level
+        if default is None:
+            return False
+        asked = None if default == "REPEATABLE READ" else default
     result = asked in _ASKED
     _isolation[engine] = result
     return result
@@ -111,6 +117,8 @@ def _connection_reason(connection: Connection, table: CachedTable, engine: Engin
     transaction: Transaction | None = connection.info.get(KEY)
     if transaction is not None and transaction.touches(table.tables):
         return "the transaction wrote a table of the view"
+    if transaction is not None and transaction.locks:
+        return "the transaction has locked tables, for which a refresh could have to wait"
     if connection.info.get(TAINTED):
         return "the connection ran SET or the like"
     options = connection.get_execution_options()

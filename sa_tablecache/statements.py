@@ -77,6 +77,10 @@ class Writes:
     """Whether it may have changed what the connection sees (SET and the like)."""
     rolls_back: bool = False
     """Whether it rolls back to a savepoint."""
+    moves: bool = False
+    """Whether a name without a schema may mean another table from now on."""
+    locks: bool = False
+    """Whether others may have to wait, to read what it locks, until the transaction ends."""
     primary_key: tuple[Column[Any], ...] = field(default=(), compare=False)
 
     def __bool__(self) -> bool:
@@ -88,7 +92,9 @@ ANYTHING: Final = Writes(anything=True, opaque=True)
 ROLLBACK: Final = Writes(rolls_back=True)
 
 _by_compiled: WeakKeyDictionary[Any, Writes] = WeakKeyDictionary()
-_by_text: dict[str, Writes] = {}
+_by_text: dict[tuple[str, str], Writes] = {}
+
+_MYSQL: Final = ("mysql", "mariadb")
 
 
 def writes_of(context: Any, statement: str) -> Writes:
@@ -96,7 +102,7 @@ def writes_of(context: Any, statement: str) -> Writes:
     compiled = None if context is None else context.compiled
     if compiled is None or (context.is_crud and statement.startswith("SELECT")):
         # The second asks for the default of a column, in the context of the INSERT.
-        return _text(statement)
+        return _text(statement, "" if context is None else context.dialect.name)
     known = _by_compiled.get(compiled)
     if known is None:
         known = _by_compiled[compiled] = _read(compiled, statement)
@@ -113,7 +119,7 @@ def rows_of(writes: Writes, context: Any) -> list[RowKey] | None:
             key = []
             for column in writes.key:
                 name = column.parameters[min(which, len(column.parameters) - 1)]
-                value = exact_value(column.column, parameters.get(name))
+                value = exact_value(column.column, parameters.get(name), context.dialect.name)
                 if value is None:
                     return None
                 key.append(value)
@@ -128,7 +134,11 @@ def inserted_rows(writes: Writes, context: Any) -> list[RowKey] | None:
     rows = context.inserted_primary_key_rows
     if rows is None or len(rows) != len(context.compiled_parameters):
         return None
-    return _all_known(tuple(map(exact_value, writes.primary_key, row)) for row in rows)
+    dialect = context.dialect.name
+    return _all_known(
+        tuple(exact_value(c, value, dialect) for c, value in zip(writes.primary_key, row, strict=True))
+        for row in rows
+    )
 
 
 def returned_rows(writes: Writes, rows: Iterable[Any]) -> list[RowKey] | None:
@@ -160,11 +170,16 @@ _EXACT: Final[tuple[tuple[type[types.TypeEngine[Any]], type], ...]] = (
 )
 
 
-def exact_value(column: Column[Any], value: Any) -> Any:
+def exact_value(column: Column[Any], value: Any, dialect: str = "") -> Any:
     """Return a key's value as the database will give it back, or ``None`` if that is not sure."""
     type_ = column.type
+    mysql = dialect in _MYSQL
     if value is None or isinstance(type_, types.Enum | types.CHAR):
         return None
+    if mysql and value == 0 and column is column.table._autoincrement_column:
+        return None  # it is given the next number instead
+    if type(value) is str and value.endswith(" "):
+        return None  # VARCHAR(n) cuts off the spaces that do not fit
     for kind, python in _EXACT:
         if isinstance(type_, kind):
             if type(value) is not python:
@@ -172,6 +187,8 @@ def exact_value(column: Column[Any], value: Any) -> Any:
             if isinstance(value, dt.datetime) and isinstance(type_, types.DateTime):
                 if (value.tzinfo is not None) is not type_.timezone:
                     return None
+                if value.microsecond and (mysql or getattr(type_, "precision", None) is not None):
+                    return None  # it may be cut off
                 return to_utc(value) if type_.timezone else value
             return value
     return None
@@ -182,28 +199,31 @@ def exact_value(column: Column[Any], value: Any) -> Any:
 
 def _read(compiled: Any, text: str) -> Writes:
     statement = compiled.statement
+    dialect = compiled.dialect.name
     if isinstance(statement, RollbackToSavepointClause):
         return ROLLBACK
     if isinstance(statement, SavepointClause | ReleaseSavepointClause):
         return NOTHING
     if isinstance(statement, TextClause):
-        return _text(text)
+        return _text(text, dialect)
     if isinstance(statement, ExecutableDDLElement):
-        return ANYTHING
+        return replace(ANYTHING, sets=_TEMPORARY.search(text) is not None)
     if isinstance(statement, Insert | Update | Delete) and isinstance(statement.table, Table):
-        inside = _reading(statement, inside_of=statement)
+        inside = _reading(statement, dialect, inside_of=statement)
         if inside is None:
             return ANYTHING
         return replace(_dml(statement, compiled), tables=inside)
     if isinstance(statement, SelectBase):
-        inside = _reading(statement, inside_of=None)
+        inside = _reading(statement, dialect, inside_of=None)
         if inside is None:
             return ANYTHING
         return Writes(tables=inside, sets="set_config" in text.lower())
     return ANYTHING
 
 
-def _reading(statement: Any, *, inside_of: Any) -> frozenset[TableName] | None:
+def _reading(
+    statement: Any, dialect: str, *, inside_of: Any
+) -> frozenset[TableName] | None:
     """Return the tables written by parts of a statement (CTEs); ``None`` if it may do anything."""
     tables: set[TableName] = set()
     for element in visitors.iterate(statement):
@@ -215,10 +235,10 @@ def _reading(statement: Any, *, inside_of: Any) -> frozenset[TableName] | None:
         elif isinstance(element, FunctionElement):
             if function_name(element) not in READING_FUNCTIONS:
                 return None
-        elif isinstance(element, TextClause) and not _only_reads(element.text):
+        elif isinstance(element, TextClause) and not _only_reads(element.text, dialect):
             return None
         elif isinstance(element, ColumnClause) and element.is_literal:
-            if not _only_reads(element.name):
+            if not _only_reads(element.name, dialect):
                 return None
     return frozenset(tables)
 
@@ -251,8 +271,8 @@ def _dml(statement: Any, compiled: Any) -> Writes:
     )
     tables = cascades(table, deleted=deleted, columns=written)
     if not deleted:  # MySQL: UPDATE a, b SET b.x = ...
-        targets = {getattr(column, "table", None) for column in statement._values or ()}
-        tables |= {table_name(t) for t in targets if isinstance(t, Table)} - {name}
+        for other, columns in _other_targets(statement, table).items():
+            tables |= {table_name(other)} | cascades(other, deleted=False, columns=columns)
     pins = pinned(statement, table)
     keys: list[KeyColumn] = []
     for column in primary_key:
@@ -273,6 +293,23 @@ def _dml(statement: Any, compiled: Any) -> Writes:
         columns=None if moves_key else written,
         primary_key=primary_key,
     )
+
+
+def _other_targets(statement: Update, table: Table) -> dict[Table, frozenset[str]]:
+    """Return the columns that an UPDATE sets in other tables than its own."""
+    result: dict[Table, frozenset[str]] = {}
+    for column in _set_columns(statement):
+        other = getattr(column, "table", None)
+        if isinstance(other, Table) and other is not table:
+            result[other] = result.get(other, frozenset()) | {column.key}
+    return result
+
+
+def _set_columns(statement: Any) -> list[Any]:
+    return [
+        *(statement._values or ()),
+        *(column for column, _ in getattr(statement, "_ordered_values", None) or ()),
+    ]
 
 
 def pinned(statement: Any, table: Table) -> dict[str, BindParameter[Any]]:
@@ -314,11 +351,7 @@ def _written_columns(statement: Any, table: Table, parameters: Sequence[str]) ->
 
     Those that are set by themselves are among them: ``onupdate``, generated columns.
     """
-    values = [
-        *(statement._values or ()),
-        *(column for column, _ in getattr(statement, "_ordered_values", None) or ()),
-    ]
-    names = {str(getattr(column, "key", column)) for column in values}
+    names = {str(getattr(column, "key", column)) for column in _set_columns(statement)}
     names.update(name for name in parameters if name in table.c)
     names.update(
         column.key
@@ -381,18 +414,29 @@ def _constraints_on(table: Table) -> Iterator[Any]:
 
 # -- text --------------------------------------------------------------------------------------
 
-_QUOTED = re.compile(
-    r"(?P<name>\"[^\"]*\"|`[^`]*`)|(?P<comment>--[^\n]*|/\*.*?\*/)"
-    r"|'(?:[^'\\]|''|\\.)*'|\$(?P<tag>\w*)\$.*?\$(?P=tag)\$",
-    re.DOTALL,
-)
+
+def _quoting(comment: str) -> re.Pattern[str]:
+    return re.compile(
+        rf"(?P<name>\"[^\"]*\"|`[^`]*`)|(?P<comment>{comment}|/\*.*?\*/)"
+        r"|'(?:[^'\\]|''|\\.)*'|(?<![\w$])\$(?P<tag>\w*)\$.*?\$(?P=tag)\$",
+        re.DOTALL,
+    )
 
 
-def _bare(text: str) -> str:
+_QUOTED = _quoting(r"--[^\n]*")
+_MYSQL_QUOTED = _quoting(r"--(?=\s|$)[^\n]*|\#[^\n]*")
+
+
+def _bare(text: str, dialect: str) -> str:
     """Return text without strings and comments; a quoted name is one that nobody knows."""
-    return _QUOTED.sub(
+    return (_MYSQL_QUOTED if dialect in _MYSQL else _QUOTED).sub(
         lambda m: " _quoted_name_ " if m["name"] else " " if m["comment"] else " '' ", text
     )
+
+
+def _hides(text: str) -> bool:
+    """Whether anything in the text may hide what it does: an escape, an executable comment."""
+    return "\\" in text or "/*!" in text or "/*M!" in text
 
 
 _WRITING = re.compile(
@@ -402,43 +446,63 @@ _WRITING = re.compile(
 )
 _CALLS = re.compile(r"([\w.]+)\s*\(")
 _LOCKS = re.compile(r"\bfor\s+(no\s+key\s+)?update\b", re.IGNORECASE)
+_TEMPORARY = re.compile(r"\btemp(orary)?\b", re.IGNORECASE)
+"""What may put another table in front of the one that a name means elsewhere."""
+_MOVES = re.compile(r"search_path|\bschema\b|\brole\b|\bauthorization\b|set_config\s*\(\s*[^'\s]")
 
 #: First words of statements that write no row.
 _QUIET: Final = frozenset(
-    """show set reset begin start savepoint release rollback lock pragma describe desc deallocate
-    fetch close listen unlisten notify analyze vacuum use""".split()
+    """show set reset begin start savepoint release rollback lock unlock pragma describe desc
+    deallocate fetch close listen unlisten notify vacuum use xa""".split()
 )
-_READS: Final = frozenset("select values table with explain".split())
+_READS: Final = frozenset("select values table with explain analyze".split())
 _ENDS: Final = frozenset("commit end prepare".split())
 _SETS: Final = frozenset("set reset use".split())
+#: First words of statements that write no row, but commit what MySQL and MariaDB had written.
+_COMMIT_ON_MYSQL: Final = frozenset("set reset begin start lock unlock analyze".split())
+#: ``SET STATEMENT .. FOR`` runs any statement, and the others commit what somebody has prepared.
+_UNSEEN = re.compile(r"set\s+statement\b|xa\s+commit\b|commit\s+prepared\b")
 
 
-def _only_reads(text: str) -> bool:
+def _only_reads(text: str, dialect: str) -> bool:
     """Whether text can be seen to write nothing: no writing word, and known functions only."""
-    if "\\" in text or "/*!" in text:
-        return False  # an escape or an executable comment may hide anything
-    bare = _LOCKS.sub(" ", _bare(text))
+    if _hides(text):
+        return False
+    bare = _LOCKS.sub(" ", _bare(text, dialect))
     if _WRITING.search(bare) or ";" in bare.strip().rstrip(";"):
         return False
     return all(name.lower() in READING_FUNCTIONS for name in _CALLS.findall(bare))
 
 
-def _text(text: str) -> Writes:
-    known = _by_text.get(text)
+def _text(text: str, dialect: str) -> Writes:
+    known = _by_text.get((dialect, text))
     if known is None:
-        bare = _bare(text).strip().lstrip("( ").lower()
-        word = re.match(r"\w*", bare)
-        first = word.group() if word else ""
-        single = ";" not in bare.rstrip(";").rstrip() and "\\" not in text and "/*!" not in text
-        if single and first in _QUIET:
-            known = Writes(sets=first in _SETS, rolls_back=first == "rollback")
-        elif first in _READS and _only_reads(text):
-            known = Writes(sets="set_config" in bare)
-        elif single and first in _ENDS:
-            known = Writes(opaque=True)
-        else:
-            known = Writes(anything=True, opaque=True)
         if len(_by_text) > 1_000:
             _by_text.clear()
-        _by_text[text] = known
+        known = _by_text[dialect, text] = _read_text(text, dialect)
     return known
+
+
+def _read_text(text: str, dialect: str) -> Writes:
+    mysql = dialect in _MYSQL
+    bare = _bare(text, dialect).strip().lstrip("( ").lower()
+    word = re.match(r"\w*", bare)
+    first = word.group() if word else ""
+    single = ";" not in bare.rstrip(";").rstrip() and not _hides(text)
+    commits = mysql and first in _COMMIT_ON_MYSQL
+    moves = first == "use" or _MOVES.search(text.lower()) is not None
+    if single and first in _QUIET and not _UNSEEN.match(bare):
+        return Writes(
+            opaque=commits,
+            # LOCK TABLES outlives the transaction.
+            sets=first in _SETS or (mysql and first == "lock"),
+            rolls_back=first == "rollback",
+            moves=first in _SETS and moves,
+            locks=first == "lock",
+        )
+    if first in _READS and _only_reads(text, dialect):
+        sets = "set_config" in bare
+        return Writes(opaque=commits, sets=sets, moves=sets and moves)
+    if single and first in _ENDS and not _UNSEEN.match(bare):
+        return Writes(opaque=True)
+    return replace(ANYTHING, sets=_TEMPORARY.search(bare) is not None)
