@@ -73,10 +73,12 @@ def _explained(
     shape, parameters = shape_of(statement)
     if any(isinstance(option, BypassCache) for option in shape.options):
         raise Inexact("bypass_cache()")
+    state = table.state
+    if not state.coverage:
+        return Explanation("miss", name, "nothing is loaded", coarse=coarse)
     question = ask(shape, parameters, columns)
     if table.leased:
         raise Inexact("a commit is under way")
-    state = table.state
     reason = "" if table.current is not None else "after a refresh of what is marked"
     candidate, missing, kind = covered_candidate(layout, question, state), NOTHING, "hit"
     if candidate is None:

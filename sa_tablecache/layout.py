@@ -21,11 +21,12 @@ from sqlalchemy.sql import ColumnElement
 from sqlalchemy.types import NullType
 
 from .analysis import Leaf, TableName, ViewPlan, table_label
+from .catalog import Catalog
 from .clauses import ScoreColumn, intervals_clause
 from .comparison import Comparison, is_sortable
 from .coverage import Coverage
 from .exc import ViewDefinitionError
-from .loading import Catalog, Loader, Rows
+from .loading import Loader, Rows
 from .orders import Hidden, Order, Part, Record
 from .planner import Columns
 from .scores import Extreme, IntervalSet
@@ -74,7 +75,7 @@ class Layout:
             for name, (columns, scores) in wanted.items()
         }
         self._lazy = {n: o for n, o in self.orders.items() if n.startswith(LINEAGE)}
-        self.loader = Loader(plan, hidden, comparisons)
+        self.loader = Loader(plan, hidden, comparisons, dialect)
         self.tables = plan.tables | catalog.related.keys()
         """The tables of which a change concerns the view, partitions and the like included."""
         self.columns = Columns(

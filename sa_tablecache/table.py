@@ -31,6 +31,7 @@ from threading import Lock
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from .analysis import TableName, ViewPlan, table_label
+from .catalog import probe
 from .changes import ChangeSet, Marks, RowKey, marks_of
 from .coverage import Coverage
 from .deltas import read_coverage, read_touched
@@ -38,7 +39,7 @@ from .events import tick
 from .exc import DuplicateKey
 from .figures import Stats, stored_bytes
 from .layout import Layout
-from .loading import Progress, Rows, Snapshots, probe
+from .loading import Progress, Rows, Snapshots
 from .orders import Hidden, Record
 from .scores import IntervalSet
 from .storage import Storage
@@ -96,7 +97,7 @@ class CachedTable:
     # -- setting up -----------------------------------------------------------------------------
 
     def set_up(self) -> Layout:
-        """Ask the database, once, what it stores; see :func:`.loading.probe`."""
+        """Ask the database, once, what it stores; see :func:`.catalog.probe`."""
         if self.layout is None:
             with self._setting_up:
                 if self.layout is None:

@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).parents[2] / "sa_tablecache"
 
 ORDER = """
     exc scores comparison criteria options turns functions view joins analysis orders storage
-    coverage clauses loading shapes planner changes layout deltas statements events figures table
-    policies answering explaining cache scopes reading session asyncio transactions feed migrations
-    metrics testing __init__
+    coverage clauses catalog loading shapes planner changes layout deltas statements events figures
+    table policies answering explaining cache scopes reading session asyncio transactions feed
+    migrations metrics testing __init__
 """.split()
 
 MAX_LINES = 500
