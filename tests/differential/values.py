@@ -48,8 +48,8 @@ _AWARE: Final = [
     dt.datetime(2024, 10, 26, 20, 30, 0, 1, tzinfo=NEW_YORK),
     dt.datetime(1970, 1, 1, tzinfo=dt.timezone(dt.timedelta(hours=5, minutes=30))),
 ]
-_UUIDS: Final = [uuid.UUIDecimal(int=n) for n in (0, 1, 2**64, 2**127, 2**128 - 1)]
-_UUIDS.append(uuid.UUIDecimal("a0000000-0000-1000-8000-00000000000b"))
+_UUIDS: Final = [uuid.UUID(int=n) for n in (0, 1, 2**64, 2**127, 2**128 - 1)]
+_UUIDS.append(uuid.UUID("a0000000-0000-1000-8000-00000000000b"))
 
 
 def _decimals(numbers: str) -> list[Decimal]:
@@ -89,7 +89,7 @@ ODD: Final[list[Any]] = [
     b"a", b"", bytearray(b"a"),
     dt.date(2024, 10, 27), dt.datetime(2024, 10, 27), dt.datetime(2024, 10, 27, 2, 30),
     dt.datetime(2024, 10, 27, 0, 30, tzinfo=dt.UTC), dt.time(2, 30), dt.timedelta(days=1),
-    uuid.UUIDecimal(int=1), Mood.GOOD, "2024-10-27", "2024-10-27 02:30:00",
+    uuid.UUID(int=1), Mood.GOOD, "2024-10-27", "2024-10-27 02:30:00",
 ]  # fmt: skip
 
 #: Types that a parameter may be said to have.
