@@ -254,6 +254,14 @@ class Loader:
             log.warning("view %s: %s is left to the database: %s", plan.name, name, reason)
             self._comparisons[name] = Comparison(False, False, reason=reason)
 
+    def _missing(self, *values: tuple[str, Any]) -> None:
+        """Refuse a row that has a NULL where the model says that there is none."""
+        names = ", ".join(name for name, value in values if value is None)
+        raise TableCacheError(
+            f"view {self.plan.name}: {names} is NULL in a row, although the model declares it NOT "
+            "NULL: correct the model, or the row"
+        )
+
     def read(
         self,
         connection: Connection,
@@ -321,6 +329,13 @@ class Loader:
                 body.append(f"if {name} and {name} == {name}: {name} = share{at}({name}, {name})")
             else:
                 body.append(f"{name} = share{at}({name}, {name})")
+        required = [
+            at for at, name in enumerate(self.columns) if not self.plan.column(name).nullable
+        ]
+        if required:
+            nulls = " or ".join(f"{names[at]} is None" for at in required)
+            values = "".join(f"({self.columns[at]!r}, {names[at]}), " for at in required)
+            body.append(f"if {nulls}: missing({values})")
         body.append(f"add(Record({', '.join(names[:public])}))")
         if self.hidden:
             body.append(f"add_hidden(({', '.join(names[public:])},))")
@@ -331,6 +346,7 @@ class Loader:
         scope: dict[str, Any] = {
             "Record": self.plan.view.__record__,
             "odd": self._odd,
+            "missing": self._missing,
             **{f"normalise{at}": f for at, f in enumerate(self._normalise) if f is not None},
         }
         exec(source, scope)  # noqa: S102 - built from numbers and our own words only
