@@ -59,7 +59,7 @@ It stays when the connection returns to its pool: a reset of the pool ends trans
 what was set for the session.
 """
 MOVED: Final = "sa_tablecache.moved"
-"""In the connection's info: USE or the like ran, so that names without a schema mean other tables."""
+"""In the connection's info: USE or the like ran, and names without a schema mean other tables."""
 _ticks = count(1)
 
 

@@ -21,12 +21,13 @@ from sqlalchemy.sql import ColumnElement
 from sqlalchemy.types import NullType
 
 from .analysis import Leaf, TableName, ViewPlan, table_label
+from .catalog import Catalog
 from .changes import Concern
 from .clauses import ScoreColumn, intervals_clause
 from .comparison import Comparison, is_sortable
 from .coverage import Coverage
 from .exc import ViewDefinitionError
-from .loading import Catalog, Loader, Rows
+from .loading import Loader, Rows
 from .orders import Hidden, Order, Part, Record
 from .planner import Columns
 from .scores import Extreme, IntervalSet
@@ -76,9 +77,11 @@ class Layout:
             for name, (columns, scores) in wanted.items()
         }
         self._lazy = {n: o for n, o in self.orders.items() if n.startswith(LINEAGE)}
-        self.loader = Loader(plan, hidden, comparisons)
+        self.loader = Loader(plan, hidden, comparisons, dialect)
         self.tables = plan.tables | catalog.related.keys()
         """The tables of which a change concerns the view, partitions and the like included."""
+        self.at_once = catalog.at_once
+        """Those of them that have no transactions."""
         self.columns = Columns(
             plan,
             comparisons,
@@ -121,7 +124,8 @@ class Layout:
         plan = self.plan
         hidden: list[str] = []
         followed: set[TableName] = set()
-        lost: set[TableName] = set()
+        self.coarse |= {t: why for t, why in catalog.unfollowed.items() if t not in self.coarse}
+        lost: set[TableName] = set(catalog.unfollowed)
         for leaf in plan.leaves:
             names = self._leaf_columns(leaf, comparisons)
             if not names:

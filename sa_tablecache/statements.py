@@ -136,7 +136,9 @@ def inserted_rows(writes: Writes, context: Any) -> list[RowKey] | None:
         return None
     dialect = context.dialect.name
     return _all_known(
-        tuple(exact_value(c, value, dialect) for c, value in zip(writes.primary_key, row, strict=True))
+        tuple(
+            exact_value(c, value, dialect) for c, value in zip(writes.primary_key, row, strict=True)
+        )
         for row in rows
     )
 
@@ -221,9 +223,7 @@ def _read(compiled: Any, text: str) -> Writes:
     return ANYTHING
 
 
-def _reading(
-    statement: Any, dialect: str, *, inside_of: Any
-) -> frozenset[TableName] | None:
+def _reading(statement: Any, dialect: str, *, inside_of: Any) -> frozenset[TableName] | None:
     """Return the tables written by parts of a statement (CTEs); ``None`` if it may do anything."""
     tables: set[TableName] = set()
     for element in visitors.iterate(statement):

@@ -36,6 +36,7 @@ from threading import Lock
 from typing import Any, NamedTuple, cast
 
 from .analysis import TableName, ViewPlan, table_label
+from .catalog import probe
 from .changes import VIEW, ChangeSet, Mark, Marks, RowKey, marks_of
 from .coverage import Coverage
 from .deltas import read_coverage, read_touched
@@ -44,7 +45,7 @@ from .exc import DuplicateKey
 from .figures import Stats, stored_bytes
 from .freshness import Freshness
 from .layout import Layout
-from .loading import Progress, Rows, Snapshots, probe
+from .loading import Progress, Rows, Snapshots
 from .orders import Hidden, Record
 from .scores import Interval, IntervalSet
 from .stale import StaleRecords
@@ -100,7 +101,7 @@ class CachedTable:
     # -- setting up -----------------------------------------------------------------------------
 
     def set_up(self) -> Layout:
-        """Ask the database, once, what it stores; see :func:`.loading.probe`."""
+        """Ask the database, once, what it stores; see :func:`.catalog.probe`."""
         if self.layout is None:
             with self._setting_up:
                 if self.layout is None:

@@ -15,10 +15,10 @@ fixture                    what a test gets
 ``async_database_url``     the same with the drivers aiosqlite, asyncpg and asyncmy
 ========================== ======================================================================
 
-MariaDB has a marker because a third run of everything would take minutes. It is on what a database can
-make wrong: write paths, the ends of transactions, races, isolation. What comes after that (planning,
-answering, messages) is the same code for all, and the differences of types and collations have
-tests of their own in ``integration/test_mariadb.py``.
+MariaDB has a marker because a third run of everything would take minutes. It is on what a
+database can make wrong: write paths, the ends of transactions, races, isolation. What comes after
+that (planning, answering, messages) is the same code for all, and what only MariaDB has is tested
+in ``integration/test_mariadb.py``.
 
 The URLs are `sqlalchemy.URL` with the drivers pysqlite and psycopg;
 ``url.set(drivername="postgresql+asyncpg")`` or :func:`asynchronous` gives the asynchronous twin.

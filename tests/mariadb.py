@@ -67,7 +67,7 @@ class Mariadb:
 
 
 def disconnect_all(connection: Connection, database: str) -> None:
-    """Kill all other connections to a database: what they hold locked would have to be waited for."""
+    """Kill all other connections to a database, rather than wait for what they hold locked."""
     others = text(
         "SELECT id FROM information_schema.processlist WHERE db = :db AND id <> connection_id()"
     )

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[2] / "sa_tablecache"
 
 ORDER = """
     exc scores comparison criteria options turns functions view joins analysis orders storage
-    coverage clauses loading shapes planner changes usage layout stale freshness deltas statements
-    returning commits events figures table
+    coverage clauses catalog loading shapes planner changes usage layout stale freshness deltas
+    statements returning commits events figures table
     policies answering explaining cache scopes reading session asyncio transactions feed migrations
     metrics testing __init__
 """.split()
