@@ -41,6 +41,7 @@ from .changes import RowKey
 from .comparison import to_utc
 from .functions import READING_FUNCTIONS, function_name
 from .joins import conjuncts
+from .wording import MOVES, MYSQL, TEMPORARY, bare, hides, only_reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,6 @@ ROLLBACK: Final = Writes(rolls_back=True)
 
 _by_compiled: WeakKeyDictionary[Any, Writes] = WeakKeyDictionary()
 _by_text: dict[tuple[str, str], Writes] = {}
-
-_MYSQL: Final = ("mysql", "mariadb")
 
 
 def writes_of(context: Any, statement: str) -> Writes:
@@ -175,7 +174,7 @@ _EXACT: Final[tuple[tuple[type[types.TypeEngine[Any]], type], ...]] = (
 def exact_value(column: Column[Any], value: Any, dialect: str = "") -> Any:
     """Return a key's value as the database will give it back, or ``None`` if that is not sure."""
     type_ = column.type
-    mysql = dialect in _MYSQL
+    mysql = dialect in MYSQL
     if value is None or isinstance(type_, types.Enum | types.CHAR):
         return None
     if mysql and value == 0 and column is column.table._autoincrement_column:
@@ -209,7 +208,7 @@ def _read(compiled: Any, text: str) -> Writes:
     if isinstance(statement, TextClause):
         return _text(text, dialect)
     if isinstance(statement, ExecutableDDLElement):
-        return replace(ANYTHING, sets=_TEMPORARY.search(text) is not None)
+        return replace(ANYTHING, sets=TEMPORARY.search(text) is not None)
     if isinstance(statement, Insert | Update | Delete) and isinstance(statement.table, Table):
         inside = _reading(statement, dialect, inside_of=statement)
         if inside is None:
@@ -235,10 +234,10 @@ def _reading(statement: Any, dialect: str, *, inside_of: Any) -> frozenset[Table
         elif isinstance(element, FunctionElement):
             if function_name(element) not in READING_FUNCTIONS:
                 return None
-        elif isinstance(element, TextClause) and not _only_reads(element.text, dialect):
+        elif isinstance(element, TextClause) and not only_reads(element.text, dialect):
             return None
         elif isinstance(element, ColumnClause) and element.is_literal:
-            if not _only_reads(element.name, dialect):
+            if not only_reads(element.name, dialect):
                 return None
     return frozenset(tables)
 
@@ -414,42 +413,6 @@ def _constraints_on(table: Table) -> Iterator[Any]:
 
 # -- text --------------------------------------------------------------------------------------
 
-
-def _quoting(comment: str) -> re.Pattern[str]:
-    return re.compile(
-        rf"(?P<name>\"[^\"]*\"|`[^`]*`)|(?P<comment>{comment}|/\*.*?\*/)"
-        r"|'(?:[^'\\]|''|\\.)*'|(?<![\w$])\$(?P<tag>\w*)\$.*?\$(?P=tag)\$",
-        re.DOTALL,
-    )
-
-
-_QUOTED = _quoting(r"--[^\n]*")
-_MYSQL_QUOTED = _quoting(r"--(?=\s|$)[^\n]*|\#[^\n]*")
-
-
-def _bare(text: str, dialect: str) -> str:
-    """Return text without strings and comments; a quoted name is one that nobody knows."""
-    return (_MYSQL_QUOTED if dialect in _MYSQL else _QUOTED).sub(
-        lambda m: " _quoted_name_ " if m["name"] else " " if m["comment"] else " '' ", text
-    )
-
-
-def _hides(text: str) -> bool:
-    """Whether anything in the text may hide what it does: an escape, an executable comment."""
-    return "\\" in text or "/*!" in text or "/*M!" in text
-
-
-_WRITING = re.compile(
-    r"\b(insert|update|delete|merge|into|call|do|copy|create|alter|drop|truncate|execute|import"
-    r"|refresh|grant|revoke|rename|attach|detach|load|handler)\b|\breplace\b(?!\s*\()",
-    re.IGNORECASE,
-)
-_CALLS = re.compile(r"([\w.]+)\s*\(")
-_LOCKS = re.compile(r"\bfor\s+(no\s+key\s+)?update\b", re.IGNORECASE)
-_TEMPORARY = re.compile(r"\btemp(orary)?\b", re.IGNORECASE)
-"""What may put another table in front of the one that a name means elsewhere."""
-_MOVES = re.compile(r"search_path|\bschema\b|\brole\b|\bauthorization\b|set_config\s*\(\s*[^'\s]")
-
 #: First words of statements that write no row.
 _QUIET: Final = frozenset(
     """show set reset begin start savepoint release rollback lock unlock pragma describe desc
@@ -464,16 +427,6 @@ _COMMIT_ON_MYSQL: Final = frozenset("set reset begin start lock unlock analyze".
 _UNSEEN = re.compile(r"set\s+statement\b|xa\s+commit\b|commit\s+prepared\b")
 
 
-def _only_reads(text: str, dialect: str) -> bool:
-    """Whether text can be seen to write nothing: no writing word, and known functions only."""
-    if _hides(text):
-        return False
-    bare = _LOCKS.sub(" ", _bare(text, dialect))
-    if _WRITING.search(bare) or ";" in bare.strip().rstrip(";"):
-        return False
-    return all(name.lower() in READING_FUNCTIONS for name in _CALLS.findall(bare))
-
-
 def _text(text: str, dialect: str) -> Writes:
     known = _by_text.get((dialect, text))
     if known is None:
@@ -484,14 +437,14 @@ def _text(text: str, dialect: str) -> Writes:
 
 
 def _read_text(text: str, dialect: str) -> Writes:
-    mysql = dialect in _MYSQL
-    bare = _bare(text, dialect).strip().lstrip("( ").lower()
-    word = re.match(r"\w*", bare)
+    mysql = dialect in MYSQL
+    words = bare(text, dialect).strip().lstrip("( ").lower()
+    word = re.match(r"\w*", words)
     first = word.group() if word else ""
-    single = ";" not in bare.rstrip(";").rstrip() and not _hides(text)
+    single = ";" not in words.rstrip(";").rstrip() and not hides(text)
     commits = mysql and first in _COMMIT_ON_MYSQL
-    moves = first == "use" or _MOVES.search(text.lower()) is not None
-    if single and first in _QUIET and not _UNSEEN.match(bare):
+    moves = first == "use" or MOVES.search(text.lower()) is not None
+    if single and first in _QUIET and not _UNSEEN.match(words):
         return Writes(
             opaque=commits,
             # LOCK TABLES outlives the transaction.
@@ -500,9 +453,9 @@ def _read_text(text: str, dialect: str) -> Writes:
             moves=first in _SETS and moves,
             locks=first == "lock",
         )
-    if first in _READS and _only_reads(text, dialect):
-        sets = "set_config" in bare
+    if first in _READS and only_reads(text, dialect):
+        sets = "set_config" in words
         return Writes(opaque=commits, sets=sets, moves=sets and moves)
-    if single and first in _ENDS and not _UNSEEN.match(bare):
+    if single and first in _ENDS and not _UNSEEN.match(words):
         return Writes(opaque=True)
-    return replace(ANYTHING, sets=_TEMPORARY.search(bare) is not None)
+    return replace(ANYTHING, sets=TEMPORARY.search(words) is not None)
