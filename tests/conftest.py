@@ -11,11 +11,11 @@ fixture                    what a test gets
 ``mariadb``                a MariaDB server, where the environment names one (see tests/mariadb.py)
 ``mariadb_url``            the URL of an empty MariaDB database of its own, bytewise collation
 ``database_url``           the test runs twice: ``sqlite_url``, ``postgres_url``; with the marker
-                           ``mariadb`` a third time: ``mariadb_url``
+                           ``every_database`` a third time: ``mariadb_url``
 ``async_database_url``     the same with the drivers aiosqlite, asyncpg and asyncmy
 ========================== ======================================================================
 
-MariaDB has a marker because a third run of everything would take minutes. It is on what a
+MariaDB needs that marker because a third run of everything would take minutes. It is on what a
 database can make wrong: write paths, the ends of transactions, races, isolation. What comes after
 that (planning, answering, messages) is the same code for all, and what only MariaDB has is tested
 in ``integration/test_mariadb.py``.
@@ -38,7 +38,7 @@ from tests.postgres import Postgres, running_postgres
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test on each kind of database."""
     kinds = ["sqlite", "postgresql"]
-    if metafunc.definition.get_closest_marker("mariadb"):
+    if metafunc.definition.get_closest_marker("every_database"):
         kinds.append("mariadb")
     for name in ("database", "database_url"):
         if name in metafunc.fixturenames:

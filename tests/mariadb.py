@@ -1,8 +1,9 @@
 """A real MariaDB server for the tests, and fresh databases on it.
 
 The server is the one whose URL is in ``SA_TABLECACHE_TEST_MARIADB_URL``, such as
-``mysql+pymysql://root@127.0.0.1:3306/test``; its role must be allowed to create databases. Without
-that variable the tests that need it are skipped: there is no embedded MariaDB. ``.ci/run`` sets it.
+``mysql+pymysql://root@127.0.0.1:3306/test``; its role must be allowed to create databases and
+users, and to see and kill all connections. Without that variable the tests that need it are
+skipped: there is no embedded MariaDB. ``.ci/run`` sets it.
 
 What is a schema elsewhere is a database here, one of the whole server. Each process of the tests
 therefore has a schema with a name of its own (``DEPOT`` of the zoo).

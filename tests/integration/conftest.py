@@ -4,7 +4,8 @@
 fixture        what a test gets
 ============== ================================================================================
 ``database``   a :class:`~tests.integration.databases.Database`; the test runs twice: on an
-               SQLite file, on PostgreSQL; with the marker ``mariadb`` on MariaDB, too
+               SQLite file, on PostgreSQL; with the marker ``every_database`` on
+               MariaDB, too
 ``sqlite``     the first of them
 ``postgresql`` the second of them
 ``linguistic`` the same, with a collation under which text does not sort by bytes

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import cache as remembered
 from typing import Any, Self
 
 import pytest
@@ -38,7 +39,7 @@ from sqlalchemy.pool import NullPool
 from sa_tablecache import AsyncTableCache, CachedView, ScoreIndex, TableCache, ViewDefinitionError
 from tests.conftest import asynchronous
 from tests.integration.checking import counting
-from tests.mariadb import Mariadb
+from tests.mariadb import Mariadb, disconnect_all
 
 
 class Base(DeclarativeBase):
@@ -92,10 +93,18 @@ class Events(CachedView):
 VIEWS = (Books, Events)
 
 
+@pytest.fixture(scope="module")
+def module_url(mariadb: Mariadb) -> Iterator[URL]:
+    """A database for all tests of this module."""
+    with mariadb.database() as url:
+        yield url
+
+
 @pytest.fixture
-def url(mariadb_url: URL) -> URL:
-    """A database with two shelves and three books."""
-    with outside(mariadb_url) as connection:
+def url(module_url: URL) -> URL:
+    """A database with two shelves and three books, and nothing else."""
+    with outside(module_url) as connection:
+        _empty(connection)
         Base.metadata.create_all(connection)
         connection.execute(
             insert(Shelf), [{"code": "A", "title": "Art"}, {"code": "B", "title": "Birds"}]
@@ -108,15 +117,36 @@ def url(mariadb_url: URL) -> URL:
                 {"id": 3, "title": "three", "shelf_code": None},
             ],
         )
-    return mariadb_url
+    return module_url
+
+
+def _empty(connection: Connection) -> None:
+    """Drop all that a test has left, whoever is still connected."""
+    database = str(connection.engine.url.database)
+    disconnect_all(connection, database)
+    connection.exec_driver_sql("SET foreign_key_checks = 0")
+    for kind, name in connection.execute(
+        text(
+            "SELECT if(table_type = 'VIEW', 'VIEW', 'TABLE'), table_name"
+            " FROM information_schema.tables WHERE table_schema = database() UNION"
+            " SELECT routine_type, routine_name FROM information_schema.routines"
+            " WHERE routine_schema = database()"
+        )
+    ).all():
+        connection.exec_driver_sql(f"DROP {kind} {name}")
+    connection.exec_driver_sql("SET foreign_key_checks = 1")
 
 
 @contextmanager
 def outside(url: URL) -> Iterator[Connection]:
     """Lend a connection that nothing is attached to, in AUTOCOMMIT mode."""
-    engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
-    with engine.connect() as connection:
+    with _bystander(url).connect() as connection:
         yield connection
+
+
+@remembered
+def _bystander(url: URL) -> Engine:
+    return create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
 
 
 @pytest.fixture
@@ -161,19 +191,20 @@ RENAME = update(Book).where(Book.id == 1).values(title="renamed")
 
 
 @pytest.mark.parametrize(
-    "ending",
+    ("ending", "end"),
     [
-        "CREATE TABLE other (id int)",
-        "ALTER TABLE event ADD COLUMN note int",
-        "START TRANSACTION",
-        "BEGIN",
-        "SET autocommit = 1",
-        "LOCK TABLES shelf READ",
-        "ANALYZE TABLE shelf",
-        "COMMIT",
+        ("CREATE TABLE other (id int)", "commit"),
+        ("CREATE TABLE other (id int)", "rollback"),
+        ("CREATE TABLE other (id int)", "close"),
+        ("ALTER TABLE event ADD COLUMN note int", "rollback"),
+        ("START TRANSACTION", "rollback"),
+        ("BEGIN", "close"),
+        ("SET autocommit = 1", "close"),
+        ("LOCK TABLES shelf READ", "rollback"),
+        ("ANALYZE TABLE shelf", "commit"),
+        ("COMMIT", "rollback"),
     ],
 )
-@pytest.mark.parametrize("end", ["commit", "rollback", "close"])
 def test_what_commits_implicitly_is_seen_at_once(
     engine: Engine, cache: TableCache, ending: str, end: str
 ):
@@ -244,8 +275,9 @@ async def test_an_asynchronous_transaction_begun_by_hand(url: URL):
     await engine.dispose()
 
 
-@pytest.mark.parametrize("kind", ["MyISAM", "Aria"])
-@pytest.mark.parametrize("end", ["commit", "rollback", "close"])
+@pytest.mark.parametrize(
+    ("kind", "end"), [("MyISAM", "commit"), ("MyISAM", "rollback"), ("Aria", "close")]
+)
 def test_tables_without_transactions(url: URL, engine: Engine, kind: str, end: str):
     """What is written there is visible at once, and no rollback takes it back."""
     with outside(url) as connection:
@@ -339,6 +371,9 @@ def test_xa_by_hand(engine: Engine, cache: TableCache):
         text("DELETE book, shelf FROM book JOIN shelf ON shelf_code = code"),
         text("ANALYZE UPDATE book SET title = 'analysed'"),
         text("ANALYZE FORMAT=JSON DELETE FROM book WHERE id = 3"),
+        text("SET STATEMENT max_statement_time = 9 FOR UPDATE book SET title = 'set'"),
+        text("BEGIN NOT ATOMIC UPDATE book SET title = 'block'; END"),
+        text("EXECUTE IMMEDIATE concat('UPDATE book SET title = ', quote('executed'))"),
         text("DO bump()"),
         text("SELECT 1--1, bump()"),
         text("SELECT 1 # '\n , bump() # '"),
@@ -350,10 +385,7 @@ def test_xa_by_hand(engine: Engine, cache: TableCache):
     ],
     ids=lambda statement: str(statement.compile(dialect=mysql.dialect()))[:60],
 )
-@pytest.mark.parametrize("autocommit", [True, False])
-def test_statements_that_only_mariadb_has(
-    url: URL, engine: Engine, statement: Any, *, autocommit: bool
-):
+def test_statements_that_only_mariadb_has(url: URL, engine: Engine, statement: Any):
     """However it is said, what is written is read."""
     with outside(url) as connection:
         for ddl in (
@@ -364,12 +396,27 @@ def test_statements_that_only_mariadb_has(
         ):
             connection.exec_driver_sql(ddl)
     with loaded(engine, Books) as cache, engine.connect() as connection:
-        if autocommit:
-            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
         connection.execute(statement)
-        if autocommit:
-            agrees(cache)
         connection.commit()
+        agrees(cache)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        RENAME,
+        text("ANALYZE UPDATE book SET title = 'analysed'"),
+        text("SET STATEMENT max_statement_time = 9 FOR UPDATE book SET title = 'set'"),
+        mysql.insert(Book).values(id=1, title="x").on_duplicate_key_update(title="changed"),
+    ],
+    ids=["UPDATE", "ANALYZE", "SET STATEMENT", "ON DUPLICATE KEY"],
+)
+def test_each_statement_in_autocommit_mode_is_seen_at_once(
+    engine: Engine, cache: TableCache, statement: Any
+):
+    """Nothing has to end first."""
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(statement)
         agrees(cache)
 
 

@@ -30,7 +30,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 from sa_tablecache import AsyncTableCache, CachedView, ScoreIndex, TableCache, bypass_cache
 from sa_tablecache.table import CachedTable
 
-pytestmark = pytest.mark.mariadb
+pytestmark = pytest.mark.every_database
 
 
 class Base(DeclarativeBase):

@@ -175,7 +175,7 @@ def test_text_that_mariadb_folds_is_the_databases(folding: Database, name: str, 
     run(folding, name, seed, whole=True)
 
 
-@pytest.mark.mariadb
+@pytest.mark.every_database
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", ASYNCHRONOUS)
 async def test_asynchronous_answers_are_the_databases(database: Database, name: str, seed: int):
