@@ -66,6 +66,8 @@ class Comparison:
             self._check_sent_as(type_, value)
         if kind is int and float in self.accepts and abs(value) <= EXACT_FLOATS:
             return float(value)
+        if kind is int and Decimal in self.accepts:
+            return Decimal(value)
         if kind not in self.accepts:
             raise Inexact(f"a {kind.__name__} is not what this column holds")
         if kind is float or kind is Decimal:
@@ -92,7 +94,7 @@ class Comparison:
             low, high = _integer_bounds(type_)
             if type(value) is int and low <= value <= high:
                 return
-        elif isinstance(mine, types.Float) and type_._static_cache_key in _PLAIN_INTEGER:
+        elif isinstance(mine, types.Numeric | types.Float) and type(type_) is types.Integer:
             if type(value) is int and abs(value) < 2**31:
                 return
         elif type(type_) in _SENT_ALIKE.get(_kind(mine), ()):
@@ -105,6 +107,8 @@ class Comparison:
             self.accepts == other.accepts
             and self.normalise is other.normalise
             and self.collation == other.collation
+            # One may be a type of the database's own, and the other text.
+            and not isinstance(self.type, types.Enum)
         )
 
 
@@ -167,8 +171,6 @@ _MYSQL_NAMES: Final[dict[type, tuple[str, ...]]] = {
 
 #: Python types whose values sort among themselves.
 _SORTABLE: Final = (int, float, str, bytes, dt.date, dt.time, dt.timedelta, uuid.UUID, Decimal)
-
-_PLAIN_INTEGER: Final = (types.Integer()._static_cache_key,)
 
 #: Types of parameters that drivers send alike.
 _SENT_ALIKE: Final[dict[type, tuple[type, ...]]] = {

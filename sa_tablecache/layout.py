@@ -264,6 +264,10 @@ class Layout:
             result = result | clause
         return [result]
 
+    def knows_zone(self, name: str) -> bool:
+        """Whether a column has no aware datetimes, or their time zone was seen."""
+        return self.columns.comparisons[name].normalise is None or name in self.loader.zones
+
     # -- records for readers ---------------------------------------------------------------------
 
     def given(self, records: list[Record]) -> list[Record]:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import tzinfo
 from typing import Any, cast
 
 from sqlalchemy import (
@@ -40,7 +41,7 @@ from sqlalchemy.sql import ColumnElement
 from sqlalchemy.types import NullType
 
 from .analysis import ViewPlan
-from .comparison import Comparison
+from .comparison import Comparison, to_utc
 from .exc import TableCacheError, UnsuitableEngine
 
 log = logging.getLogger(__name__)
@@ -198,12 +199,16 @@ class Loader:
         self._normalise: list[Callable[[Any], Any] | None] = [
             comparisons[name].normalise for name in self.columns
         ]
+        self.zones: dict[str, tzinfo] = {}
+        """The time zones in which the driver gives aware datetimes, by column."""
         self._stored: list[Any] = list(self.clauses)
         """What is selected: of some columns the stored values, to be converted here."""
         self._types: list[tuple[type, ...]] = [()] * len(self.columns)
         """The types that values may have, where a column may hold any; empty elsewhere."""
         sqlite = dialect.name == "sqlite"
         for at, (name, clause) in enumerate(zip(self.columns, self.clauses, strict=True)):
+            if self._normalise[at] is to_utc:
+                self._normalise[at] = self._noting_zone(name)
             converted = (Boolean, DateTime, Date, Time, Uuid) if sqlite else (Boolean,)
             if not comparisons[name].equality or dialect.name == "postgresql":
                 continue
@@ -219,6 +224,17 @@ class Loader:
     def statement(self, *criteria: ColumnElement[bool]) -> Any:
         """Return the SELECT that reads the records that meet the criteria."""
         return select(*self._stored).where(*criteria)
+
+    def _noting_zone(self, name: str) -> Callable[[Any], Any]:
+        """Return what brings datetimes to UTC and remembers where they came from."""
+        zones = self.zones
+
+        def in_utc(value: Any) -> Any:
+            if value is not None:
+                zones[name] = value.tzinfo
+            return to_utc(value)
+
+        return in_utc
 
     def _converter(self, name: str, type_: Any, dialect: Dialect) -> Callable[[Any], Any]:
         """Return what makes a value of a stored one, and notices one stored in another form."""

@@ -40,14 +40,13 @@ def _unless_refused(ask: Callable[[], Any]) -> Any:
         return Refused(error)
 
 
-def plain(value: Any) -> str:
-    """Return a value in a form that compares by type and content.
+def in_utc(value: Any) -> Any:
+    """Return a value as records have it: aware datetimes in UTC, whatever the connection's zone."""
+    return value.astimezone(UTC) if isinstance(value, datetime) and value.tzinfo else value
 
-    Aware datetimes are compared as instants: records have them in UTC (see the manual), while
-    drivers give them in the zone of the connection.
-    """
-    if isinstance(value, datetime) and value.tzinfo is not None:
-        value = value.astimezone(UTC)
+
+def plain(value: Any) -> str:
+    """Return a value in a form that compares by type and content, time zones included."""
     return f"{type(value).__name__} {value!r}"
 
 
@@ -73,6 +72,8 @@ class Arena:
         self.sources = {view: self._source(view) for view in self.views}
         self.kinds: Counter[str] = Counter()
         """How many questions were answered how."""
+        self.found = 0
+        """How many of the cache's answers had at least one row."""
         self.refused = 0
         """How many the database refused to answer, and the cache as well."""
 
@@ -178,13 +179,15 @@ class Arena:
                 if rows[table.name]:
                     connection.execute(table.insert(), rows[table.name])
 
-    def load(self, view: type[CachedView], what: Any) -> None:
-        """Load a view, or what a criterion says of it where an index can say that."""
-        try:
-            criteria = [] if what is None else [clause(what, self.columns(view))]
-            self.cache.load(view, *criteria)
-        except (NotExpressible, *_REFUSALS):
-            self.cache.load(view)
+    def cover(self, view: type[CachedView], steps: Sequence[tuple[str, Any]]) -> None:
+        """Load, extend and evict where an index can say the range; load all where none can."""
+        for step, what in steps:
+            try:
+                criteria = [] if what is None else [clause(what, self.columns(view))]
+                getattr(self.cache, step)(view, *criteria)
+            except NotExpressible:
+                if step == "load":
+                    self.cache.load(view)
 
     # -- questions ------------------------------------------------------------------------------
 
@@ -199,6 +202,7 @@ class Arena:
             return
         kind = read.kind if read is not None else "none"
         self.kinds[kind] += 1
+        self.found += bool(answer) and kind in ("hit", "partial")
         told = f"{question}\n{read}"
         refused = isinstance(answer, Refused) or isinstance(expected, Refused)
         assert not refused, f"{told}\n{answer}\ninstead of\n{expected}"
@@ -221,7 +225,9 @@ class Arena:
             result = connection.execute(statement)
             if question.kind in ("count", "query count", "exists"):
                 return result.scalar()
-            return [tuple(map(plain, row)) for row in result]
+            if question.kind in ("columns", "distinct"):
+                return [tuple(map(plain, row)) for row in result]
+            return [tuple(plain(in_utc(value)) for value in row) for row in result]
 
     def _select(self, question: Question, c: Mapping[str, Any], public: Sequence[Any]) -> Any:
         """Return a question as a SELECT over some columns."""

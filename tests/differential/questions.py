@@ -270,13 +270,27 @@ class Ask:
 
         return st.integers(0, len(names)).flatmap(bounded)
 
-    def load(self) -> st.SearchStrategy[Criterion | None]:
-        """What is loaded: everything, or a range of some index."""
-        names = {index.column_names[0] for index in self.view.__indexes__.values()}
-        some = st.sampled_from(sorted(names)).flatmap(
-            lambda name: st.one_of(_compare(self, name), _between(self, name), _in(self, name))
-        )
-        return st.one_of(st.none(), st.none(), some)
+    def coverage(self) -> st.SearchStrategy[list[tuple[str, Criterion | None]]]:
+        """What is loaded, and then extended and evicted: all, or ranges of some index."""
+        names = sorted({index.column_names[0] for index in self.view.__indexes__.values()})
+
+        def ranged(name: str) -> st.SearchStrategy[Criterion]:
+            value = self.plain_value(name)
+            # SQLAlchemy compares no truth values with < and >.
+            ops = ["=="] if type(self.types[name]).__name__ == "Boolean" else [*COMPARE]
+            compare = st.tuples(
+                st.just("compare"), st.just(name), st.sampled_from(ops), value, st.none()
+            )
+            between = st.tuples(st.just("between"), st.just(name), value, value, st.just(False))
+            several = st.lists(value, min_size=1, max_size=3).map(tuple)
+            among = st.tuples(st.just("in"), st.just(name), several, st.just(False))
+            null = st.tuples(st.just("null"), st.just(name), st.just(True))
+            return st.one_of(compare, between, compare, among, null)
+
+        some = st.sampled_from(names).flatmap(ranged)
+        first = st.tuples(st.just("load"), st.one_of(st.none(), some))
+        further = st.tuples(st.sampled_from(["extend", "extend", "evict"]), some)
+        return st.tuples(first, st.lists(further, max_size=2)).map(lambda t: [t[0], *t[1]])
 
 
 def _with_order(question: Question) -> Question:

@@ -256,4 +256,3 @@ def test_the_edges_of_statements(sqlite: Engine, statement: Any) -> None:
     ]
     with sqlite.connect() as connection:
         assert plain == answer(connection.execute)
-

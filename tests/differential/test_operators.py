@@ -92,7 +92,7 @@ def test_a_cached_answer_is_the_databases(url: URL, record_property: Any) -> Non
         arena.fill(data.draw(arena.rows(), "rows"))
         for view in arena.views:
             questions = arena.asks[view]
-            arena.load(view, data.draw(questions.load(), f"{view.__name__} loaded"))
+            arena.cover(view, data.draw(questions.coverage(), f"{view.__name__} covered"))
             for _ in range(7):
                 arena.check(data.draw(questions.question(), view.__name__))
 

@@ -190,7 +190,7 @@ class Text(str):
         (types.Integer(), [1, -1], [True, 1.0, "1", Decimal(1), Mood.GOOD]),
         (types.Boolean(), [True, False], [1, 0, "true"]),
         (types.Double(), [1.5, float("inf"), 7], [float("nan"), Decimal("1.5"), 2**60, True]),
-        (types.Numeric(8, 2), [Decimal("1.50")], [1.5, 1, Decimal("NaN")]),
+        (types.Numeric(8, 2), [Decimal("1.50"), 1], [1.5, True, Decimal("NaN")]),
         (types.String(), ["a", ""], [b"a", 1, "a\x00b", "\ud800", Text("a")]),
         (types.LargeBinary(), [b"a"], ["a", bytearray(b"a")]),
         (types.Date(), [NAIVE.date()], [NAIVE, "2013-01-01"]),
@@ -246,6 +246,7 @@ def test_what_a_parameter_is_sent_as_matters(type_: Any, sent_as: Any, value: An
     [
         (types.Double(), types.Integer(), 2),
         (types.Double(), types.Float(), 0.1),
+        (types.Numeric(8, 2), types.Integer(), 2),
         (types.Integer(), types.BigInteger(), 1),
         (types.BigInteger(), types.Integer(), 1),
         (types.Numeric(8, 2), types.Numeric(), Decimal("1.5")),
