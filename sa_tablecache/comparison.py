@@ -167,6 +167,7 @@ _MYSQL_NAMES: Final[dict[type, tuple[str, ...]]] = {
     types.Date: ("date",),
     types.Uuid: ("uuid", "char"),
     types.LargeBinary: ("varbinary", "tinyblob", "blob", "mediumblob", "longblob"),
+    types.VARBINARY: ("varbinary", "tinyblob", "blob", "mediumblob", "longblob"),
 }
 
 #: Python types whose values sort among themselves.
@@ -180,7 +181,8 @@ _SENT_ALIKE: Final[dict[type, tuple[type, ...]]] = {
     types.Boolean: (types.Boolean, types.BOOLEAN),
     types.Date: (types.Date, types.DATE),
     types.Time: (types.Time, types.TIME),
-    types.LargeBinary: (types.LargeBinary, types.BLOB),
+    types.LargeBinary: (types.LargeBinary, types.BLOB, types.VARBINARY),
+    types.VARBINARY: (types.LargeBinary, types.BLOB, types.VARBINARY),
 }
 
 
@@ -282,7 +284,7 @@ def _by_type(type_: types.TypeEngine[Any], dialect: str, stored: StoredColumn | 
             if not type_.as_uuid:
                 return Comparison(False, False, reason="a UUID read as text")
             return Comparison(True, dialect != "mysql", (uuid.UUID,))
-        case types.LargeBinary():
+        case types.LargeBinary() | types.VARBINARY():
             return Comparison(True, True, (bytes,))
     return _UNKNOWN
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import tzinfo
 from typing import Any, cast
 
 from sqlalchemy import (
+    VARBINARY,
     Boolean,
     Connection,
     Date,
@@ -60,7 +61,7 @@ READER = "sa_tablecache.reader"
 
 _IMMUTABLE = (
     Boolean, Date, DateTime, Enum, Float, Integer, Interval, LargeBinary, Numeric, String, Time,
-    Uuid,
+    Uuid, VARBINARY,
 )  # fmt: skip
 _SHARED = (Date, DateTime, Enum, Float, Integer, LargeBinary, String, Time, Uuid)
 
@@ -203,6 +204,8 @@ class Loader:
         """The time zones in which the driver gives aware datetimes, by column."""
         self._stored: list[Any] = list(self.clauses)
         """What is selected: of some columns the stored values, to be converted here."""
+        self._unsorted: dict[int, str] = {}
+        """Columns of text and bytes, and which values MariaDB does not sort as it compares."""
         self._types: list[tuple[type, ...]] = [()] * len(self.columns)
         """The types that values may have, where a column may hold any; empty elsewhere."""
         sqlite = dialect.name == "sqlite"
@@ -212,10 +215,16 @@ class Loader:
             converted = (Boolean, DateTime, Date, Time, Uuid) if sqlite else (Boolean,)
             if not comparisons[name].equality or dialect.name == "postgresql":
                 continue
+            if not sqlite and comparisons[name].order and str in comparisons[name].accepts:
+                self._unsorted[at] = "len({0}) > 256 or '\\x00' in {0}"
+            elif not sqlite and comparisons[name].order and bytes in comparisons[name].accepts:
+                self._unsorted[at] = "len({0}) > 1024"
             if isinstance(clause.type, converted):
                 self._stored[at] = type_coerce(clause, NullType())
                 self._normalise[at] = self._converter(name, clause.type, dialect)
-            elif sqlite and isinstance(clause.type, Integer | Float | String | LargeBinary):
+            elif sqlite and isinstance(
+                clause.type, Integer | Float | String | LargeBinary | VARBINARY
+            ):
                 accepts = comparisons[name].accepts
                 if not isinstance(clause.type, Enum):
                     self._types[at] = (*accepts, int) if float in accepts else accepts
@@ -269,6 +278,14 @@ class Loader:
         if how.equality or how.order:
             log.warning("view %s: %s is left to the database: %s", plan.name, name, reason)
             self._comparisons[name] = Comparison(False, False, reason=reason)
+
+    def _long(self, name: str, value: Any) -> None:
+        """Leave sorting by a column to MariaDB: it looks at max_sort_length bytes, not at NULs."""
+        how = self._comparisons[name]
+        if how.order:
+            reason = f"MariaDB does not sort values such as {value[:40]!r} as it compares them"
+            log.warning("view %s: %s is not sorted: %s", self.plan.name, name, reason)
+            self._comparisons[name] = replace(how, order=False, reason=reason)
 
     def _missing(self, *values: tuple[str, Any]) -> None:
         """Refuse a row that has a NULL where the model says that there is none."""
@@ -332,6 +349,9 @@ class Loader:
             if self._types[at]:
                 kinds = " and ".join(f"type({name}) is not {t.__name__}" for t in self._types[at])
                 body.append(f"if {kinds} and {name} is not None: odd({self.columns[at]!r}, {name})")
+            if at in self._unsorted:
+                test = self._unsorted[at].format(name)
+                body.append(f"if {name} and ({test}): long({self.columns[at]!r}, {name})")
             if not shared[at]:
                 continue
             if self._types[at]:  # and so 1 and 1.0 may both occur
@@ -363,6 +383,7 @@ class Loader:
             "Record": self.plan.view.__record__,
             "odd": self._odd,
             "missing": self._missing,
+            "long": self._long,
             **{f"normalise{at}": f for at, f in enumerate(self._normalise) if f is not None},
         }
         exec(source, scope)  # noqa: S102 - built from numbers and our own words only

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sqlalchemy import (
     Float,
     Integer,
+    LargeBinary,
     Numeric,
     String,
     and_,
@@ -153,9 +154,12 @@ class Ask:
 
     def value(self, name: str) -> st.SearchStrategy[Any]:
         """A value for a column: mostly one that it may hold, at times something else."""
-        own = st.sampled_from([*values_of(self.types[name], self.dialect)])
+        own = self.plain_value(name)
+        odd = ODD
+        if isinstance(self.types[name], LargeBinary):  # bytes(2**31) is two gigabytes
+            odd = [value for value in ODD if not isinstance(value, int)]
         return st.integers(0, 19).flatmap(
-            lambda n: own if n < 17 else st.none() if n == 17 else st.sampled_from(ODD)
+            lambda n: own if n < 17 else st.none() if n == 17 else st.sampled_from(odd)
         )
 
     def plain_value(self, name: str) -> st.SearchStrategy[Any]:
