@@ -14,15 +14,15 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self, cast
 
-from sqlalchemy import Engine, Table, inspect, select, text
-from sqlalchemy.orm import Mapper
+from sqlalchemy import Engine, Table, select, text
 from sqlalchemy.sql import ColumnElement
 
-from .analysis import plan_of, table_label, table_name
+from .analysis import TableName, plan_of, table_label, table_name
 from .answering import covered_candidate
-from .changes import ChangeSet, Marks
+from .changes import VIEW, ChangeSet, Marks
+from .commits import Backend
 from .comparison import Inexact
-from .events import Backend, unwatch, watch
+from .events import tables_of, unwatch, watch
 from .exc import Closed, CriteriaError, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
 from .figures import Estimate, Stats, estimate
@@ -31,7 +31,7 @@ from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
-from .statements import exact_value
+from .statements import cascades, exact_value
 from .table import CachedTable
 from .view import CachedView, ViewMeta
 
@@ -49,22 +49,21 @@ class Problem:
         return f"{self.view}: {self.what}"
 
 
-@dataclass(slots=True)
-class _Orphan:
-    """Leases of a COMMIT of which nobody knows how it ended."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lease:
+    """What one commit under way will mark, for each view that it concerns."""
 
-    tables: list[CachedTable]
+    marks: dict[CachedTable, Marks]
     changes: ChangeSet
+
+
+@dataclass(slots=True, eq=False)
+class _Orphan:
+    """The lease of a COMMIT of which nobody knows how it ended."""
+
+    lease: _Lease
     backend: Backend | None
     checked: float = 0.0
-
-
-@dataclass(slots=True)
-class _Lease:
-    """The views that one commit may touch."""
-
-    tables: list[CachedTable]
-    changes: ChangeSet
 
 
 class BaseTableCache:
@@ -87,6 +86,7 @@ class BaseTableCache:
         self._views: list[type[CachedView]] = []
         self._tables: dict[type[CachedView], CachedTable] = {}
         self._orphans: list[_Orphan] = []
+        self._side_effects: dict[TableName, frozenset[TableName]] = {}
         self._lock = Lock()
         self._closed = False
         if engine is not None:
@@ -275,10 +275,10 @@ class BaseTableCache:
             view: Any = target
             if what:
                 shape_of_criteria(view, what)
-            self.table(view).mark(Marks(view=True))
+            self.table(view).publish(frozenset({VIEW}))
             return
         changes = ChangeSet()
-        tables = _tables_of(target)
+        tables = tables_of(target)
         for table in tables:
             if not what:
                 changes.add_table(table_name(table))
@@ -298,6 +298,51 @@ class BaseTableCache:
                     changes.add_rows(table_name(table), [exact])
         assert self.engine is not None
         self.publish(changes, None)
+
+    def side_effects(self, source: Any, *, writes: Iterable[Any]) -> None:
+        """Say what the database itself writes when a row of a table is written: by triggers.
+
+        ::
+
+            cache.side_effects(Order, writes=[Stock])
+
+        From then on a commit that writes ``Order`` marks ``Stock`` too, all of it, and so on.
+        Foreign keys with ON DELETE and ON UPDATE need no such word. Emits no SQL.
+
+        :param source: a mapped class or a table.
+        :param writes: mapped classes and tables; none of them if it writes no table of a view,
+            which :meth:`check` would otherwise ask about.
+        :raises CriteriaError: for anything else.
+        """
+        targets: set[TableName] = set()
+        for model in writes:
+            for table in tables_of(model):
+                targets |= {table_name(table), *cascades(table, deleted=True, columns=None)}
+        for table in tables_of(source):
+            name = table_name(table)
+            self._side_effects[name] = self._side_effects.get(name, frozenset()) | targets
+
+    def affecting(self, tables: frozenset[TableName]) -> frozenset[TableName]:
+        """Return the tables of which a write reaches some tables: they, and by side effects."""
+        if not self._side_effects:
+            return tables
+        grew = True
+        while grew:
+            sources = {s for s, found in self._side_effects.items() if not found.isdisjoint(tables)}
+            grew = not sources <= tables
+            tables |= sources
+        return tables
+
+    def _add_side_effects(self, changes: ChangeSet) -> None:
+        """Add to changes what the database itself changed because of them."""
+        added = bool(self._side_effects)
+        while added:
+            added = False
+            for source, targets in self._side_effects.items():
+                if changes.touches([source]) and not targets <= changes.tables:
+                    for table in targets:
+                        changes.add_table(table)
+                    added = True
 
     def refresh(self, view: type[CachedView]) -> None:
         """Read again what is marked now, instead of before the next answer."""
@@ -323,6 +368,7 @@ class BaseTableCache:
                 )
                 for name, why in sorted(table.coarse.items(), key=lambda item: item[0][1])
             ]
+            problems += self._unseen(view, table)
             for index in view.__indexes__.values():
                 for name in index.column_names:
                     how = columns.comparisons[name]
@@ -337,6 +383,19 @@ class BaseTableCache:
                         )
         return problems
 
+    def _unseen(self, view: type[CachedView], table: CachedTable) -> list[Problem]:
+        """Return what writes tables in ways that nobody told the cache."""
+        return [
+            Problem(
+                view.__name__,
+                f"{table_label(name)} has triggers or rules, {', '.join(sorted(what.triggers))}, "
+                "and what they write is not seen: say it with cache.side_effects(Model, "
+                "writes=[...]), empty if they write no table of a view",
+            )
+            for name, what in sorted(table.set_up().automatic.items(), key=str)
+            if what.triggers and name not in self._side_effects
+        ]
+
     def explain(self, statement: Any) -> Explanation:
         """Say how a SELECT of a view would be answered now, and why. Runs nothing."""
         view = view_of(statement)
@@ -346,21 +405,42 @@ class BaseTableCache:
 
     # -- commits --------------------------------------------------------------------------------
 
+    def wanted(self, table: str) -> frozenset[str] | None:
+        """Return which columns of deleted rows of a table are wanted, if anything of it is."""
+        found = [t.wanted(table) for t in list(self._tables.values())]
+        known = [columns for columns in found if columns is not None]
+        return frozenset().union(*known) if known else None
+
+    def tables_named(self, name: str) -> list[Table]:
+        """Return the tables of the views' metadata with a name, in any schema and case."""
+        metadatas = {t.metadata for table in list(self._tables.values()) for t in table.base_tables}
+        return [
+            t for metadata in metadatas for t in metadata.tables.values() if t.name.lower() == name
+        ]
+
     def lease(self, changes: ChangeSet) -> _Lease:
-        """Take a lease on the views that the changes of a commit may touch."""
-        return _Lease([t for t in self._tables.values() if t.lease(changes)], changes)
+        """Take a lease on what the changes of a commit will mark."""
+        self._add_side_effects(changes)
+        marks = {}
+        for table in list(self._tables.values()):
+            found = table.marks_of(changes)
+            if found:
+                table.lease(found)
+                marks[table] = found
+        return _Lease(marks, changes)
 
     def publish(self, changes: ChangeSet, lease: _Lease | None) -> None:
         """Mark what a commit changed, and end its lease."""
-        leased = lease.tables if lease is not None else []
+        self._add_side_effects(changes)
+        leased = lease.marks if lease is not None else {}
         for table in list(self._tables.values()):
-            table.publish(changes, leased=table in leased)
+            table.publish(table.marks_of(changes), leased.get(table))
 
     def orphan(self, lease: _Lease, backend: Backend | None) -> None:
         """Keep a lease until the transaction of a lost connection has ended."""
-        if lease.tables:
+        if lease.marks:
             with self._lock:
-                self._orphans.append(_Orphan(lease.tables, lease.changes, backend))
+                self._orphans.append(_Orphan(lease, backend))
 
     def settle_orphans(self) -> None:
         """End the leases of commits that have ended by now: one SELECT for each, now and then."""
@@ -377,8 +457,7 @@ class BaseTableCache:
                     if orphan not in self._orphans:
                         continue
                     self._orphans.remove(orphan)
-                for table in orphan.tables:
-                    table.publish(orphan.changes, leased=True)
+                self.publish(orphan.lease.changes, orphan.lease)
 
     def _has_ended(self, orphan: _Orphan) -> bool:
         assert self._snapshots is not None
@@ -434,12 +513,3 @@ def shape_of_criteria(view: type[CachedView], criteria: Sequence[Any]) -> None:
         shape_of(select(view).where(*criteria))
     except Inexact:
         return
-
-
-def _tables_of(target: Any) -> list[Table]:
-    if isinstance(target, Table):
-        return [target]
-    mapper = inspect(target, raiseerr=False)
-    if not isinstance(mapper, Mapper):
-        raise CriteriaError(f"{target!r} is neither a cached view, nor a mapped class, nor a Table")
-    return [table for table in mapper.tables if isinstance(table, Table)]

@@ -1,7 +1,7 @@
 """What was written, and what of a view it may have made stale.
 
-In: a :class:`ChangeSet`, the tables and rows that one transaction wrote. Out: :class:`Marks`, for
-one view. Completeness comes before exactness: what has no exact keys marks whole tables, and a
+In: a :class:`ChangeSet`, the tables and rows that one transaction wrote. Out: *marks*, for one
+view. Completeness comes before exactness: what has no exact keys marks whole tables, and a
 superfluous mark costs one query, while a missing one would be a wrong answer.
 
 Pure: no SQL, no SQLAlchemy events.
@@ -9,34 +9,71 @@ Pure: no SQL, no SQLAlchemy events.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
 from .analysis import TableName
+from .groups import GroupPath
 
-RowKey: TypeAlias = tuple[object, ...]
+RowKey: TypeAlias = tuple[Any, ...]
 
 MOST_KEYS = 5_000
 """More changed rows of one table than this mark the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What one transaction did to one row of a table; by default nothing is known of it."""
+
+    columns: frozenset[str] | None = None
+    """The keys of the columns that were set, if all it did were UPDATEs that keep the key."""
+    before: tuple[Mapping[str, Any], ...] | None = None
+    """What the row was before, by column key, if that is known; empty if it did not exist.
+
+    A mapping may lack columns.
+    """
+
+    def then(self, later: Written) -> Written:
+        """Return both, one after the other."""
+        columns = (
+            None if self.columns is None or later.columns is None else self.columns | later.columns
+        )
+        before = self.before
+        if before is None and self.columns is not None and later.before is not None:
+            # What the first did not set was the same before it.
+            before = tuple(
+                {name: value for name, value in row.items() if name not in self.columns}
+                for row in later.before
+            )
+        return Written(columns, before)
+
+
+UNKNOWN: Final = Written()
 
 
 @dataclass(slots=True)
 class ChangeSet:
     """The rows that a transaction wrote; a table without known rows was written somewhere."""
 
-    rows: dict[TableName, set[RowKey]] = field(default_factory=dict)
+    rows: dict[TableName, dict[RowKey, Written]] = field(default_factory=dict)
     tables: set[TableName] = field(default_factory=set)
     everything: bool = False
 
-    def add_rows(self, table: TableName, keys: Iterable[RowKey]) -> None:
+    def add_rows(
+        self, table: TableName, keys: Iterable[RowKey], written: Written = UNKNOWN
+    ) -> None:
         """Note rows by primary key."""
         if table in self.tables:
             return
-        known = self.rows.setdefault(table, set())
-        known.update(keys)
+        known = self.rows.setdefault(table, {})
+        for key in keys:
+            earlier = known.get(key)
+            known[key] = written if earlier is None else earlier.then(written)
         if len(known) > MOST_KEYS:
             self.add_table(table)
+        elif not known:
+            del self.rows[table]
 
     def add_table(self, table: TableName) -> None:
         """Note a table of which any row may have changed."""
@@ -52,8 +89,19 @@ class ChangeSet:
         self.everything = self.everything or other.everything
         for table in other.tables:
             self.add_table(table)
-        for table, keys in other.rows.items():
-            self.add_rows(table, keys)
+        for table, rows in other.rows.items():
+            for key, written in rows.items():
+                self.add_rows(table, [key], written)
+
+    def forget_before(self) -> None:
+        """Forget what rows were before: a savepoint was rolled back, and their locks with it.
+
+        What it undid may be written by others, and by this transaction again. The rows stay noted:
+        a superfluous mark is harmless.
+        """
+        for rows in self.rows.values():
+            for key, written in rows.items():
+                rows[key] = Written(written.columns)
 
     def touches(self, tables: Iterable[TableName]) -> bool:
         """Whether one of the tables was written."""
@@ -63,33 +111,98 @@ class ChangeSet:
         return self.everything or bool(self.tables) or bool(self.rows)
 
 
+class Mark(NamedTuple):
+    """Records that may be stale: those of a base row, or (:data:`VIEW`) all of the view."""
+
+    table: TableName
+    key: RowKey
+    moves: bool = True
+    """Whether records may have come, gone, or changed their place in an index.
+
+    If not, exactly the stored records with the row in their lineage may be stale, and they are
+    where they were: answers without them are right.
+    """
+
+
+VIEW: Final = Mark((None, ""), ())
+"""The mark of a whole view."""
+
+
 @dataclass(frozen=True, slots=True)
-class Marks:
-    """What of one view may be stale: all of it, or the records with these rows in them."""
+class GroupMark:
+    """Records that may be stale because a row is, or was, in one of their groups."""
 
-    view: bool
-    rows: frozenset[tuple[TableName, RowKey]] = frozenset()
+    names: tuple[str, ...]
+    """Columns of the rendered view."""
+    values: RowKey
+    """What they are in these groups."""
+    moves: ClassVar[bool] = True
+    """A group may have come or gone, and so may any aggregate of it."""
 
-    def __bool__(self) -> bool:
-        return self.view or bool(self.rows)
+
+AnyMark: TypeAlias = Mark | GroupMark
+Marks: TypeAlias = frozenset[AnyMark]
+
+_THE_VIEW: Final[Marks] = frozenset({VIEW})
+_NONE: Final[Marks] = frozenset()
+
+
+def in_place(marks: Iterable[AnyMark]) -> frozenset[Mark]:
+    """Return the marks that leave records where they are."""
+    return frozenset(mark for mark in marks if isinstance(mark, Mark) and not mark.moves)
+
+
+@dataclass(frozen=True, slots=True)
+class Concern:
+    """What a view has to do with one of its tables."""
+
+    used: frozenset[str]
+    """The keys of the columns that the view's statement uses in any way."""
+    placing: frozenset[str]
+    """Those that decide which records there are, and where in an index."""
+    followed: bool = True
+    """Whether a changed row can be followed to the view's records, by its key or by groups."""
+    by_key: bool = True
+    """Whether its key leads to records, or to the groups that it is part of now."""
+    opaque: bool = False
+    """Whether an UPDATE may change columns that it does not name: generated ones, triggers."""
+    paths: tuple[GroupPath, ...] = ()
+    """How a changed row leads to groups."""
 
 
 def marks_of(
-    tables: frozenset[TableName], changes: ChangeSet, followed: frozenset[TableName]
+    tables: frozenset[TableName], concerns: Mapping[TableName, Concern], changes: ChangeSet
 ) -> Marks:
     """Return what changes mark of a view.
 
     :param tables: the tables that concern the view.
-    :param followed: the tables whose rows can be followed to the view's records by key.
+    :param concerns: what is known of them; a change of another marks the whole view.
     """
     if not changes.touches(tables):
-        return Marks(False)
+        return _NONE
     if changes.everything or not changes.tables.isdisjoint(tables):
-        return Marks(True)
-    rows: set[tuple[TableName, RowKey]] = set()
-    for table, keys in changes.rows.items():
-        if table in tables:
-            if table not in followed:
-                return Marks(True)
-            rows.update((table, key) for key in keys)
-    return Marks(False, frozenset(rows))
+        return _THE_VIEW
+    marks: set[AnyMark] = set()
+    for table, rows in changes.rows.items():
+        if table not in tables:
+            continue
+        concern = concerns.get(table)
+        if concern is None:
+            return _THE_VIEW
+        for key, written in rows.items():
+            columns = None if concern.opaque else written.columns
+            if columns is not None and columns.isdisjoint(concern.used):
+                continue
+            if not concern.followed:
+                return _THE_VIEW
+            # What it was before an UPDATE is pieced together from the columns that it names.
+            before = written.before if not (concern.opaque and written.before) else None
+            for path in concern.paths:
+                groups = path.of_key(key) if path.follows_from_key else path.before(columns, before)
+                if groups is None:
+                    return _THE_VIEW
+                marks.update(GroupMark(path.names, values) for values in groups)
+            if concern.by_key:
+                moves = columns is None or not columns.isdisjoint(concern.placing)
+                marks.add(Mark(table, key, moves))
+    return frozenset(marks)

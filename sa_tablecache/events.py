@@ -1,43 +1,56 @@
 """Listening to an engine: which transaction wrote what, and when it has ended.
 
-In: SQLAlchemy's engine and pool events. Out: calls of two methods of each subscriber (a cache):
-
-``lease(changes)``
-    a COMMIT that will publish these changes is about to be sent: answers that they could touch
-    come from the database until it is over;
-``publish(changes, lease)``
-    it is over: mark what changed and end the lease, in one step.
+In: SQLAlchemy's engine and pool events. Out: what each connection's transaction has written, noted
+in its :class:`.Transaction`, and calls of ``commits.py`` when it is about to end or has ended.
 
 Engine events see every statement of every session and connection, so nothing is missed whichever
-way it was written. SQLAlchemy's ``commit`` event fires *before* COMMIT and nothing fires after it
-for certain (not when the task is cancelled, say): so the dialect's ``do_commit`` is wrapped, once,
-by a function that looks for subscribers. It is never unwrapped, because others may have wrapped it
-since.
-
-The state of a transaction hangs on the pooled connection (``info``), where savepoints, several
-sessions on one connection, and outer transactions need no code at all: what counts is when the
-connection commits. Savepoints that are rolled back leave superfluous marks; that is harmless.
+way it was written. A statement is noted before it is executed, and what it wrote when it is over:
+then it is known whether it wrote any row at all, and which, where the statement did not name them.
+Savepoints that are rolled back leave superfluous marks; that is harmless.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import count
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, cast
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, Table, event, inspect
+from sqlalchemy.orm import Mapper
+from sqlalchemy.sql.dml import UpdateBase
 
-from .analysis import TableName
+from .analysis import TableName, table_name
 from .changes import ChangeSet
+from .commits import (
+    KEY,
+    Subscriber,
+    Transaction,
+    Underway,
+    orphan,
+    publish,
+    release,
+    take_leases,
+    transaction_of,
+    wrap_commit,
+)
+from .exc import CriteriaError
 from .loading import READER
-from .statements import Writes, inserted_rows, rows_of, writes_of
+from .returning import (
+    WRITES,
+    Rows,
+    ask_for_keys,
+    hide_rows,
+    read_rows,
+    returning_suffix,
+    suffixed_rows,
+    tells_keys,
+)
+from .statements import ANYTHING, NOTHING, Writes, cascades, rows_of, writes_of
 
-log = logging.getLogger(__name__)
-
-KEY: Final = "sa_tablecache.transaction"
+SUFFIXED: Final = "_sa_tablecache_suffixed"
+"""Attribute of the context of a statement behind which RETURNING was written."""
 RAW: Final = "sa_tablecache.raw"
 TAINTED: Final = "sa_tablecache.tainted"
 """In the connection's info: SET or the like ran, so that it may see what others do not.
@@ -53,121 +66,166 @@ def tick() -> int:
     return next(_ticks)
 
 
-class Subscriber(Protocol):
-    """What a cache does when an engine that it watches commits."""
-
-    def lease(self, changes: ChangeSet) -> Any:
-        """Take a lease on what the changes could touch."""
-
-    def publish(self, changes: ChangeSet, lease: Any) -> None:
-        """Mark what changed, and end the lease."""
-
-    def orphan(self, lease: Any, backend: Backend | None) -> None:
-        """Keep a lease of which nobody knows how its COMMIT ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """The server process of a connection, as PostgreSQL and MariaDB number them."""
-
-    pid: int
-
-
-@dataclass(slots=True)
-class Transaction:
-    """What the open transaction of one connection has written so far."""
-
-    changes: ChangeSet = field(default_factory=ChangeSet)
-    inserting: dict[int, TableName] = field(default_factory=dict)
-    """Tables of INSERTs under way, whose keys are known when they are done."""
-    leases: list[tuple[Subscriber, Any]] | None = None
-    began: int = 0
-    watcher: Watcher | None = None
-    backend: Backend | None = None
-    opaque: bool = False
-
-    def touches(self, tables: frozenset[TableName]) -> bool:
-        """Whether it wrote one of the tables."""
-        return self.changes.touches(tables) or not tables.isdisjoint(self.inserting.values())
-
-    def settle(self) -> None:
-        """Count INSERTs whose keys never became known as writes of any row."""
-        for table in self.inserting.values():
-            self.changes.add_table(table)
-        self.inserting.clear()
-
-
-def transaction_of(info: dict[Any, Any]) -> Transaction:
-    """Return the state of a connection's transaction."""
-    transaction: Transaction | None = info.get(KEY)
-    if transaction is None:
-        transaction = info[KEY] = Transaction()
-    return transaction
-
-
 class Watcher:
     """Watches one engine for any number of subscribers."""
 
     def __init__(self, engine: Engine) -> None:
         self.subscribers: list[Subscriber] = []
+        self.prepared: dict[Any, ChangeSet] = {}
+        """What prepared transactions have written, which any connection may commit."""
         for name in (
-            "before_cursor_execute", "after_cursor_execute", "after_execute", "handle_error",
-            "begin", "begin_twophase", "commit", "rollback", "commit_twophase", "rollback_twophase",
+            "after_cursor_execute", "handle_error",
+            "begin", "begin_twophase", "commit", "rollback", "rollback_savepoint",
+            "prepare_twophase", "commit_twophase", "rollback_twophase",
             "engine_connect", "checkout", "checkin",
         ):  # fmt: skip
             event.listen(engine, name, getattr(self, name))
-        _wrap_commit(engine.dialect)
+        for name in ("before_execute", "before_cursor_execute"):
+            event.listen(engine, name, getattr(self, name), retval=True)
+        # The result is as the caller expects it before anybody else looks at it.
+        event.listen(engine, "after_execute", self.after_execute, insert=True)
+        wrap_commit(engine.dialect)
 
     # -- statements -----------------------------------------------------------------------------
 
+    def before_execute(
+        self, connection: Connection, statement: Any, multiparams: Any, params: Any, options: Any
+    ) -> tuple[Any, Any, Any]:
+        """Have a statement tell which rows it writes, if somebody asks."""
+        if isinstance(statement, UpdateBase) and WRITES not in options:
+            table = statement.table
+            if isinstance(table, Table):
+                wanted = self._wanted(table.name)
+                if wanted is not None:
+                    statement = ask_for_keys(
+                        connection, statement, multiparams, params, options, wanted
+                    )
+        return statement, multiparams, params
+
+    def _wanted(self, table: str) -> frozenset[str] | None:
+        found = [w for w in (s.wanted(table) for s in self.subscribers) if w is not None]
+        return frozenset[str]().union(*found) if found else None
+
+    def _resolved(self, writes: Writes) -> Writes:
+        """Return what a text writes that names one table: one that is known, or anything."""
+        assert writes.table is not None
+        schema, name = writes.table
+        tables = {
+            table
+            for subscriber in self.subscribers
+            for table in subscriber.tables_named(name)
+            if schema is None or table.schema in (None, schema)
+        }
+        if not tables:  # a database view, say
+            return ANYTHING
+        further = frozenset(table_name(table) for table in tables)
+        for table in tables:
+            further |= cascades(table, deleted=True, columns=None)
+        return replace(writes, further=further)
+
     def before_cursor_execute(
-        self, connection: Connection, cursor: Any, statement: str, _: Any, context: Any, many: Any
-    ) -> None:
+        self,
+        connection: Connection,
+        cursor: Any,
+        statement: str,
+        parameters: Any,
+        context: Any,
+        many: Any,
+    ) -> tuple[str, Any]:
         """Note what a statement is about to write."""
         writes = writes_of(context, statement)
         if writes.sets:
             connection.info[TAINTED] = True
+        if writes.rolls_back and KEY in connection.info:
+            transaction_of(connection.info).changes.forget_before()
+        declared = None if context is None else context.execution_options.get(WRITES)
+        if declared is not None:
+            writes = _declared(writes, declared)
         if not writes and not writes.opaque:
-            return
+            return statement, parameters
+        if writes.kind == "text":
+            writes = self._resolved(writes)
         transaction = transaction_of(connection.info)
-        _note(transaction, writes, context, connection)
+        transaction.opaque = transaction.opaque or writes.opaque
+        keys = rows_of(writes, context)
+        suffix = ""
+        if writes.unnamed and writes.table is not None and declared is None:
+            if self._wanted(writes.table[1]) is not None:
+                suffix = returning_suffix(writes, context)
+        transaction.underway[id(context)] = Underway(
+            context,
+            writes,
+            {table: _names(table, connection) for table in _tables(writes)},
+            keys,
+            asks=keys is None and tells_keys(writes, context),
+            suffixed=bool(suffix),
+        )
         if _autocommits(connection):
-            _take_leases(self, transaction, connection)
+            # The rows are not known yet: the lease is on what they could be.
+            changes, transaction.changes = transaction.changes, ChangeSet()
+            underway = dict(transaction.underway)
+            transaction.settle()
+            take_leases(self.subscribers, transaction, connection)
+            transaction.changes, transaction.underway = changes, underway
+        return statement + suffix, parameters
 
     def after_cursor_execute(
         self, connection: Connection, cursor: Any, statement: str, _: Any, context: Any, many: Any
     ) -> None:
-        """Publish at once what no COMMIT will follow: AUTOCOMMIT, and what text may have ended."""
+        """Note what a statement wrote, unless its result is to tell."""
         transaction: Transaction | None = connection.info.get(KEY)
-        if transaction is None or not (transaction.changes or transaction.inserting):
+        if transaction is None:
             return
+        executed = transaction.underway.get(id(context))
+        if executed is None:
+            if transaction.changes:  # RELEASE of a savepoint commits on SQLite, say
+                self._publish_if_over(connection, transaction, NOTHING)
+            return
+        if executed.asks:
+            return
+        if executed.suffixed:
+            rows = suffixed_rows(executed.writes, context, cursor)
+            context.__dict__[SUFFIXED] = True
+            none = rows is not None and not rows.keys
+        else:
+            rows = None if executed.keys is None else Rows(executed.keys)
+            quiet = (
+                not context.compiled.effective_returning
+                if context.is_crud
+                else executed.writes.kind == "text" and cursor.description is None
+            )
+            none = quiet and not many and cursor.rowcount == 0
+        transaction.wrote(executed, rows, any_row=not none)
+        self._publish_if_over(connection, transaction, executed.writes)
+
+    def after_execute(
+        self, connection: Connection, statement: Any, _: Any, __: Any, ___: Any, result: Any
+    ) -> None:
+        """Note the rows that a result tells."""
+        transaction: Transaction | None = connection.info.get(KEY)
+        context = getattr(result, "context", None)
+        if transaction is None or context is None:
+            return
+        if SUFFIXED in context.__dict__:
+            hide_rows(context, result)
+        executed = transaction.underway.get(id(context))
+        if executed is not None:
+            rows = read_rows(executed.writes, context, statement, result)
+            transaction.wrote(executed, rows, any_row=rows is None or bool(rows.keys))
+            self._publish_if_over(connection, transaction, executed.writes)
+
+    def _publish_if_over(
+        self, connection: Connection, transaction: Transaction, writes: Writes
+    ) -> None:
+        """Publish at once what no COMMIT will follow: AUTOCOMMIT, and what text may have ended."""
         if _autocommits(connection) or (
             connection.dialect.name == "sqlite" and not _in_transaction(connection)
         ):
-            transaction.settle()
-            _publish(self, transaction)
+            publish(self.subscribers, transaction)
             transaction.changes = ChangeSet()
-        elif writes_of(context, statement).opaque:
-            transaction.settle()
-            for subscriber in self.subscribers:
+        elif writes.opaque:
+            for subscriber in list(self.subscribers):
                 subscriber.publish(transaction.changes, None)
-
-    def after_execute(
-        self, connection: Connection, _: Any, __: Any, ___: Any, ____: Any, result: Any
-    ) -> None:
-        """Note the keys that an INSERT gave its rows."""
-        transaction: Transaction | None = connection.info.get(KEY)
-        if transaction is None or not transaction.inserting:
-            return
-        context = getattr(result, "context", None)
-        if context is None or id(context) not in transaction.inserting:
-            return
-        table = transaction.inserting.pop(id(context))
-        keys = inserted_rows(writes_of(context, ""), context)
-        if keys is None:
-            transaction.changes.add_table(table)
-        else:
-            transaction.changes.add_rows(table, keys)
 
     def handle_error(self, context: Any) -> None:
         """Publish what a failed statement may have written where each statement commits."""
@@ -175,15 +233,16 @@ class Watcher:
         if connection is None or connection.invalidated or connection.closed:
             return
         transaction: Transaction | None = connection.info.get(KEY)
-        if transaction is not None and transaction.leases is not None:
-            transaction.settle()
+        if transaction is None:
+            return
+        transaction.settle()
+        if transaction.leases is not None:
             if not context.is_disconnect:
-                _publish(self, transaction)
+                publish(self.subscribers, transaction)
+                transaction.changes = ChangeSet()
             else:
                 # Where each statement commits, this one may do so yet.
-                for subscriber, lease in transaction.leases:
-                    subscriber.orphan(lease, transaction.backend)
-                transaction.leases = None
+                orphan(transaction, transaction.backend)
                 connection.info.pop(KEY, None)
 
     # -- transactions ---------------------------------------------------------------------------
@@ -196,6 +255,12 @@ class Watcher:
         """Note when a transaction began."""
         self.begin(connection)
 
+    def rollback_savepoint(self, connection: Connection, _name: Any, _context: Any) -> None:
+        """Forget what rows were before what is undone."""
+        transaction: Transaction | None = connection.info.get(KEY)
+        if transaction is not None:
+            transaction.changes.forget_before()
+
     def commit(self, connection: Connection) -> None:
         """Lease what COMMIT is about to make visible."""
         transaction = transaction_of(connection.info)
@@ -203,10 +268,26 @@ class Watcher:
             transaction.changes.add_everything()
         transaction.settle()
         if transaction.changes:
-            _take_leases(self, transaction, connection)
+            take_leases(self.subscribers, transaction, connection)
 
-    def commit_twophase(self, connection: Connection, _xid: Any, _prepared: Any) -> None:
+    def prepare_twophase(self, connection: Connection, xid: Any) -> None:
+        """Keep what is about to be prepared, for whoever commits it."""
+        transaction = transaction_of(connection.info)
+        if not transaction.began:
+            transaction.changes.add_everything()
+        transaction.settle()
+        self.prepared[xid] = transaction.changes
+
+    def commit_twophase(self, connection: Connection, xid: Any, prepared: Any) -> None:
         """Lease what COMMIT PREPARED is about to make visible."""
+        transaction = transaction_of(connection.info)
+        if prepared:
+            changes = self.prepared.pop(xid, None)
+            if changes is None:  # prepared by somebody else
+                transaction.changes.add_everything()
+            elif changes is not transaction.changes:
+                transaction.changes.update(changes)
+            transaction.began = transaction.began or tick()
         self.commit(connection)
 
     def rollback(self, connection: Connection) -> None:
@@ -220,12 +301,13 @@ class Watcher:
         if transaction.changes and (
             transaction.opaque or connection.dialect.name in ("mysql", "mariadb")
         ):
-            _publish(self, transaction)
+            publish(self.subscribers, transaction)
         else:
-            _release(transaction)  # taken for a COMMIT that was never sent
+            release(transaction)  # taken for a COMMIT that was never sent
 
-    def rollback_twophase(self, connection: Connection, _xid: Any, _prepared: Any) -> None:
+    def rollback_twophase(self, connection: Connection, xid: Any, _prepared: Any) -> None:
         """Forget what is rolled back."""
+        self.prepared.pop(xid, None)
         self.rollback(connection)
 
     # -- connections ----------------------------------------------------------------------------
@@ -249,31 +331,36 @@ class Watcher:
         elif transaction is not None:
             transaction.settle()
             if transaction.changes or transaction.leases is not None:
-                _publish(self, transaction)
+                publish(self.subscribers, transaction)
 
 
-def _note(transaction: Transaction, writes: Writes, context: Any, connection: Connection) -> None:
-    transaction.opaque = transaction.opaque or writes.opaque
-    if writes.anything:
-        transaction.changes.add_everything()
-        return
-    for table in writes.tables:
-        for name in _names(table, connection):
-            transaction.changes.add_table(name)
-    if writes.table is None:
-        return
-    names = _names(writes.table, connection)
-    keys = rows_of(writes, context)
-    if keys is not None:
-        for name in names:
-            transaction.changes.add_rows(name, keys)
-    elif len(names) > 1:
-        for name in names:
-            transaction.changes.add_table(name)
-    elif writes.inserts:
-        transaction.inserting[id(context)] = writes.table
-    else:
-        transaction.changes.add_table(writes.table)
+def _tables(writes: Writes) -> Iterable[TableName]:
+    own = frozenset() if writes.table is None else frozenset({writes.table})
+    return writes.tables | writes.further | own
+
+
+def _declared(writes: Writes, declared: Any) -> Writes:
+    """Return what a statement writes by the application's own word.
+
+    That replaces what cannot be read from it, and is added to what can.
+    """
+    tables = frozenset(table_name(table) for model in declared for table in tables_of(model))
+    if writes.anything or writes.opaque or writes.kind == "text":
+        return Writes(tables=tables, sets=writes.sets)
+    return replace(writes, tables=writes.tables | tables)
+
+
+def tables_of(target: Any) -> list[Table]:
+    """Return the tables of a mapped class, or a table itself.
+
+    :raises CriteriaError: for anything else.
+    """
+    if isinstance(target, Table):
+        return [target]
+    mapper = inspect(target, raiseerr=False)
+    if not isinstance(mapper, Mapper):
+        raise CriteriaError(f"{target!r} is neither a mapped class nor a Table")
+    return [table for table in mapper.tables if isinstance(table, Table)]
 
 
 def _names(table: TableName, connection: Connection) -> list[TableName]:
@@ -288,28 +375,6 @@ def _names(table: TableName, connection: Connection) -> list[TableName]:
     elif None in schemas and schema is not None:
         schemas.add(default)
     return [(s, name) for s in schemas]
-
-
-def _take_leases(watcher: Watcher, transaction: Transaction, connection: Connection) -> None:
-    if transaction.leases is None:
-        transaction.leases = []
-        transaction.backend = _backend_of(connection.connection)
-    transaction.watcher = watcher
-    transaction.settle()
-    for subscriber in list(watcher.subscribers):
-        transaction.leases.append((subscriber, subscriber.lease(transaction.changes)))
-
-
-def _publish(watcher: Watcher | None, transaction: Transaction) -> None:
-    """Mark what a transaction changed, and end its leases."""
-    leases, transaction.leases = transaction.leases, None
-    told = set()
-    for subscriber, lease in leases or ():
-        subscriber.publish(transaction.changes, lease)
-        told.add(id(subscriber))
-    for subscriber in list(watcher.subscribers) if watcher is not None else ():
-        if id(subscriber) not in told:
-            subscriber.publish(transaction.changes, None)
 
 
 def _autocommits(connection: Connection) -> bool:
@@ -334,107 +399,6 @@ def _began_by_hand(driver: Any) -> bool:
 
 def _in_transaction(connection: Connection) -> bool:
     return bool(cast("Any", connection.connection.driver_connection).in_transaction)
-
-
-# -- COMMIT ------------------------------------------------------------------------------------
-
-
-def _wrap_commit(dialect: Any) -> None:
-    """Have a dialect's COMMITs end leases, however they end themselves."""
-    if getattr(dialect.do_commit, "_sa_tablecache", False):
-        return
-    do_commit, do_commit_twophase = dialect.do_commit, dialect.do_commit_twophase
-
-    def commit(dbapi_connection: Any) -> None:
-        info = getattr(dbapi_connection, "info", None)
-        transaction = info.get(KEY) if isinstance(info, dict) else None
-        if not isinstance(info, dict) or transaction is None:
-            do_commit(dbapi_connection)
-        else:
-            _commit(
-                dialect, transaction, info, dbapi_connection, lambda: do_commit(dbapi_connection)
-            )
-
-    def commit_twophase(connection: Connection, *args: Any, **kwargs: Any) -> None:
-        transaction = connection.info.get(KEY)
-        if transaction is None:
-            do_commit_twophase(connection, *args, **kwargs)
-        else:
-            _commit(
-                dialect,
-                transaction,
-                connection.info,
-                connection.connection,
-                lambda: do_commit_twophase(connection, *args, **kwargs),
-            )
-
-    commit._sa_tablecache = True  # type: ignore[attr-defined]
-    dialect.do_commit = commit
-    dialect.do_commit_twophase = commit_twophase
-
-
-def _commit(
-    dialect: Any,
-    transaction: Transaction,
-    info: dict[Any, Any],
-    dbapi_connection: Any,
-    send: Callable[[], None],
-) -> None:
-    backend = _backend_of(dbapi_connection) if transaction.leases else None
-    try:
-        send()
-    except BaseException as error:
-        if transaction.leases is None:
-            raise
-        if dialect.name == "sqlite" and isinstance(error, Exception):
-            # The file is busy or full: nothing was committed, and the transaction is still open.
-            _release(transaction)
-        elif _server_refused(error):
-            _publish(None, transaction)
-            info.pop(KEY, None)
-        else:
-            # The COMMIT may land later, or never: whoever asks now must not trust the cache.
-            log.warning("a COMMIT ended in %r: its outcome is unknown", error)
-            for subscriber, lease in transaction.leases:
-                subscriber.orphan(lease, backend)
-            transaction.leases = None
-            info.pop(KEY, None)
-        raise
-    # Those too that began to watch since the lease was taken.
-    _publish(transaction.watcher, transaction)
-    info.pop(KEY, None)
-
-
-def _release(transaction: Transaction) -> None:
-    leases, transaction.leases = transaction.leases, None
-    for subscriber, lease in leases or ():
-        subscriber.publish(ChangeSet(), lease)
-
-
-def _server_refused(error: BaseException) -> bool:
-    """Whether the server itself answered that it did not commit."""
-    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-    if state:
-        return not str(state).startswith(("08", "57P"))
-    arguments: tuple[Any, ...] = error.args
-    lost = (2006, 2013, 2014, 2055, 4031)
-    return (
-        type(error).__module__.partition(".")[0] in ("pymysql", "MySQLdb", "mysql", "mariadb")
-        and bool(arguments)
-        and isinstance(arguments[0], int)
-        and arguments[0] not in lost
-    )
-
-
-def _backend_of(dbapi_connection: Any) -> Backend | None:
-    """Return the number of a connection's server process, which its driver knows."""
-    driver = getattr(dbapi_connection, "driver_connection", dbapi_connection)
-    for name in ("get_server_pid", "get_backend_pid", "thread_id"):
-        ask = getattr(driver, name, None)
-        if callable(ask):
-            return Backend(int(ask()))
-    pid = getattr(getattr(driver, "info", None), "backend_pid", None)
-    return None if pid is None else Backend(int(pid))
 
 
 _watchers: WeakKeyDictionary[Engine, Watcher] = WeakKeyDictionary()

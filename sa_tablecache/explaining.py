@@ -77,9 +77,7 @@ def _explained(
     if not state.coverage:
         return Explanation("miss", name, "nothing is loaded", coarse=coarse)
     question = ask(shape, parameters, columns)
-    if table.leased:
-        raise Inexact("a commit is under way")
-    reason = "" if table.current is not None else "after a refresh of what is marked"
+    reason = ""
     candidate, missing, kind = covered_candidate(layout, question, state), NOTHING, "hit"
     if candidate is None:
         partial = partial_candidate(layout, question, state)
@@ -87,6 +85,10 @@ def _explained(
             return Explanation("miss", name, f"the coverage is {state.coverage}", coarse=coarse)
         candidate, missing = partial
         kind, reason = "partial", "the gaps are fetched and merged"
+    if table.current is None or state.is_stale(candidate.index, candidate.intervals - missing):
+        if not table.refresh_needed:
+            raise Inexact("a commit is under way")
+        reason = reason or "after a refresh of what is marked"
     direction = index_direction(candidate, shape.orderings, columns)
     if direction is None or missing:
         check_sortable(shape.orderings, columns)

@@ -271,7 +271,8 @@ class Loader:
         plan, how = self.plan, self._comparisons[name]
         reason = f"it holds {value!r}, which is not how {how.type!r} is stored"
         lineage = {n for leaf in plan.leaves for n in (*leaf.hidden, *(leaf.visible or ()))}
-        if name in lineage or name in plan.key:
+        groups = {n for path in plan.paths for n in (*path.names, *path.stored)}
+        if name in lineage | groups or name in plan.key:
             raise TableCacheError(
                 f"view {plan.name}: {name} identifies rows, but {reason}: correct the value"
             )

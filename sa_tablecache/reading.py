@@ -35,7 +35,7 @@ from .exc import CriteriaError
 from .layout import Layout
 from .options import BypassCache
 from .orders import Record
-from .planner import Question, ask
+from .planner import Candidate, Question, ask
 from .scopes import database_reason
 from .scores import MAX, MIN, NULLS_LAST, Interval, IntervalSet
 from .shapes import Shape, shape_of, view_of
@@ -78,25 +78,24 @@ def remember(session: Any, table: CachedTable, kind: str, reason: str = "") -> N
 # -- what the cache can say --------------------------------------------------------------------
 
 
-def fresh_state(session: Session, cache: BaseTableCache, table: CachedTable) -> State | None:
-    """Return the state to answer from, refreshed if need be; ``None`` after noting why not."""
-    for _ in range(3):
-        state = table.current
-        if state is not None:
-            return state
-        if table.leased:
-            cache.settle_orphans()
-            if table.leased:
-                remember(session, table, "bypass", "a commit is under way")
-                return None
-        try:
-            table.refresh()
-        except Exception as error:
-            log.warning("view %s: refresh failed: %s", table.plan.name, error)
-            remember(session, table, "bypass", f"the refresh failed: {error}")
-            return None
-    remember(session, table, "bypass", "changes arrive faster than refreshes")
-    return None
+def _freshen(session: Session, cache: BaseTableCache, table: CachedTable) -> bool:
+    """Do what can be done for a reader whom marks or leases concern; note why, if nothing."""
+    if table.waits_for_commit or not table.refresh_needed:
+        cache.settle_orphans()
+        if table.waits_for_commit or (table.leased and not table.refresh_needed):
+            remember(session, table, "bypass", "a commit is under way")
+            return False
+    try:
+        table.refresh()
+    except Exception as error:
+        log.warning("view %s: refresh failed: %s", table.plan.name, error)
+        remember(session, table, "bypass", f"the refresh failed: {error}")
+        return False
+    return True
+
+
+ATTEMPTS = 3
+"""How often a reader refreshes before the database has to answer."""
 
 
 def answer(
@@ -121,29 +120,41 @@ def answer(
         reason = database_reason(session, cache, table)
         if reason is not None:
             raise Inexact(reason)
-        state = table.current
-        if state is None:
-            state = fresh_state(session, cache, table) if fetch else None
-            if state is None:
+        for _ in range(ATTEMPTS):
+            state = table.current
+            if state is not None:
+                if not state.coverage:
+                    if fetch:
+                        remember(session, table, "miss", "nothing is loaded")
+                    return None
+                layout = table.set_up()
+                question = ask(shape, parameters, layout.columns)
+                candidate = covered_candidate(layout, question, state)
+                if candidate is None:
+                    if not fetch:
+                        return None
+                    partial = partial_candidate(layout, question, state)
+                    if partial is None:
+                        remember(session, table, "miss", f"the coverage is {state.coverage}")
+                        return None
+                    found, missing = partial
+                    if not state.is_stale(found.index, found.intervals - missing):
+                        return _partial(session, table, statement, question, state, *partial)
+                elif not state.is_stale(candidate.index, candidate.intervals):
+                    rows = from_state(layout, question, state, candidate)
+                    remember(session, table, "hit")
+                    return Answer(rows, shape)
+            if not fetch or not _freshen(session, cache, table):
                 return None
-        if not state.coverage:
-            if fetch:
-                remember(session, table, "miss", "nothing is loaded")
-            return None
-        layout = table.set_up()
-        question = ask(shape, parameters, layout.columns)
-        candidate = covered_candidate(layout, question, state)
-        if candidate is not None:
-            rows = from_state(layout, question, state, candidate)
-            remember(session, table, "hit")
-            return Answer(rows, shape)
-        if not fetch:
-            return None
-        return _partial(session, table, statement, question, state)
+        remember(session, table, "bypass", OVERRUN)
+        return None
     except Inexact as reason:
         if fetch:
             remember(session, table, "bypass", str(reason))
         return None
+
+
+OVERRUN = "changes arrive faster than refreshes"
 
 
 def _partial(
@@ -152,15 +163,13 @@ def _partial(
     statement: Select[Any],
     question: Question,
     state: State,
+    candidate: Candidate,
+    missing: IntervalSet,
 ) -> Answer | None:
     """Fetch what storage lacks of an answer, and merge: one SELECT, in the session."""
     layout = table.set_up()
     columns = layout.columns
-    found = partial_candidate(layout, question, state)
-    if found is None:
-        remember(session, table, "miss", f"the coverage is {state.coverage}")
-        return None
-    candidate, missing = found
+    present = candidate.intervals - missing
     check_sortable(question.shape.orderings, columns)
     gaps = (
         select(table.view)
@@ -170,11 +179,11 @@ def _partial(
     if question.limit is not None and question.shape.orderings:
         gaps = gaps.order_by(*statement._order_by_clauses).limit(question.limit + question.offset)
     fetched = fetch_records(session, table.view, gaps)
-    if table.current is not state:
+    if not table.still_answers(state, candidate.index, present):
         # Something was written between the two halves: together they may be no answer at all.
         remember(session, table, "miss", "the view changed while gaps were fetched")
         return None
-    records = records_in(state, candidate.index, candidate.intervals - missing)
+    records = records_in(state, candidate.index, present)
     kept = filter_records(question.shape, candidate.residual, question, columns, records)
     rows = finished(layout, question, [*kept, *fetched], ordered=not question.shape.orderings)
     remember(session, table, "partial", f"{missing} was fetched")
@@ -233,30 +242,40 @@ def range_from_cache(
         reason = database_reason(session, cache, table)
         if reason is not None:
             raise Inexact(reason)
-        state = table.current
-        if state is None:
-            state = fresh_state(session, cache, table) if fetch else None
-            if state is None:
+        for _ in range(ATTEMPTS):
+            state = table.current
+            if state is not None:
+                if not state.coverage:
+                    if fetch:
+                        remember(session, table, "miss", "nothing is loaded")
+                    return None
+                layout, name = table.set_up(), read.by.name
+                interval = range_interval(layout, read, state)
+                covered = (
+                    state.coverage.everything
+                    or state.coverage.of(name).covers(interval)
+                    or _covered_otherwise(layout, read, state)
+                )
+                if not (covered or fetch):
+                    return None
+                if state.is_stale(name, (interval,)):
+                    pass
+                elif not covered:
+                    return _partial_range(session, table, read, state, interval)
+                else:
+                    order = state.storage.orders[name]
+                    if read.limit is None:
+                        records = order.between(interval)
+                        if read.descending:
+                            records.reverse()
+                    else:
+                        records = order.some(interval, read.limit, from_end=read.descending)
+                    remember(session, table, "hit")
+                    return layout.given(records)
+            if not fetch or not _freshen(session, cache, table):
                 return None
-        if not state.coverage:
-            if fetch:
-                remember(session, table, "miss", "nothing is loaded")
-            return None
-        layout = table.set_up()
-        name = read.by.name
-        interval = range_interval(layout, read, state)
-        if not state.coverage.everything and not state.coverage.of(name).covers(interval):
-            if not _covered_otherwise(layout, read, state):
-                return _partial_range(session, table, read, state, interval) if fetch else None
-        order = state.storage.orders[name]
-        if read.limit is None:
-            records = order.between(interval)
-            if read.descending:
-                records.reverse()
-        else:
-            records = order.some(interval, read.limit, from_end=read.descending)
-        remember(session, table, "hit")
-        return layout.given(records)
+        remember(session, table, "bypass", OVERRUN)
+        return None
     except Inexact as inexact:
         if fetch:
             remember(session, table, "bypass", str(inexact))
@@ -278,7 +297,7 @@ def _partial_range(
         intervals_clause(layout.score_columns(name), missing)
     )
     fetched = fetch_records(session, table.view, gaps)
-    if table.current is not state:
+    if not table.still_answers(state, name, present):
         remember(session, table, "miss", "the view changed while gaps were fetched")
         return None
     records = layout.given([r for i in present for r in order.between(i)]) + fetched

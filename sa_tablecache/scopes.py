@@ -14,7 +14,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
 
 from .cache import BaseTableCache
-from .events import KEY, TAINTED, Transaction, root_of
+from .commits import KEY, Transaction
+from .events import TAINTED, root_of
 from .table import CachedTable
 
 CONNECTIONS: Final = "sa_tablecache.connections"
@@ -50,7 +51,7 @@ def database_reason(session: Session, cache: BaseTableCache, table: CachedTable)
     for connection in connections:
         if connection.closed or connection.invalidated:
             continue
-        reason = _connection_reason(connection, table, engine)
+        reason = _connection_reason(connection, cache, table, engine)
         if reason is not None:
             return reason
     return None
@@ -106,9 +107,11 @@ def isolation_asked_for(engine: Engine) -> bool:
     return result
 
 
-def _connection_reason(connection: Connection, table: CachedTable, engine: Engine) -> str | None:
+def _connection_reason(
+    connection: Connection, cache: BaseTableCache, table: CachedTable, engine: Engine
+) -> str | None:
     transaction: Transaction | None = connection.info.get(KEY)
-    if transaction is not None and transaction.touches(table.tables):
+    if transaction is not None and transaction.touches(cache.affecting(table.tables)):
         return "the transaction wrote a table of the view"
     if connection.info.get(TAINTED):
         return "the connection ran SET or the like"

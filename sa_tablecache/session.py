@@ -350,8 +350,10 @@ class CacheSession(Session):
         if database_reason(self, _cache_of(self), table) is not None:
             return None
         state = table.current
-        found = None if state is None else state.storage.get(exact)
-        if found is None:
+        if state is None:
+            return None
+        found = state.storage.get(exact)
+        if found is None or state.is_stale("", (layout.orders[""].prefix(exact),)):
             return None
         reading.remember(self, table, "hit")
         return layout.given([found[0]])[0]

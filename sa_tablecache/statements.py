@@ -5,8 +5,9 @@ tables, or anything. The answer depends on the compiled statement alone but for 
 key, so that it is worked out once for each compiled statement.
 
 A row is known exactly where the statement names it: an INSERT with the whole primary key among its
-parameters, an UPDATE or DELETE whose WHERE pins it. All statements of a unit of work are such. Text
-names no table and counts as writing anything, unless it can be seen to only read.
+parameters, an UPDATE or DELETE whose WHERE pins it. All statements of a unit of work are such; what
+others wrote ``returning.py`` has the database tell. Text names no table and counts as writing
+anything, unless it can be seen to only read.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from __future__ import annotations
 import datetime as dt
 import re
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -56,16 +57,29 @@ class Writes:
     """What a compiled statement writes."""
 
     tables: frozenset[TableName] = frozenset()
-    """Tables of which any row may have changed."""
+    """Tables of which any row may have changed, by parts of the statement."""
     table: TableName | None = None
-    """The table of which it names the rows, or inserts rows that have their key afterwards."""
+    """The table that it inserts into, updates or deletes from itself."""
+    further: frozenset[TableName] = frozenset()
+    """Tables of which any row may have changed if it wrote a row of its table: cascades."""
+    kind: str = ""
+    """``insert``, ``upsert`` (an INSERT that may change or skip rows), ``update``, ``delete``.
+
+    ``text`` is an INSERT, UPDATE or DELETE of one table, whose name is all that is known of it.
+    """
     key: tuple[KeyColumn, ...] = ()
-    inserts: bool = False
+    """Where the primary key of the rows is found, if the statement names them."""
+    columns: frozenset[str] | None = None
+    """The columns that an UPDATE sets, if it keeps the key."""
+    unnamed: bool = False
+    """Whether SQLAlchemy does not fetch the keys of an INSERT: VALUES, SELECT, ON CONFLICT."""
     anything: bool = False
     opaque: bool = False
     """Whether it could have ended the transaction, or be undone by no rollback."""
     sets: bool = False
     """Whether it may have changed what the connection sees (SET and the like)."""
+    rolls_back: bool = False
+    """Whether it rolls back to a savepoint."""
     primary_key: tuple[Column[Any], ...] = field(default=(), compare=False)
 
     def __bool__(self) -> bool:
@@ -74,6 +88,7 @@ class Writes:
 
 NOTHING: Final = Writes()
 ANYTHING: Final = Writes(anything=True, opaque=True)
+ROLLBACK: Final = Writes(rolls_back=True)
 
 _by_compiled: WeakKeyDictionary[Any, Writes] = WeakKeyDictionary()
 _by_text: dict[str, Writes] = {}
@@ -82,7 +97,8 @@ _by_text: dict[str, Writes] = {}
 def writes_of(context: Any, statement: str) -> Writes:
     """Return what a statement about to be executed writes."""
     compiled = None if context is None else context.compiled
-    if compiled is None:
+    if compiled is None or (context.is_crud and statement.startswith("SELECT")):
+        # The second asks for the default of a column, in the context of the INSERT.
         return _text(statement)
     known = _by_compiled.get(compiled)
     if known is None:
@@ -115,16 +131,26 @@ def inserted_rows(writes: Writes, context: Any) -> list[RowKey] | None:
     rows = context.inserted_primary_key_rows
     if rows is None or len(rows) != len(context.compiled_parameters):
         return None
-    keys = []
-    for row in rows:
-        key = tuple(
-            exact_value(column, value)
-            for column, value in zip(writes.primary_key, row, strict=True)
-        )
-        if None in key:
-            return None
-        keys.append(key)
-    return keys
+    return _all_known(tuple(map(exact_value, writes.primary_key, row)) for row in rows)
+
+
+def returned_rows(writes: Writes, rows: Iterable[Any]) -> list[RowKey] | None:
+    """Return the keys of rows that RETURNING gave, or ``None`` if they are not known."""
+    return _all_known(
+        tuple(returned_value(row._mapping[column]) for column in writes.primary_key) for row in rows
+    )
+
+
+def _all_known(keys: Iterable[RowKey]) -> list[RowKey] | None:
+    result = list(keys)
+    return None if any(None in key for key in result) else result
+
+
+def returned_value(value: Any) -> Any:
+    """Return a value that the database gave back in the form in which records have it."""
+    if isinstance(value, dt.datetime) and value.tzinfo is not None:
+        return to_utc(value)
+    return value
 
 
 _EXACT: Final[tuple[tuple[type[types.TypeEngine[Any]], type], ...]] = (
@@ -159,7 +185,9 @@ def exact_value(column: Column[Any], value: Any) -> Any:
 
 def _read(compiled: Any, text: str) -> Writes:
     statement = compiled.statement
-    if isinstance(statement, SavepointClause | RollbackToSavepointClause | ReleaseSavepointClause):
+    if isinstance(statement, RollbackToSavepointClause):
+        return ROLLBACK
+    if isinstance(statement, SavepointClause | ReleaseSavepointClause):
         return NOTHING
     if isinstance(statement, TextClause):
         return _text(text)
@@ -169,19 +197,12 @@ def _read(compiled: Any, text: str) -> Writes:
         inside = _reading(statement, inside_of=statement)
         if inside is None:
             return ANYTHING
-        writes = _dml(statement, compiled)
-        return Writes(
-            tables=writes.tables | inside,
-            table=writes.table,
-            key=writes.key,
-            inserts=writes.inserts,
-            primary_key=writes.primary_key,
-        )
+        return replace(_dml(statement, compiled), tables=inside)
     if isinstance(statement, SelectBase):
-        tables = _reading(statement, inside_of=None)
-        if tables is None:
+        inside = _reading(statement, inside_of=None)
+        if inside is None:
             return ANYTHING
-        return Writes(tables=tables, sets="set_config" in text.lower())
+        return Writes(tables=inside, sets="set_config" in text.lower())
     return ANYTHING
 
 
@@ -213,22 +234,53 @@ def _dml(statement: Any, compiled: Any) -> Writes:
     name = table_name(table)
     primary_key = tuple(table.primary_key.columns)
     if isinstance(statement, Insert):
-        # ON CONFLICT, ON DUPLICATE KEY and OR REPLACE change rows that the statement does not name.
-        if statement._post_values_clause is not None or statement._prefixes or _replaces(table):
-            return Writes(tables=frozenset({name}) | cascades(table, deleted=True, columns=None))
-        if statement.select is not None or statement._multi_values or not primary_key:
-            return Writes(tables=frozenset({name}))
-        key = tuple(KeyColumn(column, (column.key,)) for column in primary_key)
-        return Writes(table=name, key=key, inserts=True, primary_key=primary_key)
+        if replaces(statement, table):
+            # Rows that the statement does not name are deleted.
+            others = frozenset({name}) | cascades(table, deleted=True, columns=None)
+            return Writes(table=name, further=others, kind="upsert")
+        if statement._post_values_clause is not None or statement._prefixes:
+            others = cascades(table, deleted=False, columns=None)
+            return Writes(
+                table=name, further=others, kind="upsert", unnamed=True, primary_key=primary_key
+            )
+        named = statement.select is None and not statement._multi_values
+        key = tuple(KeyColumn(column, (column.key,)) for column in primary_key) if named else ()
+        return Writes(
+            table=name, kind="insert", key=key, unnamed=not named, primary_key=primary_key
+        )
     deleted = isinstance(statement, Delete)
     written = (
         frozenset() if deleted else _written_columns(statement, table, compiled.column_keys or ())
     )
-    further = cascades(table, deleted=deleted, columns=written)
+    tables = cascades(table, deleted=deleted, columns=written)
     if not deleted:  # MySQL: UPDATE a, b SET b.x = ...
-        others = {getattr(column, "table", None) for column in statement._values or ()}
-        further |= {table_name(t) for t in others if isinstance(t, Table)} - {name}
-    pinned: dict[str, str] = {}
+        targets = {getattr(column, "table", None) for column in statement._values or ()}
+        tables |= {table_name(t) for t in targets if isinstance(t, Table)} - {name}
+    pins = pinned(statement, table)
+    keys: list[KeyColumn] = []
+    for column in primary_key:
+        if column.key not in pins:
+            keys = []
+            break
+        bound = pins[column.key]
+        names: tuple[str, ...] = (compiled.bind_names.get(bound, bound.key),)
+        if column.key in written:
+            names = (*names, column.key)
+        keys.append(KeyColumn(column, names))
+    moves_key = deleted or any(column.key in written for column in primary_key)
+    return Writes(
+        table=name,
+        further=tables,
+        kind="delete" if deleted else "update",
+        key=tuple(keys),
+        columns=None if moves_key else written,
+        primary_key=primary_key,
+    )
+
+
+def pinned(statement: Any, table: Table) -> dict[str, BindParameter[Any]]:
+    """Return the columns that the WHERE of an UPDATE or DELETE says are equal to a value."""
+    result: dict[str, BindParameter[Any]] = {}
     for criterion in statement._where_criteria:
         for conjunct in conjuncts(criterion):
             if isinstance(conjunct, BinaryExpression) and conjunct.operator is operators.eq:
@@ -239,18 +291,15 @@ def _dml(statement: Any, compiled: Any) -> Writes:
                     and table.c.get(left.key) is not None
                     and left.table == table
                 ):
-                    pinned[left.key] = compiled.bind_names.get(right, right.key)
-    keys = []
-    for column in primary_key:
-        if column.key not in pinned:
-            return Writes(tables=frozenset({name}) | further)
-        names: tuple[str, ...] = (pinned[column.key],)
-        if column.key in written:
-            names = (*names, column.key)
-        keys.append(KeyColumn(column, names))
-    if not keys:
-        return Writes(tables=frozenset({name}) | further)
-    return Writes(tables=further, table=name, key=tuple(keys), primary_key=primary_key)
+                    result[left.key] = right
+    return result
+
+
+def replaces(statement: Any, table: Table) -> bool:
+    """Whether an INSERT may delete other rows: REPLACE."""
+    return _replaces(table) or any(
+        "REPLACE" in str(prefix).upper() for prefix, _ in statement._prefixes
+    )
 
 
 def _replaces(table: Table) -> bool:
@@ -264,13 +313,24 @@ def _replaces(table: Table) -> bool:
 
 
 def _written_columns(statement: Any, table: Table, parameters: Sequence[str]) -> frozenset[str]:
-    """Return the columns that an UPDATE sets, by its values and by its parameters' names."""
+    """Return the columns that an UPDATE sets, by its values and by its parameters' names.
+
+    Those that are set by themselves are among them: ``onupdate``, generated columns.
+    """
     values = [
         *(statement._values or ()),
         *(column for column, _ in getattr(statement, "_ordered_values", None) or ()),
     ]
     names = {str(getattr(column, "key", column)) for column in values}
-    return frozenset(names | {name for name in parameters if name in table.c})
+    names.update(name for name in parameters if name in table.c)
+    names.update(
+        column.key
+        for column in table.c
+        if column.onupdate is not None
+        or column.server_onupdate is not None
+        or column.computed is not None
+    )
+    return frozenset(names)
 
 
 _references: WeakKeyDictionary[MetaData, tuple[int, dict[TableName, list[Any]]]] = (
@@ -331,10 +391,13 @@ _QUOTED = re.compile(
 )
 
 
+_UNKNOWN_NAME: Final = "_quoted_name_"
+
+
 def _bare(text: str) -> str:
     """Return text without strings and comments; a quoted name is one that nobody knows."""
     return _QUOTED.sub(
-        lambda m: " _quoted_name_ " if m["name"] else " " if m["comment"] else " '' ", text
+        lambda m: f" {_UNKNOWN_NAME} " if m["name"] else " " if m["comment"] else " '' ", text
     )
 
 
@@ -366,6 +429,27 @@ def _only_reads(text: str) -> bool:
     return all(name.lower() in READING_FUNCTIONS for name in _CALLS.findall(bare))
 
 
+_TARGET = re.compile(
+    r"(?:insert\s+(?:ignore\s+)?into|update(?:\s+only)?|delete\s+from(?:\s+only)?)\s+"
+    r"(?:(?P<schema>[a-z_]\w*)\.)?(?P<table>[a-z_]\w*)\s*"
+    r"(?:(?:as\s+)?(?!(?:set|where|values|select|default|using|returning)\b)[a-z_]\w*\s*)?"
+    r"(?=\(|$|(?:set|where|values|select|default|using|returning)\b)"
+)
+_HARMLESS = re.compile(
+    r"\bon\s+conflict\b|\bdo\s+(?:update|nothing)\b|\bon\s+duplicate\s+key\s+update\b"
+)
+
+
+def _target(bare: str) -> TableName | None:
+    """Return the one table that a text writes, if it can be seen that it writes no other."""
+    found = _TARGET.match(bare)
+    if found is None or _UNKNOWN_NAME in found.group():
+        return None
+    if not _only_reads(_HARMLESS.sub(" ", bare[found.end() :])):
+        return None
+    return found["schema"], found["table"]
+
+
 def _text(text: str) -> Writes:
     known = _by_text.get(text)
     if known is None:
@@ -374,11 +458,13 @@ def _text(text: str) -> Writes:
         first = word.group() if word else ""
         single = ";" not in bare.rstrip(";").rstrip() and "\\" not in text and "/*!" not in text
         if single and first in _QUIET:
-            known = Writes(sets=first in _SETS)
+            known = Writes(sets=first in _SETS, rolls_back=first == "rollback")
         elif first in _READS and _only_reads(text):
             known = Writes(sets="set_config" in bare)
         elif single and first in _ENDS:
             known = Writes(opaque=True)
+        elif single and (target := _target(bare)) is not None:
+            known = Writes(table=target, kind="text")
         else:
             known = Writes(anything=True, opaque=True)
         if len(_by_text) > 1_000:

@@ -1,15 +1,19 @@
 """One view's records in one cache: load, mark, refresh.
 
 The stages meet here. What readers see is one immutable :class:`State` (records and coverage
-together), replaced as a whole; they take no lock. ``_current`` is that state while it is *clean*,
-and ``None`` while anything is leased or marked, so that one attribute read decides whether the
-cache may answer.
+together), replaced as a whole; they take no lock. ``_current`` is that state, with the records that
+may be stale if there are some, and ``None`` while marks or leases could concern any answer, so that
+one attribute read decides whether the cache may answer.
 
 The protocol that keeps answers right, under any interleaving:
 
 * Before a COMMIT, what it will mark is leased; after it, one critical section adds the marks and
   ends the lease. From the moment a change is visible in the database until it is in the records,
-  the table is therefore not clean, and readers refresh or ask the database.
+  it is therefore marked or leased, and readers that it could concern refresh or ask the database.
+* A mark or lease that moves records concerns all readers. One *in place* (an UPDATE of columns
+  that decide nothing about which records there are, nor where) concerns only answers with the
+  records of its row. While no moving mark or lease is there, records, their places and their
+  lineage in storage are those of the database, so that storage itself says which these are.
 * Marks carry sequence numbers. A load or refresh notes the sequence (its token) *before* it opens
   its snapshot, so that the snapshot contains every change marked up to the token, and clears no
   mark that is newer.
@@ -26,32 +30,31 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import Future
 from threading import Lock
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 from .analysis import TableName, ViewPlan, table_label
 from .catalog import probe
-from .changes import ChangeSet, Marks, RowKey, marks_of
+from .changes import VIEW, AnyMark, ChangeSet, Mark, Marks, in_place, marks_of
 from .coverage import Coverage
-from .deltas import read_coverage, read_touched
+from .deltas import Touched, read_coverage, read_touched
 from .events import tick
 from .exc import DuplicateKey
 from .figures import Stats, stored_bytes
+from .freshness import Freshness
 from .layout import Layout
 from .loading import Progress, Rows, Snapshots
 from .orders import Hidden, Record
-from .scores import IntervalSet
+from .scores import Interval, IntervalSet
+from .stale import StaleRecords
 from .storage import Storage
+from .triggers import automatic
 from .turns import Turn, new_future, wait_for
+from .usage import base_tables
 
 log = logging.getLogger(__name__)
-
-Mark: TypeAlias = tuple[TableName, RowKey] | None
-"""A base row whose records may be stale; ``None`` marks the whole view."""
-
-SAMPLE = 1_000
-"""Rows that an estimate looks at."""
 
 
 class State(NamedTuple):
@@ -59,6 +62,12 @@ class State(NamedTuple):
 
     storage: Storage
     coverage: Coverage
+    stale: StaleRecords | None = None
+    """Those of the records that may be stale; ``None`` if none is."""
+
+    def is_stale(self, index: str, intervals: Iterable[Interval]) -> bool:
+        """Whether one of the records in the intervals of an index may be stale."""
+        return self.stale is not None and self.stale.touch(index, intervals)
 
 
 class CachedTable:
@@ -71,6 +80,7 @@ class CachedTable:
     def __init__(self, plan: ViewPlan, snapshots: Snapshots) -> None:
         self.plan = plan
         self.view = plan.view
+        self.base_tables = base_tables(plan)
         self._snapshots = snapshots
         self._in_task = bool(snapshots.dialect.is_async)
         self._lock = Lock()
@@ -85,13 +95,7 @@ class CachedTable:
         self._current: State | None = self._state
         self.changed_at = 0
         """When records, marks or leases changed last, as an :func:`.events.tick`."""
-        self._sequence = 0
-        self._pending: dict[Mark, int] = {}
-        self._oldest: float | None = None
-        self._leases = 0
-        self._log: list[tuple[int, Mark]] = []
-        """Marks made while loads or refreshes are under way, for when they are applied."""
-        self._underway: Counter[int] = Counter()
+        self._freshness = Freshness()
         self.counts: Counter[str] = Counter()
 
     # -- setting up -----------------------------------------------------------------------------
@@ -103,7 +107,8 @@ class CachedTable:
                 if self.layout is None:
                     with self._snapshots.open() as connection:
                         catalog = probe(connection, self.plan)
-                    layout = Layout(self.plan, catalog, self._snapshots.dialect)
+                        by_itself = automatic(connection, self.plan)
+                    layout = Layout(self.plan, catalog, self._snapshots.dialect, by_itself)
                     with self._lock:
                         self._set_state(State(layout.build(layout.no_rows()), Coverage()))
                         self.layout = layout
@@ -125,18 +130,37 @@ class CachedTable:
 
     # -- state ----------------------------------------------------------------------------------
 
-    def _set_state(self, state: State) -> None:
-        """Publish what readers see; only under the lock."""
-        self._state = state
+    def _set_state(self, state: State, added: Marks | None = None) -> None:
+        """Publish what readers see; only under the lock.
+
+        :param added: the marks and leases that came, if none went and the records are the same.
+        """
+        freshness, layout = self._freshness, self.layout
+        stale = state.stale
+        if added is None or freshness.clean:
+            stale = None
+        elif stale is not None:
+            stale.add(in_place(added))
+        blocked = freshness.blocked or (layout is None and not freshness.clean)
+        if stale is None and layout is not None and not (blocked or freshness.clean):
+            stale = StaleRecords(layout, state.storage, freshness.in_place())
+        self._state = State(state.storage, state.coverage, stale)
+        self._current = None if blocked else self._state
         self.changed_at = tick()
-        clean = not self._leases and not self._pending
-        self._current = state if clean else None
-        if not self._pending:
-            self._oldest = None
+
+    def _is_still(self, state: State) -> bool:
+        """Whether records and coverage are those of a state."""
+        now = self._state
+        return now.storage is state.storage and now.coverage is state.coverage
+
+    def still_answers(self, state: State, index: str, intervals: Iterable[Interval]) -> bool:
+        """Whether what an earlier state holds in intervals is still what readers may be given."""
+        now = self._current
+        return now is not None and self._is_still(state) and not now.is_stale(index, intervals)
 
     @property
     def current(self) -> State | None:
-        """What readers may be answered from; ``None`` while anything is leased or marked."""
+        """What readers may be answered from, beside its stale records; ``None`` for none."""
         return self._current
 
     @property
@@ -145,77 +169,68 @@ class CachedTable:
         return self._state
 
     @property
+    def refresh_needed(self) -> bool:
+        """Whether marks are pending."""
+        return bool(self._freshness.pending)
+
+    @property
     def leased(self) -> bool:
         """Whether a commit that touches the view is under way."""
-        return self._leases > 0
+        return self._freshness.leases > 0
 
-    def lease(self, changes: ChangeSet) -> bool:
-        """Have readers ask the database until :meth:`publish`; say whether it is concerned."""
-        if not changes.touches(self.tables):
-            return False
+    @property
+    def waits_for_commit(self) -> bool:
+        """Whether no refresh helps any reader, because a commit is under way."""
+        return self._freshness.waits_for_commit
+
+    def wanted(self, table: str) -> frozenset[str] | None:
+        """Return which columns of deleted rows of a table (in any schema) lead to records.
+
+        ``None`` if its rows are not followed to records at all.
+        """
+        return None if self.layout is None else self.layout.wanted.get(table)
+
+    def marks_of(self, changes: ChangeSet) -> Marks:
+        """Return what changes mark of the view."""
+        concerns = {} if self.layout is None else self.layout.concerns
+        return marks_of(self.tables, concerns, changes)
+
+    def lease(self, marks: Marks) -> None:
+        """Have readers whom these marks would concern ask the database until :meth:`publish`."""
         with self._lock:
-            self._leases += 1
-            self._set_state(self._state)
-        return True
+            self._freshness.lease(marks)
+            self._set_state(self._state, marks)
 
-    def publish(self, changes: ChangeSet, *, leased: bool) -> None:
+    def publish(self, marks: Marks, lease: Marks | None = None) -> None:
         """Mark what changed and end the lease, in one critical section."""
-        followed = self.layout.followed if self.layout is not None else frozenset()
-        marks = marks_of(self.tables, changes, followed)
-        if not marks and not leased:
+        if not marks and lease is None:
             return
         with self._lock:
-            self._mark(marks)
-            if leased:
-                self._leases -= 1
-            self._set_state(self._state)
-
-    def mark(self, marks: Marks) -> None:
-        """Mark records as possibly stale."""
-        with self._lock:
-            self._mark(marks)
-            self._set_state(self._state)
-
-    def _mark(self, marks: Marks) -> None:
-        if marks and self._oldest is None:
-            self._oldest = time.monotonic()
-        for mark in [None] if marks.view else marks.rows:
-            self._sequence += 1
-            self._pending[mark] = self._sequence
-            if self._underway:
-                self._log.append((self._sequence, mark))
-        if not self._state.coverage and not self._underway:
-            self._pending.clear()  # nothing is stored that could be stale
+            freshness = self._freshness
+            freshness.mark(marks)
+            if lease is not None:
+                freshness.release(lease)
+            kept = lease is None or all(map(freshness.has, lease))
+            if not self._state.coverage and not freshness.underway:
+                freshness.forget()
+                kept = False
+            self._set_state(self._state, marks if kept else None)
 
     def _begin(self) -> int:
         with self._lock:
-            token = self._sequence
-            self._underway[token] += 1
-            return token
+            return self._freshness.begin()
 
     def _end(self, token: int) -> None:
         with self._lock:
-            self._underway[token] -= 1
-            if not self._underway[token]:
-                del self._underway[token]
-            oldest = min(self._underway, default=self._sequence)
-            self._log = [entry for entry in self._log if entry[0] > oldest]
-            if not self._state.coverage and not self._underway and self._pending:
-                self._pending.clear()
+            freshness = self._freshness
+            freshness.end(token)
+            if not self._state.coverage and not freshness.underway and freshness.pending:
+                freshness.forget()
                 self._set_state(self._state)
 
-    def _apply(self, token: int, state: State, cleared: dict[Mark, int]) -> None:
+    def _apply(self, token: int, state: State, cleared: dict[AnyMark, int]) -> None:
         """Publish what a load or refresh made; only under the lock."""
-        for mark, sequence in cleared.items():
-            if self._pending.get(mark) == sequence:
-                del self._pending[mark]
-        for mark in {mark for sequence, mark in self._log if sequence > token}:
-            self._sequence += 1
-            self._pending[mark] = self._sequence
-            # Those that began meanwhile must find it again when they are applied.
-            self._log.append((self._sequence, mark))
-        if self._pending and self._oldest is None:
-            self._oldest = time.monotonic()
+        self._freshness.apply(token, cleared)
         self._set_state(state)
 
     # -- loading --------------------------------------------------------------------------------
@@ -257,7 +272,7 @@ class CachedTable:
                         layout, state, rows, index, target, extend=extend
                     )
                     with self._lock:
-                        if self._state is state:
+                        if self._is_still(state):
                             self._apply(token, State(storage, coverage), {})
                             if not self._ready.done():
                                 self._ready.set_result(None)
@@ -335,7 +350,7 @@ class CachedTable:
                     ]
                     storage = state.storage.replace(gone, [])
                     with self._lock:
-                        if self._state is state:
+                        if self._is_still(state):
                             self._apply(token, State(storage, coverage), {})
                             break
             finally:
@@ -347,8 +362,8 @@ class CachedTable:
         layout = self.set_up()
         with self._loading, self._lock:
             empty = layout.build(layout.no_rows())
-            if not self._underway:
-                self._pending.clear()
+            if not self._freshness.underway:
+                self._freshness.forget()
             self._set_state(State(empty, Coverage()))
             if self._ready.done():
                 self._ready = new_future()
@@ -368,12 +383,13 @@ class CachedTable:
         """Read again what is marked, unless somebody just did: see the module's docstring.
 
         It emits one SELECT for each base table that has marks, and one for the touched anchors
-        that those did not return; or one SELECT of all that is covered if the view is marked.
+        that those did not return (or for the touched groups); or one SELECT of all that is covered
+        if the view is marked.
         """
-        if not self._pending:
+        if not self._freshness.pending:
             return
         with self._refreshing:
-            if self._pending:
+            if self._freshness.pending:
                 self._refresh()
 
     def _refresh(self) -> None:
@@ -383,10 +399,10 @@ class CachedTable:
         try:
             while True:
                 with self._lock:
-                    marks = dict(self._pending)
+                    marks = dict(self._freshness.pending)
                     state = self._state
-                anchors, read = self._read_marked(layout, state, marks)
-                if self._replace(layout, token, state.coverage, marks, anchors, read):
+                touched, read = self._read_marked(layout, state, marks)
+                if self._replace(layout, token, state.coverage, marks, touched, read):
                     break
         finally:
             self._end(token)
@@ -397,30 +413,30 @@ class CachedTable:
         )  # fmt: skip
 
     def _read_marked(
-        self, layout: Layout, state: State, marks: dict[Mark, int]
-    ) -> tuple[set[RowKey] | None, Rows]:
-        """Read what the marks touch: its anchors (``None``: all of them), and their records."""
+        self, layout: Layout, state: State, marks: dict[AnyMark, int]
+    ) -> tuple[Touched | None, Rows]:
+        """Read what the marks touch (``None``: all records), and what it is now."""
         if not state.coverage:
             return None, layout.no_rows()
         with self._snapshots.open() as connection:
             self._pause("snapshot")
-            if None in marks:
-                result = None, read_coverage(layout, connection, state.coverage)
+            if VIEW in marks:
+                rows = read_coverage(layout, connection, state.coverage)
+                touched: Touched | None = None
             else:
-                result = read_touched(  # type: ignore[assignment]
-                    layout, connection, state.storage, state.coverage,
-                    cast("dict[tuple[TableName, RowKey], int]", marks),
-                )  # fmt: skip
+                touched, rows = read_touched(
+                    layout, connection, state.storage, state.coverage, marks
+                )
         self._pause("read")
-        return result
+        return touched, rows
 
     def _replace(
         self,
         layout: Layout,
         token: int,
         coverage: Coverage,
-        marks: dict[Mark, int],
-        anchors: set[RowKey] | None,
+        marks: dict[AnyMark, int],
+        touched: Touched | None,
         read: Rows,
     ) -> bool:
         """Put what a refresh read into storage; say no if the coverage is another by now."""
@@ -434,9 +450,9 @@ class CachedTable:
                 for record, hidden in read.pairs()
                 if layout.is_covered(coverage, record, hidden)
             ]
-            storage = self._refreshed(layout, state.storage, anchors, pairs)
+            storage = self._refreshed(layout, state.storage, touched, pairs)
             with self._lock:
-                if self._state is state:
+                if self._is_still(state):
                     self._apply(token, State(storage, coverage), marks)
                     return True
 
@@ -447,11 +463,11 @@ class CachedTable:
         self,
         layout: Layout,
         storage: Storage,
-        anchors: set[RowKey] | None,
+        touched: Touched | None,
         pairs: list[tuple[Record, Hidden | None]],
     ) -> Storage:
-        """Return the storage with all records of some anchors (or all) replaced."""
-        if anchors is None:
+        """Return the storage with the touched records (or all) replaced."""
+        if touched is None:
             rows = layout.no_rows()
             rows.records += [record for record, _ in pairs]
             if rows.hidden is not None:
@@ -459,9 +475,12 @@ class CachedTable:
             result = layout.build(rows)
             self._check_unique(result)
             return result
-        assert self.plan.anchor is not None
-        removed = storage.with_hidden(layout.records_of(storage, self.plan.anchor, anchors))
-        result = storage.replace(removed, pairs)
+        gone = {
+            id(record): record
+            for order, values in touched.items()
+            for record in storage.starting_with(order, values)
+        }
+        result = storage.replace(storage.with_hidden(list(gone.values())), pairs)
         if not self._key_is_proven:
             primary = result.orders[""]
             for record, _ in pairs:
@@ -475,8 +494,8 @@ class CachedTable:
         """Return the figures of the view."""
         with self._lock:
             state = self._state
-            oldest = self._oldest
-            pending, leases = len(self._pending), self._leases
+            oldest = self._freshness.oldest
+            pending, leases = len(self._freshness.pending), self._freshness.leases
         return Stats(
             records=len(state.storage) if self.layout is not None else 0,
             bytes=stored_bytes(state.storage),
@@ -499,10 +518,14 @@ class CachedTable:
         """Assert the invariants of records, coverage and marks."""
         with self._lock:
             state = self._state
-            assert (self._current is state) == (not self._leases and not self._pending)
-            assert self._leases >= 0
-            assert all(s <= self._sequence for s in self._pending.values())
-            assert self._underway or not self._log
+            freshness = self._freshness
+            freshness._check()
+            assert (self._current is None) == (
+                freshness.blocked or (self.layout is None and not freshness.clean)
+            )
+            assert self._current is None or self._current is state
+            stale = frozenset[Mark]() if state.stale is None else state.stale.marks
+            assert self._current is None or stale == freshness.in_place()
         layout = self.layout
         if layout is None:
             return

@@ -1,0 +1,157 @@
+"""What of one view may be stale: marks, leases, and the numbers by which they are put in order.
+
+In: marks made from changes, leases of commits under way, the beginnings and ends of loads and
+refreshes. Out: whether readers may be answered, and beside which rows. This is the protocol of
+``table.py`` without its I/O; whoever calls it holds the table's lock.
+
+* A mark is *pending*, with a sequence number, until a refresh or load has read the database after
+  the change. A refresh clears a mark only under the number with which it noted it.
+* A *lease* stands for the marks that a commit under way will make.
+* A load or refresh has a *token*, the sequence number from before its snapshot. What was marked
+  since may be missing in what it read, so that it is pending again when that is applied.
+* Marks and leases that move records keep all readers from storage; those *in place* only the
+  answers with the records of their rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from .changes import AnyMark, Mark, Marks, in_place
+
+MOST_IN_PLACE = 10_000
+"""With more marks in place than this the next read refreshes, whatever it reads."""
+
+
+class Freshness:
+    """The marks and leases of one view."""
+
+    def __init__(self) -> None:
+        self.sequence = 0
+        self.pending: dict[AnyMark, int] = {}
+        self.leased: Counter[AnyMark] = Counter()
+        self.leases = 0
+        """The number of commits under way."""
+        self.oldest: float | None = None
+        """When the oldest pending mark was made, by the monotonic clock."""
+        self._moving = 0
+        """The number of pending marks that move records."""
+        self._moving_leases = 0
+        """The number of leased marks that do."""
+        self._log: list[tuple[int, AnyMark]] = []
+        """Marks made while loads or refreshes are under way, for when they are applied."""
+        self._underway: Counter[int] = Counter()
+
+    @property
+    def blocked(self) -> bool:
+        """Whether no reader may be answered from storage."""
+        return self._moving > 0 or self._moving_leases > 0 or len(self.pending) > MOST_IN_PLACE
+
+    @property
+    def waits_for_commit(self) -> bool:
+        """Whether a commit under way keeps all readers from storage."""
+        return self._moving_leases > 0
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is pending or leased."""
+        return not self.pending and not self.leased
+
+    def has(self, mark: AnyMark) -> bool:
+        """Whether a mark is pending or leased."""
+        return mark in self.pending or mark in self.leased
+
+    def in_place(self) -> frozenset[Mark]:
+        """Return the marks, pending or leased, of which only the records may be stale."""
+        return in_place((*self.pending, *self.leased))
+
+    @property
+    def underway(self) -> bool:
+        """Whether a load or refresh is under way."""
+        return bool(self._underway)
+
+    # -- leases and marks -----------------------------------------------------------------------
+
+    def lease(self, marks: Marks) -> None:
+        """Have a commit under way stand for the marks that it will make."""
+        self.leases += 1
+        for mark in marks:
+            self._moving_leases += mark.moves and not self.leased[mark]
+            self.leased[mark] += 1
+
+    def release(self, marks: Marks) -> None:
+        """End a lease."""
+        self.leases -= 1
+        for mark in marks:
+            self.leased[mark] -= 1
+            if not self.leased[mark]:
+                del self.leased[mark]
+                self._moving_leases -= mark.moves
+
+    def mark(self, marks: Marks) -> None:
+        """Make marks pending, each with a number of its own."""
+        for mark in marks:
+            self._set(mark)
+            if self._underway:
+                self._log.append((self.sequence, mark))
+
+    def _set(self, mark: AnyMark) -> None:
+        if mark not in self.pending:
+            self._moving += mark.moves
+        self.sequence += 1
+        self.pending[mark] = self.sequence
+        if self.oldest is None:
+            self.oldest = time.monotonic()
+
+    def _unset(self, mark: AnyMark) -> None:
+        del self.pending[mark]
+        self._moving -= mark.moves
+        if not self.pending:
+            self.oldest = None
+
+    def forget(self) -> None:
+        """Drop all pending marks: nothing is stored that could be stale."""
+        for mark in list(self.pending):
+            self._unset(mark)
+
+    # -- loads and refreshes --------------------------------------------------------------------
+
+    def begin(self) -> int:
+        """Return the token of a load or refresh that is about to open its snapshot."""
+        self._underway[self.sequence] += 1
+        return self.sequence
+
+    def end(self, token: int) -> None:
+        """A load or refresh is over, applied or not."""
+        self._underway[token] -= 1
+        if not self._underway[token]:
+            del self._underway[token]
+        oldest = min(self._underway, default=self.sequence)
+        self._log = [entry for entry in self._log if entry[0] > oldest]
+
+    def apply(self, token: int, cleared: dict[AnyMark, int]) -> None:
+        """What was read after the token is being applied, with these marks, as they were numbered.
+
+        Marks newer than the token become pending again, with newer numbers: a refresh under way
+        may have read the database before what is applied now, and be about to clear them.
+        """
+        for mark, sequence in cleared.items():
+            if self.pending.get(mark) == sequence:
+                self._unset(mark)
+        for mark in {mark for sequence, mark in self._log if sequence > token}:
+            self._set(mark)
+            # Those that began meanwhile must find it again when they are applied.
+            self._log.append((self.sequence, mark))
+
+    def _check(self) -> None:
+        """Assert the invariants of marks and leases."""
+        assert self.leases >= 0
+        assert all(number > 0 for number in self.leased.values())
+        assert self.leases or not self.leased
+        assert self._moving == sum(mark.moves for mark in self.pending)
+        assert self._moving_leases == sum(mark.moves for mark in self.leased)
+        assert all(number <= self.sequence for number in self.pending.values())
+        assert len(set(self.pending.values())) == len(self.pending)
+        assert (self.oldest is None) == (not self.pending)
+        assert self._underway or not self._log

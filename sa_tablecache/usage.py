@@ -1,0 +1,68 @@
+"""Which columns of its base tables a view uses, and for what.
+
+In: a view's plan. Out: for each base table, the columns that its statement uses at all, and those
+that decide which records there are and where in an index: by joins, criteria, keys and scores. An
+UPDATE of the others leaves every record in its place; one of columns that are not used at all
+leaves the view as it is.
+
+Pure. Nothing is hidden from it: views with ``text()`` are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import Select, Table
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.elements import ColumnClause
+from sqlalchemy.sql.selectable import Alias
+
+from .analysis import TableName, ViewPlan, rendered_columns, table_name
+
+Usage = dict[TableName, frozenset[str]]
+"""For each base table, keys of columns."""
+
+
+def base_tables(plan: ViewPlan) -> frozenset[Table]:
+    """Return the tables that a view's statement reads."""
+    return frozenset(e for e in visitors.iterate(plan.statement) if isinstance(e, Table))
+
+
+def used_columns(plan: ViewPlan) -> Usage:
+    """Return the columns that a view's statement uses in any way."""
+    return rendered_columns(plan.statement)
+
+
+def placing_columns(plan: ViewPlan) -> Usage:
+    """Return the columns that decide which records there are, and where in an index.
+
+    For a view of which base rows can be followed to records: a plain join.
+    """
+    statement: Any = plan.statement
+    if not isinstance(statement, Select):
+        return used_columns(plan)
+    placing = {*plan.key, *(column.name for column in plan.hidden)}
+    for index in plan.view.__indexes__.values():
+        placing.update(index.column_names)
+    for leaf in plan.leaves:
+        placing.update(leaf.visible or ())
+    shown = {column.name for column in plan.columns} - placing
+    columns = [c for c in statement._raw_columns if getattr(c, "name", None) not in shown]
+    return _columns_in([*columns, *statement._where_criteria, *statement.get_final_froms()])
+
+
+def _columns_in(elements: Iterable[Any]) -> Usage:
+    found: dict[TableName, set[str]] = {}
+    for root in elements:
+        for element in visitors.iterate(root):
+            if not isinstance(element, ColumnClause) or element.table is None:
+                continue
+            base: Any = element.table
+            while isinstance(base, Alias):
+                base = base.element
+            if isinstance(base, Table):
+                # The column of an alias has the name of the table's, and may have another key.
+                keys = [column.key for column in base.columns if column.name == element.name]
+                found.setdefault(table_name(base), set()).update(keys)
+    return {table: frozenset(keys) for table, keys in found.items()}
