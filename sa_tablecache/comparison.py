@@ -261,6 +261,8 @@ def _by_type(type_: types.TypeEngine[Any], dialect: str, stored: StoredColumn | 
             return Comparison(False, False, reason="a decimal that is not compared as one")
         case types.Enum():
             kind: type | None = type_.enum_class
+            if stored is not None and stored.deterministic is False:
+                return Comparison(False, False, reason="an Enum under a collation that folds")
             if kind is None or not issubclass(kind, enum.Enum) or dialect == "mysql":
                 return Comparison(False, False, reason="an Enum of strings")
             return Comparison(True, False, (kind,), "an Enum, sorted by the database's own order")

@@ -70,6 +70,8 @@ class Arena:
         self.Session = self.cache.sessionmaker()
         self.asks = {view: self._ask(view) for view in self.views}
         self.sources = {view: self._source(view) for view in self.views}
+        self.rows = self._rows()
+        """Rows for all tables."""
         self.kinds: Counter[str] = Counter()
         """How many questions were answered how."""
         self.found = 0
@@ -131,18 +133,14 @@ class Arena:
 
     # -- data -----------------------------------------------------------------------------------
 
-    def rows(self) -> st.SearchStrategy[Rows]:
-        """Rows for all tables."""
-
+    def _rows(self) -> st.SearchStrategy[Rows]:
         def of(table: Any, number: int) -> st.SearchStrategy[list[dict[str, Any]]]:
             columns = {}
             for column in table.c:
-                own = st.sampled_from([*values_of(column.type, self.dialect)])
-                columns[column.name] = (
-                    st.integers(0, 4).flatmap(lambda n, own=own: st.none() if not n else own)
-                    if column.nullable
-                    else own
-                )
+                own = [*values_of(column.type, self.dialect)]
+                if column.nullable:
+                    own += [None] * (len(own) // 4 + 1)
+                columns[column.name] = st.sampled_from(own)
             if table is tables.item:
                 columns["id"] = st.integers(-1, 30)
                 columns["parent_id"] = st.one_of(st.none(), st.integers(-1, 12))

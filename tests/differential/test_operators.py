@@ -45,7 +45,7 @@ def test_a_cached_answer_is_the_databases(url: URL, record_property: Any) -> Non
     )
     @given(st.data())
     def ask(data: st.DataObject) -> None:
-        arena.fill(data.draw(arena.rows(), "rows"))
+        arena.fill(data.draw(arena.rows, "rows"))
         for view in arena.views:
             questions = arena.asks[view]
             arena.cover(view, data.draw(questions.coverage(), f"{view.__name__} covered"))

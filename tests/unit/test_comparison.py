@@ -61,6 +61,7 @@ TABLE: list[tuple[types.TypeEngine[Any], StoredColumn | None, str, str, str]] = 
     (types.Numeric(8, 2), UNKNOWN, NEITHER, BOTH, NEITHER),
     (types.Numeric(8, 2, asdecimal=False), UNKNOWN, NEITHER, NEITHER, NEITHER),
     (types.Enum(Mood), UNKNOWN, EQUALITY, EQUALITY, NEITHER),
+    (types.Enum(Mood), FOLDING, NEITHER, NEITHER, NEITHER),
     (types.Enum("good", "bad"), UNKNOWN, NEITHER, NEITHER, NEITHER),
     (types.String(), BYTEWISE, BOTH, BOTH, BOTH),
     (types.String(), LINGUISTIC, EQUALITY, EQUALITY, EQUALITY),
