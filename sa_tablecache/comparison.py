@@ -64,6 +64,8 @@ class Comparison:
         kind = type(value)
         if type_ is not None and type_ is not self.type:
             self._check_sent_as(type_, value)
+        if value is None:
+            return None
         if kind is int and float in self.accepts and abs(value) <= EXACT_FLOATS:
             return float(value)
         if kind is int and Decimal in self.accepts:

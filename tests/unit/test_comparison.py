@@ -233,6 +233,7 @@ def test_parameters_of_another_type_are_refused(
         (types.Uuid(), types.String(), uuid.UUID(int=1)),
         (types.Boolean(), types.Integer(), True),
         (types.LargeBinary(), types.String(), b"a"),
+        (types.DateTime(), types.BigInteger(), None),  # NULL has a type, too
     ],
 )
 def test_what_a_parameter_is_sent_as_matters(type_: Any, sent_as: Any, value: Any) -> None:
@@ -253,6 +254,7 @@ def test_what_a_parameter_is_sent_as_matters(type_: Any, sent_as: Any, value: An
         (types.Numeric(8, 2), types.Numeric(), Decimal("1.5")),
         (types.String(10), types.String(), "a"),
         (types.Text(), types.String(), "a"),
+        (types.Text(), types.String(), None),
     ],
 )
 def test_types_that_are_sent_alike(type_: Any, sent_as: Any, value: Any) -> None:
