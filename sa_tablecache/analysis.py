@@ -10,48 +10,32 @@ Out: the plan, from which everything else works:
 * the view's primary key, by functional dependencies;
 * the *anchor*: the joined table that outer joins never NULL-extend and that is part of the key.
   When something changed, all records of the touched anchors are read again and replaced, so that
-  NULL-extended rows appear and vanish by themselves and old foreign key values are never needed.
+  NULL-extended rows appear and vanish by themselves and old foreign key values are never needed;
+* where the select or a subquery in FROM groups, the *paths* from a changed row to groups: those of
+  the values that it had and has.
 
-Nothing here runs SQL. The statement is frozen once (relationship joins, inheritance and
-many-to-many aliases resolved) by the ORM's own compiler.
+Nothing here runs SQL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, cast
 
-from sqlalchemy import Column, DateTime, Select, select
+from sqlalchemy import Column, Table
 from sqlalchemy.engine.default import StrCompileDialect
 from sqlalchemy.exc import CompileError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql import ColumnElement, visitors
 from sqlalchemy.sql.compiler import StrSQLCompiler
-from sqlalchemy.sql.dml import UpdateBase
-from sqlalchemy.sql.elements import (
-    BindParameter,
-    Cast,
-    ColumnClause,
-    Extract,
-    Grouping,
-    Over,
-    TextClause,
-)
-from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import (
-    CompoundSelect,
-    Exists,
-    ScalarSelect,
-    SelectBase,
-    TableSample,
-    TextualSelect,
-)
+from sqlalchemy.sql.elements import ColumnClause
+from sqlalchemy.sql.selectable import Alias, CompoundSelect, SelectBase
 
-from .exc import ViewDefinitionError
-from .functions import AGGREGATE_FUNCTIONS, IMMUTABLE_FUNCTIONS, VOLATILE_FUNCTIONS, function_name
-from .joins import Joins, LeafColumn, closure, is_column
+from .expressions import GROUPING, Expressions, obstacles
+from .groups import GroupPath, column_of, grouped_by, paths_to, read_grouped
+from .joins import Grouped, Joins, LeafColumn, closure, is_column
+from .keys import derived_key
 from .view import Analysis, CachedView, ViewTable
 
 #: A base table by name, resolved: what a change and a leaf are matched by.
@@ -106,6 +90,14 @@ class ViewPlan:
     tables: frozenset[TableName]
     coarse: dict[TableName, str]
     """Tables of which any change marks the whole view, and why."""
+    extensions: dict[int, tuple[frozenset[str], frozenset[str]]] = field(default_factory=dict)
+    """For each leaf that an outer join can NULL-extend, by number: of the row that takes the place
+    of one with the leaf, the columns that surely stay what they are, and those that surely are
+    NULL."""
+    grouped: bool = False
+    """Whether its records are groups: they have no anchor, and are replaced by their values."""
+    paths: tuple[GroupPath, ...] = ()
+    """How changed rows of tables lead to the groups of the view, or of subqueries in it."""
     compared_text: tuple[Column[Any], ...] = ()
     """Text columns by whose equality the tables are joined."""
     functions: frozenset[str] = frozenset()
@@ -193,30 +185,56 @@ def _render(element: ViewTable, compiler: Any, *, asfrom: bool = False, **kwargs
     return f"{inner} AS {compiler.preparer.quote(element.name)}"
 
 
-class _TableCollector(StrSQLCompiler):
-    """Collects the tables that a statement really renders: nothing else knows them all."""
+class _Collector(StrSQLCompiler):
+    """Collects the tables that a statement really renders, and their columns.
 
-    found: set[TableName]
+    Nothing else knows them all: criteria of inheritance appear when an ORM select is compiled, and
+    views inside of it when they are rendered.
+    """
+
+    found: dict[TableName, set[str]]
 
     def visit_table(self, table: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("asfrom") and not isinstance(table, ViewTable):
-            self.found.add(table_name(table))
+            self.found.setdefault(table_name(table), set())
         return cast("Any", super()).visit_table(table, *args, **kwargs)
 
+    def visit_column(self, column: Any, *args: Any, **kwargs: Any) -> Any:
+        self._use(column.table, column.name)
+        return cast("Any", super()).visit_column(column, *args, **kwargs)
 
-class _TableCollectingDialect(StrCompileDialect):
+    def visit_table_valued_column(self, element: Any, *args: Any, **kwargs: Any) -> Any:
+        self._use(element.scalar_alias, None)
+        return cast("Any", super()).visit_table_valued_column(element, *args, **kwargs)
+
+    def _use(self, table: Any, name: str | None) -> None:
+        while isinstance(table, Alias):
+            table = table.element
+        if isinstance(table, Table):
+            # The column of an alias has the name of the table's, and may have another key.
+            keys = [c.key for c in table.columns if name in (None, c.name)]
+            self.found.setdefault(table_name(table), set()).update(keys)
+
+
+class _CollectingDialect(StrCompileDialect):
     supports_statement_cache = False
-    statement_compiler = _TableCollector
+
+
+def rendered_columns(statement: Any) -> dict[TableName, frozenset[str]]:
+    """Return every table that a statement reads, with the keys of the columns that it uses.
+
+    Those inside subqueries and views are included.
+    """
+    found: dict[TableName, set[str]] = {}
+    dialect: Any = _CollectingDialect()
+    dialect.statement_compiler = type("_Collecting", (_Collector,), {"found": found})
+    statement.compile(dialect=dialect)
+    return {table: frozenset(columns) for table, columns in found.items()}
 
 
 def rendered_tables(statement: Any) -> frozenset[TableName]:
-    """Return every table that a statement reads, those inside subqueries and views included."""
-    found: set[TableName] = set()
-    collector: Any = type("_Collector", (_TableCollector,), {"found": found})
-    dialect = _TableCollectingDialect()
-    dialect.statement_compiler = collector
-    statement.compile(dialect=dialect)
-    return frozenset(found)
+    """Return every table that a statement reads."""
+    return frozenset(rendered_columns(statement))
 
 
 class _Analysis:
@@ -226,79 +244,33 @@ class _Analysis:
         self.view = view
         self.visible: dict[LeafColumn, str] = {}
         """The name of each base column that the view shows."""
-        self.name = view.__name__
+        self.lineage: dict[str, LeafColumn] = {}
+        """The base column of each hidden column that is one."""
         self.table: ViewTable = view.__table__
-        self.names: list[str] = list(self.table.c.keys())
-        self.statement = self._freeze(view.__statement__)
-        self.reasons: list[str] = []
-        """Why the select as a whole has no row lineage."""
-        self.joins = Joins()
+        self.expressions = Expressions(view)
+        self.names = self.expressions.names
+        self.statement = self.expressions.statement
+        self.reasons = self.expressions.reasons
+        self.joins = Joins(read_grouped)
+        self.by: tuple[LeafColumn, ...] | None = None
+        """What the select groups by, if a changed row can be followed to its groups."""
 
     # -- reading the statement ------------------------------------------------------------------
-
-    def refuse(self, culprit: str, way_out: str) -> ViewDefinitionError:
-        return ViewDefinitionError(f"view {self.name}: {culprit}; {way_out}")
-
-    def _freeze(self, statement: Any) -> Any:
-        """Return an ORM select as a plain Core select, its columns labelled with our names."""
-        if isinstance(statement, TextualSelect):
-            raise self.refuse(
-                "its select is text(), so nobody can know which tables it reads",
-                "write it with select()",
-            )
-        if not isinstance(statement, Select):
-            if not isinstance(statement, CompoundSelect):
-                raise self.refuse(
-                    f"its select is a {type(statement).__name__}", "write it with select()"
-                )
-            rows = statement.subquery("rows")
-            return select(
-                *(c.label(n) for n, c in zip(self.names, rows.c, strict=True))
-            ).select_from(rows)
-        if statement._for_update_arg is not None:
-            raise self.refuse("FOR UPDATE has no meaning in a view", "leave it out")
-        if statement._propagate_attrs.get("compile_state_plugin") == "orm":
-            state = statement._compile_state_factory(statement, statement._default_compiler())
-            statement = cast("Any", state).statement
-        raw = statement._raw_columns
-        if not isinstance(statement, Select) or len(raw) != len(self.names):
-            raise self.refuse(
-                "its select has loader options that change what it selects",
-                "select plain columns, without options()",
-            )
-        statement = statement._generate()
-        statement._raw_columns = [
-            getattr(c, "element", c).label(n) if type(c).__name__ == "Label" else c.label(n)
-            for n, c in zip(self.names, raw, strict=True)
-        ]
-        for memoized in ("_all_selected_columns", "_memoized_keys"):
-            statement.__dict__.pop(memoized, None)
-        return statement
 
     def plan(self) -> ViewPlan:
         try:
             tables = rendered_tables(self.statement)
         except CompileError as error:
-            raise self.refuse(
+            raise self.expressions.refuse(
                 f"its select cannot be compiled ({error})", "correct the select"
             ) from error
-        functions = self._check_expressions()
+        functions = self.expressions.check_select()
         compound = isinstance(self.view.__statement__, CompoundSelect)
         if compound:
             self.reasons.append(f"set operation ({self.view.__statement__.keyword.name})")
-        self._check_clauses()
-        froms = self.statement.get_final_froms()
-        for selectable in froms:
-            self.joins.read_from(selectable)
-        self.reasons += self.joins.others
-        occurrences = self.joins.leaves
-        for occurrence in occurrences:
-            if not occurrence.table.primary_key.columns:
-                self.reasons.append(f"table {occurrence.table.fullname} has no primary key")
-        if any(join.full for join, _, _ in self.joins.joins):
-            self.reasons.append("FULL JOIN")
+        self._read_from()
         if not tables:
-            raise self.refuse("its select reads no table", "select from one")
+            raise self.expressions.refuse("its select reads no table", "select from one")
 
         statement = self.statement
         hidden: list[ViewColumn] = []
@@ -308,27 +280,33 @@ class _Analysis:
                 if isinstance(part, str):
                     continue
                 if compound or self.statement._distinct or self.statement._distinct_on:
-                    raise self.refuse(
+                    raise self.expressions.refuse(
                         f"index {index.name} is an expression, which cannot be added to a "
                         "select with DISTINCT or a set operation",
                         "select the expression as a column and name that in the ScoreIndex",
                     )
                 clause = cast("ColumnClause[Any]", index.columns[at])
-                self._check_expression(part, f"index {index.name}")
+                self.expressions.check(part, f"index {index.name}")
                 extra.append(part.label(clause.name))
                 source = part if is_column(part) else None
                 hidden.append(ViewColumn(clause.name, clause, True, source))
         if extra and rendered_tables(statement.add_columns(*extra)) != tables:
-            raise self.refuse(
+            raise self.expressions.refuse(
                 "an index expression uses a table that the select does not read",
                 "join that table in __select__",
             )
 
-        columns, leaves, anchor, one_row = self._lineage(hidden, extra)
+        columns = self._columns()
+        leaves, anchor, one_row = self._lineage(hidden, extra)
+        paths, coarse = self._paths(hidden, extra)
         if extra:
             statement = statement.add_columns(*extra)
         derived = self.view.__primary_key__ is None
-        key = self._derived_key(columns) if derived else tuple(self.view.__primary_key__)
+        key = (
+            derived_key(self.expressions, self.joins, self.visible)
+            if derived
+            else tuple(self.view.__primary_key__)
+        )
         return ViewPlan(
             view=self.view,
             statement=statement,
@@ -340,160 +318,109 @@ class _Analysis:
             anchor=anchor,
             one_row_per_anchor=one_row,
             tables=tables,
-            coarse=self._coarse(tables, leaves),
+            coarse=self._coarse(tables, leaves, paths) | coarse,
+            extensions=self._extensions(),
+            grouped=self.by is not None,
+            paths=paths,
             compared_text=tuple(
-                self.joins.leaves[c.leaf].table.c[c.name] for c in sorted(self.joins.text)
+                joins.leaves[c.leaf].columns[c.name]
+                for joins in (self.joins, *(g.joins for _, g in self._subqueries()))
+                for c in sorted(joins.text)
             ),
             functions=functions,
         )
 
-    def _check_clauses(self) -> None:
-        """Note the clauses after which a row of the view is not one row of a join."""
-        statement = self.statement
-        for clause, present in (
-            ("DISTINCT", statement._distinct or statement._distinct_on),
-            ("GROUP BY", statement._group_by_clauses),
-            ("HAVING", statement._having_criteria),
-            (
-                "LIMIT",
-                statement._limit_clause is not None
-                or statement._offset_clause is not None
-                or statement._fetch_clause is not None,
-            ),
-            ("CTE", statement._independent_ctes),
-            ("prefix or suffix", statement._prefixes or statement._suffixes),
-        ):
-            if present:
-                self.reasons.append(clause)
-
-    def _check_expressions(self) -> frozenset[str]:
-        """Refuse what cannot be right; note what has no lineage; return the functions used."""
-        functions: set[str] = set()
-        for element in visitors.iterate(self.statement):
-            if isinstance(element, UpdateBase):
-                raise self.refuse("its select writes", "a view only reads")
-            if isinstance(element, TextClause):
-                raise self.refuse(
-                    f"text({element.text[:60]!r}) hides which tables and functions it uses",
-                    "write it as a SQLAlchemy expression",
-                )
-            if isinstance(element, TableSample):
-                raise self.refuse("TABLESAMPLE gives other rows each time", "leave it out")
-            if isinstance(element, FunctionElement):
-                functions.add(function_name(element))
-            self._check_element(element, "its select")
-        top: list[Any] = [
-            *self.statement._raw_columns,
-            *self.statement._where_criteria,
-            *self.statement.get_final_froms(),
+    def _read_from(self) -> None:
+        """Read the FROM clause, and note why a row of the view is not one row of a join."""
+        for selectable in self.statement.get_final_froms():
+            self.joins.read_from(selectable)
+        self.joins.read_dependencies(self.statement._where_criteria)
+        subqueries = [self.joins.leaves[number].selectable for number, _ in self._subqueries()]
+        reasons = [*obstacles(self.statement, subqueries), *self.joins.others]
+        reasons += [
+            f"table {leaf.name} has no primary key" for leaf in self.joins.leaves if not leaf.key
         ]
-        for root in top:
-            for element in visitors.iterate(root):
-                if isinstance(element, Exists):
-                    self.reasons.append("EXISTS")
-                elif isinstance(element, ScalarSelect | SelectBase):
-                    self.reasons.append("subquery")
-                elif isinstance(element, Over):
-                    self.reasons.append("window function")
-                elif (
-                    isinstance(element, FunctionElement)
-                    and str(getattr(element, "name", "")).lower() in AGGREGATE_FUNCTIONS
-                ):
-                    self.reasons.append("aggregate")
-        return frozenset(functions)
+        if any(join.full for join, _, _ in self.joins.joins):
+            reasons.append("FULL JOIN")
+        if self.statement._group_by_clauses:
+            by = grouped_by(self.statement, self.joins)
+            if by is None:
+                reasons.append("a group that is no plain column")
+            elif not subqueries and not self.reasons and not set(reasons) - set(GROUPING):
+                self.by = by
+                return
+        self.reasons += reasons
 
-    def _check_expression(self, expression: Any, where: str) -> None:
-        for element in visitors.iterate(expression):
-            self._check_element(element, where)
-            if isinstance(element, SelectBase | ScalarSelect | Exists):
-                self.reasons.append(f"subquery in {where}")
-            elif isinstance(element, Over):
-                self.reasons.append(f"window function in {where}")
-
-    def _check_element(self, element: Any, where: str) -> None:
-        if isinstance(element, FunctionElement):
-            name = function_name(element)
-            if name in VOLATILE_FUNCTIONS:
-                raise self.refuse(
-                    f"{name}() in {where} depends on the time, the session or chance, so that no "
-                    "cached answer could be right",
-                    "select the plain column and compute at the reader's, or filter in the query",
-                )
-            if name not in IMMUTABLE_FUNCTIONS and name not in self.view.__immutable_functions__:
-                raise self.refuse(
-                    f"function {name}() in {where} is not known to depend on its arguments alone",
-                    f'if it does, say __immutable_functions__ = ("{name}",)',
-                )
-        elif isinstance(element, Cast | Extract):
-            inner = element.clause if isinstance(element, Cast) else element.expr
-            type_ = inner.type
-            if isinstance(type_, DateTime) and type_.timezone:
-                raise self.refuse(
-                    f"{type(element).__name__.upper()} of a timestamp with time zone in {where} "
-                    "depends on the session's TimeZone",
-                    "convert it first with func.timezone('UTC', column)",
-                )
-        elif isinstance(element, ColumnClause) and element.is_literal:
-            text = element.name
-            if not (text.isdigit() or text in ("*", "NULL", "true", "false")):
-                raise self.refuse(
-                    f"literal_column({text!r}) in {where} hides what it uses",
-                    "write it as a SQLAlchemy expression, or literal(...) for a value",
-                )
-        elif isinstance(element, BindParameter) and element.required:
-            raise self.refuse(
-                f"bindparam({element.key!r}) in {where} has no value",
-                "a view has no parameters: filter in the query",
-            )
+    def _subqueries(self) -> list[tuple[int, Grouped]]:
+        """Return the subqueries with GROUP BY among the leaves, with their numbers."""
+        return [
+            (leaf.number, leaf.source)
+            for leaf in self.joins.leaves
+            if isinstance(leaf.source, Grouped)
+        ]
 
     # -- lineage and keys -----------------------------------------------------------------------
 
+    def _columns(self) -> tuple[ViewColumn, ...]:
+        sources = [column_of(label.element, self.joins) for label in self.statement._raw_columns]
+        self.visible = {
+            at: name
+            for name, at in reversed(list(zip(self.names, sources, strict=True)))
+            if at is not None
+        }
+        columns = []
+        for name, at in zip(self.names, sources, strict=True):
+            source = None if at is None else self._source(at)
+            nullable = source is None or at is None or bool(self.reasons) or self._is_nullable(at)
+            columns.append(ViewColumn(name, self.table.c[name], nullable, source))
+        return tuple(columns)
+
+    def _source(self, at: LeafColumn) -> Column[Any] | None:
+        """Return the base table's column that a leaf's column is."""
+        column = self.joins.leaves[at.leaf].columns[at.name]
+        return column if is_column(column) and isinstance(column.table, Table) else None
+
+    def _is_nullable(self, at: LeafColumn) -> bool:
+        leaf = self.joins.leaves[at.leaf]
+        return leaf.nullable or isinstance(leaf.source, Grouped) or leaf.columns[at.name].nullable
+
+    def _hidden(
+        self, at: LeafColumn, hidden: list[ViewColumn], extra: list[Any]
+    ) -> tuple[str, str | None]:
+        """Add a leaf's column to the rendered view; return its name, and one that shows it."""
+        leaf = self.joins.leaves[at.leaf]
+        name = f"_key{at.leaf}_{at.name}"
+        self.lineage[name] = at
+        clause = self.table.hidden(name, leaf.columns[at.name].type)
+        extra.append(leaf.selectable.c[at.name].label(name))
+        hidden.append(ViewColumn(name, clause, self._is_nullable(at), self._source(at)))
+        return name, self.joins.visible_equal(at, self.visible)
+
     def _lineage(
         self, hidden: list[ViewColumn], extra: list[Any]
-    ) -> tuple[tuple[ViewColumn, ...], tuple[Leaf, ...], Leaf | None, bool]:
-        sources = [self._source(label) for label in self.statement._raw_columns]
-        self.joins.read_dependencies(self.statement._where_criteria)
-        columns = tuple(
-            ViewColumn(
-                name,
-                self.table.c[name],
-                self._is_nullable(source),
-                source[1] if source is not None else None,
-            )
-            for name, source in zip(self.names, sources, strict=True)
-        )
-        self.visible = {
-            LeafColumn(source[0], source[1].key): name
-            for name, source in reversed(list(zip(self.names, sources, strict=True)))
-            if source is not None
-        }
-        if self.reasons:
-            return columns, (), None, False
+    ) -> tuple[tuple[Leaf, ...], Leaf | None, bool]:
+        if self.reasons or self.by is not None:
+            return (), None, False
         leaves = []
         for occurrence in self.joins.leaves:
+            if isinstance(occurrence.source, Grouped):
+                continue
             names, visible = [], []
-            for column in occurrence.table.primary_key.columns:
-                name = f"_key{occurrence.number}_{column.key}"
-                clause = self.table.hidden(name, column.type)
-                extra.append(occurrence.selectable.c[column.key].label(name))
-                hidden.append(ViewColumn(name, clause, occurrence.nullable, column))
+            for key in occurrence.key:
+                name, shown = self._hidden(LeafColumn(occurrence.number, key), hidden, extra)
                 names.append(name)
-                visible.append(
-                    self.joins.visible_equal(
-                        LeafColumn(occurrence.number, column.key), self.visible
-                    )
-                )
+                visible.append(shown)
             leaves.append(
                 Leaf(
                     number=occurrence.number,
-                    table=table_name(occurrence.table),
-                    primary_key=tuple(occurrence.table.primary_key.columns),
+                    table=table_name(occurrence.source),
+                    primary_key=tuple(occurrence.source.primary_key.columns),
                     nullable=occurrence.nullable,
                     hidden=tuple(names),
                     visible=None if None in visible else cast("tuple[str, ...]", tuple(visible)),
                 )
             )
-        all_keys = {LeafColumn(leaf.number, c.key) for leaf in leaves for c in leaf.primary_key}
+        all_keys = {LeafColumn(leaf.number, key) for leaf in self.joins.leaves for key in leaf.key}
         anchor, one_row = None, False
         for leaf in leaves:
             if leaf.nullable:
@@ -504,114 +431,64 @@ class _Analysis:
                 break
             # Of several preserved leaves the later one is on the many side of a chain of joins.
             anchor = leaf
-        return columns, tuple(leaves), anchor, one_row
+        return tuple(leaves), anchor, one_row
 
-    def _source(self, label: Any) -> tuple[int, Column[Any]] | None:
-        element = label.element
-        while isinstance(element, Grouping):
-            element = element.element
-        if not isinstance(element, ColumnElement) or not hasattr(element, "table"):
-            return None
-        at = self.joins.leaf_column(element)
-        if at is None:
-            return None
-        return at.leaf, self.joins.leaves[at.leaf].table.c[at.name]
-
-    def _is_nullable(self, source: tuple[int, Column[Any]] | None) -> bool:
-        if source is None or self.reasons:
-            return True
-        return self.joins.leaves[source[0]].nullable or bool(source[1].nullable)
-
-    def _derived_key(self, columns: tuple[ViewColumn, ...]) -> tuple[str, ...]:
-        """Return the smallest set of visible columns, by greedy removal, that identifies a row."""
-        statement = self.view.__statement__
-        if isinstance(statement, CompoundSelect):
-            if statement.keyword.name.endswith("ALL"):
-                raise self.refuse(
-                    f"{statement.keyword.value} can give the same row twice, so it has no key",
-                    "use a set operation that removes duplicates, or name the key with "
-                    "__primary_key__",
+    def _extensions(self) -> dict[int, tuple[frozenset[str], frozenset[str]]]:
+        names = {**{name: at for at, name in self.visible.items()}, **self.lineage}
+        result = {}
+        for leaf in self.joins.leaves:
+            if leaf.nullable and not self.reasons:
+                stay, vanish = self.joins.extension(leaf.number)
+                result[leaf.number] = (
+                    frozenset(name for name, at in names.items() if at.leaf in stay),
+                    frozenset(name for name, at in names.items() if at.leaf in vanish),
                 )
-            return tuple(self.names)
-        if self.statement._distinct:
-            return tuple(self.names)
-        if self.statement._group_by_clauses:
-            return self._grouping_key()
-        if not self.joins.leaves or any(r.endswith("in FROM") for r in self.reasons):
-            raise self.refuse(
-                "no primary key can be derived from a subquery in FROM",
-                "name the columns that identify a row with __primary_key__",
-            )
-        if any(j.full for j, _, _ in self.joins.joins) or any(
-            not o.table.primary_key.columns for o in self.joins.leaves
-        ):
-            raise self.refuse(
-                "no primary key can be derived over a FULL JOIN or a table without primary key",
-                "name the columns that identify a row with __primary_key__",
-            )
-        wanted = {
-            LeafColumn(o.number, c.key)
-            for o in self.joins.leaves
-            for c in o.table.primary_key.columns
-        }
-        candidates = list(self.visible)
-        if not wanted <= closure(candidates, self.joins.dependencies):
-            key = sorted(wanted)
-            for column in sorted(wanted, reverse=True):
-                rest = [c for c in key if c != column]
-                if wanted <= closure(rest, self.joins.dependencies):
-                    key = rest
-            missing = ", ".join(
-                f"{self.joins.leaves[c.leaf].table.name}.{c.name}"
-                for c in key
-                if c not in self.visible
-            )
-            raise self.refuse(
-                f"no primary key can be derived from the selected columns: {missing} is missing",
-                "add it to the select, or name the columns that identify a row with "
-                "__primary_key__",
-            )
-        position = {name: at for at, name in enumerate(self.names)}
-        for column in sorted(
-            candidates,
-            key=lambda c: (c not in wanted, c.leaf, position[self.visible[c]]),
-            reverse=True,
-        ):
-            rest = [c for c in candidates if c != column]
-            if wanted <= closure(rest, self.joins.dependencies):
-                candidates = rest
-        names = tuple(sorted((self.visible[c] for c in candidates), key=position.__getitem__))
-        return names or (self.names[0],)  # of a view of one row at most, any column is a key
+        return result
 
-    def _grouping_key(self) -> tuple[str, ...]:
-        key: list[str] = []
-        elements = {
-            name: label.element
-            for name, label in zip(self.names, self.statement._raw_columns, strict=True)
-        }
-        for clause in self.statement._group_by_clauses:
-            plain = clause._deannotate()
-            for name, element in elements.items():
-                if element is plain or element._deannotate().compare(plain):
-                    key.append(name)
-                    break
-            else:
-                raise self.refuse(
-                    f"GROUP BY {clause} is not among the selected columns, so no primary key "
-                    "can be derived",
-                    "select it, or name the columns that identify a row with __primary_key__",
+    def _paths(
+        self, hidden: list[ViewColumn], extra: list[Any]
+    ) -> tuple[tuple[GroupPath, ...], dict[TableName, str]]:
+        """Return how changed rows lead to groups, and the tables of which they do not."""
+        if self.by is not None:
+            names = [self.visible.get(column) for column in self.by]
+            ways = list(paths_to(self.joins, self.by, [(n, n) if n else None for n in names]))
+        else:
+            ways = [
+                way
+                for number, grouped in self._subqueries()
+                if not self.reasons
+                for way in paths_to(
+                    grouped.joins,
+                    grouped.by,
+                    [self._hidden(LeafColumn(number, key), hidden, extra) for key in grouped.key],
+                    number,
                 )
-        return tuple(dict.fromkeys(key))
+            ]
+        coarse = {
+            table: f"no group key follows from a row of {table_label(table)}"
+            for table, path in ways
+            if path is None
+        }
+        return tuple(path for _, path in ways if path is not None), coarse
 
     def _coarse(
-        self, tables: frozenset[TableName], leaves: tuple[Leaf, ...]
+        self,
+        tables: frozenset[TableName],
+        leaves: Iterable[Leaf],
+        paths: Iterable[GroupPath],
     ) -> dict[TableName, str]:
         if self.reasons:
             why = ", ".join(dict.fromkeys(self.reasons))
             return dict.fromkeys(tables, why)
-        coarse = dict.fromkeys(tables - {leaf.table for leaf in leaves}, "read by a subquery")
-        if self.joins.filtered(self.statement._where_criteria):
-            for leaf in leaves:
-                if leaf.nullable:
-                    coarse[leaf.table] = "a condition on the nullable side of an outer join"
+        known = {leaf.table for leaf in leaves} | {path.table for path in paths}
+        coarse = dict.fromkeys(tables - known, "read by a subquery")
+        if self.by is None and self.joins.filtered(self.statement._where_criteria):
+            for leaf in self.joins.leaves:
+                if not leaf.nullable:
+                    continue
+                within = leaf.source.joins.leaves if isinstance(leaf.source, Grouped) else [leaf]
+                for inner in within:
+                    coarse[table_name(inner.source)] = (
+                        "a condition on the nullable side of an outer join"
+                    )
         return coarse

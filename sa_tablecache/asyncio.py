@@ -124,6 +124,10 @@ class AsyncTableCache:
         """See :meth:`.TableCache.invalidate`."""
         self.sync_cache.invalidate(target, *what)
 
+    def side_effects(self, source: Any, *, writes: Iterable[Any]) -> None:
+        """See :meth:`.TableCache.side_effects`."""
+        self.sync_cache.side_effects(source, writes=writes)
+
     async def refresh(self, view: type[CachedView]) -> None:
         """See :meth:`.TableCache.refresh`."""
         await greenlet_spawn(self.sync_cache.refresh, view)

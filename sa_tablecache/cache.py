@@ -15,7 +15,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self, cast
 
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, Table, select, text
 from sqlalchemy.sql import ColumnElement
 
 from .analysis import TableName, plan_of, table_label, table_name
@@ -32,7 +32,7 @@ from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
-from .statements import exact_value
+from .statements import cascades, exact_value
 from .table import CachedTable
 from .view import CachedView, ViewMeta
 
@@ -89,6 +89,7 @@ class BaseTableCache:
         self._views: list[type[CachedView]] = []
         self._tables: dict[type[CachedView], CachedTable] = {}
         self._orphans: list[_Orphan] = []
+        self._side_effects: dict[TableName, frozenset[TableName]] = {}
         self._lock = Lock()
         self._closed = False
         if engine is not None:
@@ -304,6 +305,51 @@ class BaseTableCache:
         assert self.engine is not None
         self.publish(changes, None)
 
+    def side_effects(self, source: Any, *, writes: Iterable[Any]) -> None:
+        """Say what the database itself writes when a row of a table is written: by triggers.
+
+        ::
+
+            cache.side_effects(Order, writes=[Stock])
+
+        From then on a commit that writes ``Order`` marks ``Stock`` too, all of it, and so on.
+        Foreign keys with ON DELETE and ON UPDATE need no such word. Emits no SQL.
+
+        :param source: a mapped class or a table.
+        :param writes: mapped classes and tables; none of them if it writes no table of a view,
+            which :meth:`check` would otherwise ask about.
+        :raises CriteriaError: for anything else.
+        """
+        targets: set[TableName] = set()
+        for model in writes:
+            for table in tables_of(model):
+                targets |= {table_name(table), *cascades(table, deleted=True, columns=None)}
+        for table in tables_of(source):
+            name = table_name(table)
+            self._side_effects[name] = self._side_effects.get(name, frozenset()) | targets
+
+    def affecting(self, tables: frozenset[TableName]) -> frozenset[TableName]:
+        """Return the tables of which a write reaches some tables: they, and by side effects."""
+        if not self._side_effects:
+            return tables
+        grew = True
+        while grew:
+            sources = {s for s, found in self._side_effects.items() if not found.isdisjoint(tables)}
+            grew = not sources <= tables
+            tables |= sources
+        return tables
+
+    def _add_side_effects(self, changes: ChangeSet) -> None:
+        """Add to changes what the database itself changed because of them."""
+        added = bool(self._side_effects)
+        while added:
+            added = False
+            for source, targets in self._side_effects.items():
+                if changes.touches([source]) and not targets <= changes.tables:
+                    for table in targets:
+                        changes.add_table(table)
+                    added = True
+
     def refresh(self, view: type[CachedView]) -> None:
         """Read again what is marked now, instead of before the next answer."""
         self.table(view).refresh()
@@ -328,6 +374,7 @@ class BaseTableCache:
                 )
                 for name, why in sorted(table.coarse.items(), key=lambda item: item[0][1])
             ]
+            problems += self._unseen(view, table)
             for index in view.__indexes__.values():
                 for name in index.column_names:
                     how = columns.comparisons[name]
@@ -342,6 +389,19 @@ class BaseTableCache:
                         )
         return problems
 
+    def _unseen(self, view: type[CachedView], table: CachedTable) -> list[Problem]:
+        """Return what writes tables in ways that nobody told the cache."""
+        return [
+            Problem(
+                view.__name__,
+                f"{table_label(name)} has triggers or rules, {', '.join(sorted(what.triggers))}, "
+                "and what they write is not seen: say it with cache.side_effects(Model, "
+                "writes=[...]), empty if they write no table of a view",
+            )
+            for name, what in sorted(table.set_up().automatic.items(), key=str)
+            if what.triggers and name not in self._side_effects
+        ]
+
     def explain(self, statement: Any) -> Explanation:
         """Say how a SELECT of a view would be answered now, and why. Runs nothing."""
         view = view_of(statement)
@@ -353,8 +413,16 @@ class BaseTableCache:
 
     def wanted(self, table: str) -> frozenset[str] | None:
         """Return which columns of deleted rows of a table are wanted, if anything of it is."""
-        tables = [t for t in list(self._tables.values()) if t.asks_about(table)]
-        return frozenset() if tables else None
+        found = [t.wanted(table) for t in list(self._tables.values())]
+        known = [columns for columns in found if columns is not None]
+        return frozenset().union(*known) if known else None
+
+    def tables_named(self, name: str) -> list[Table]:
+        """Return the tables of the views' metadata with a name, in any schema and case."""
+        metadatas = {t.metadata for table in list(self._tables.values()) for t in table.base_tables}
+        return [
+            t for metadata in metadatas for t in metadata.tables.values() if t.name.lower() == name
+        ]
 
     @property
     def at_once(self) -> frozenset[TableName]:
@@ -364,6 +432,7 @@ class BaseTableCache:
 
     def lease(self, changes: ChangeSet) -> _Lease:
         """Take a lease on what the changes of a commit will mark."""
+        self._add_side_effects(changes)
         marks = {}
         for table in list(self._tables.values()):
             found = table.marks_of(changes)
@@ -374,6 +443,7 @@ class BaseTableCache:
 
     def publish(self, changes: ChangeSet, lease: _Lease | None) -> None:
         """Mark what a commit changed, and end its lease."""
+        self._add_side_effects(changes)
         leased = lease.marks if lease is not None else {}
         for table in list(self._tables.values()):
             table.publish(table.marks_of(changes), leased.get(table))

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
 from .analysis import TableName
+from .groups import GroupPath
 
 RowKey: TypeAlias = tuple[Any, ...]
 
@@ -126,10 +127,29 @@ class Mark(NamedTuple):
 VIEW: Final = Mark((None, ""), ())
 """The mark of a whole view."""
 
-Marks: TypeAlias = frozenset[Mark]
+
+@dataclass(frozen=True, slots=True)
+class GroupMark:
+    """Records that may be stale because a row is, or was, in one of their groups."""
+
+    names: tuple[str, ...]
+    """Columns of the rendered view."""
+    values: RowKey
+    """What they are in these groups."""
+    moves: ClassVar[bool] = True
+    """A group may have come or gone, and so may any aggregate of it."""
+
+
+AnyMark: TypeAlias = Mark | GroupMark
+Marks: TypeAlias = frozenset[AnyMark]
 
 _THE_VIEW: Final[Marks] = frozenset({VIEW})
 _NONE: Final[Marks] = frozenset()
+
+
+def in_place(marks: Iterable[AnyMark]) -> frozenset[Mark]:
+    """Return the marks that leave records where they are."""
+    return frozenset(mark for mark in marks if isinstance(mark, Mark) and not mark.moves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +161,13 @@ class Concern:
     placing: frozenset[str]
     """Those that decide which records there are, and where in an index."""
     followed: bool = True
-    """Whether a changed row can be followed to the view's records by its key."""
+    """Whether a changed row can be followed to the view's records, by its key or by groups."""
+    by_key: bool = True
+    """Whether its key leads to records, or to the groups that it is part of now."""
     opaque: bool = False
     """Whether an UPDATE may change columns that it does not name: generated ones, triggers."""
+    paths: tuple[GroupPath, ...] = ()
+    """How a changed row leads to groups."""
 
 
 def marks_of(
@@ -158,7 +182,7 @@ def marks_of(
         return _NONE
     if changes.everything or not changes.tables.isdisjoint(tables):
         return _THE_VIEW
-    marks: set[Mark] = set()
+    marks: set[AnyMark] = set()
     for table, rows in changes.rows.items():
         if table not in tables:
             continue
@@ -171,5 +195,14 @@ def marks_of(
                 continue
             if not concern.followed:
                 return _THE_VIEW
-            marks.add(Mark(table, key, columns is None or not columns.isdisjoint(concern.placing)))
+            # What it was before an UPDATE is pieced together from the columns that it names.
+            before = written.before if not (concern.opaque and written.before) else None
+            for path in concern.paths:
+                groups = path.of_key(key) if path.follows_from_key else path.before(columns, before)
+                if groups is None:
+                    return _THE_VIEW
+                marks.update(GroupMark(path.names, values) for values in groups)
+            if concern.by_key:
+                moves = columns is None or not columns.isdisjoint(concern.placing)
+                marks.add(Mark(table, key, moves))
     return frozenset(marks)

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Table
 
 from .analysis import TableName
 from .changes import ChangeSet, RowKey, Written
@@ -47,6 +47,9 @@ class Subscriber(Protocol):
 
         ``None`` if nobody asks which of its rows are written.
         """
+
+    def tables_named(self, name: str) -> Iterable[Table]:
+        """Return the tables of the views' metadata with a name, in any schema and case."""
 
     def lease(self, changes: ChangeSet) -> Any:
         """Take a lease on what the changes could touch."""

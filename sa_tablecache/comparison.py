@@ -64,8 +64,12 @@ class Comparison:
         kind = type(value)
         if type_ is not None and type_ is not self.type:
             self._check_sent_as(type_, value)
+        if value is None:
+            return None
         if kind is int and float in self.accepts and abs(value) <= EXACT_FLOATS:
             return float(value)
+        if kind is int and Decimal in self.accepts:
+            return Decimal(value)
         if kind not in self.accepts:
             raise Inexact(f"a {kind.__name__} is not what this column holds")
         if kind is float or kind is Decimal:
@@ -92,7 +96,7 @@ class Comparison:
             low, high = _integer_bounds(type_)
             if type(value) is int and low <= value <= high:
                 return
-        elif isinstance(mine, types.Float) and type_._static_cache_key in _PLAIN_INTEGER:
+        elif isinstance(mine, types.Numeric | types.Float) and type(type_) is types.Integer:
             if type(value) is int and abs(value) < 2**31:
                 return
         elif type(type_) in _SENT_ALIKE.get(_kind(mine), ()):
@@ -105,6 +109,8 @@ class Comparison:
             self.accepts == other.accepts
             and self.normalise is other.normalise
             and self.collation == other.collation
+            # One may be a type of the database's own, and the other text.
+            and not isinstance(self.type, types.Enum)
         )
 
 
@@ -163,12 +169,11 @@ _MYSQL_NAMES: Final[dict[type, tuple[str, ...]]] = {
     types.Date: ("date",),
     types.Uuid: ("uuid", "char"),
     types.LargeBinary: ("varbinary", "tinyblob", "blob", "mediumblob", "longblob"),
+    types.VARBINARY: ("varbinary", "tinyblob", "blob", "mediumblob", "longblob"),
 }
 
 #: Python types whose values sort among themselves.
 _SORTABLE: Final = (int, float, str, bytes, dt.date, dt.time, dt.timedelta, uuid.UUID, Decimal)
-
-_PLAIN_INTEGER: Final = (types.Integer()._static_cache_key,)
 
 #: Types of parameters that drivers send alike.
 _SENT_ALIKE: Final[dict[type, tuple[type, ...]]] = {
@@ -178,7 +183,8 @@ _SENT_ALIKE: Final[dict[type, tuple[type, ...]]] = {
     types.Boolean: (types.Boolean, types.BOOLEAN),
     types.Date: (types.Date, types.DATE),
     types.Time: (types.Time, types.TIME),
-    types.LargeBinary: (types.LargeBinary, types.BLOB),
+    types.LargeBinary: (types.LargeBinary, types.BLOB, types.VARBINARY),
+    types.VARBINARY: (types.LargeBinary, types.BLOB, types.VARBINARY),
 }
 
 
@@ -257,6 +263,8 @@ def _by_type(type_: types.TypeEngine[Any], dialect: str, stored: StoredColumn | 
             return Comparison(False, False, reason="a decimal that is not compared as one")
         case types.Enum():
             kind: type | None = type_.enum_class
+            if stored is not None and stored.deterministic is False:
+                return Comparison(False, False, reason="an Enum under a collation that folds")
             if kind is None or not issubclass(kind, enum.Enum) or dialect == "mysql":
                 return Comparison(False, False, reason="an Enum of strings")
             return Comparison(True, False, (kind,), "an Enum, sorted by the database's own order")
@@ -280,7 +288,7 @@ def _by_type(type_: types.TypeEngine[Any], dialect: str, stored: StoredColumn | 
             if not type_.as_uuid:
                 return Comparison(False, False, reason="a UUID read as text")
             return Comparison(True, dialect != "mysql", (uuid.UUID,))
-        case types.LargeBinary():
+        case types.LargeBinary() | types.VARBINARY():
             return Comparison(True, True, (bytes,))
     return _UNKNOWN
 

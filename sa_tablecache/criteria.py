@@ -302,7 +302,7 @@ def bind(
         case Compare():
             how = usable(node.column, node.op)
             value, type_ = raw[node.parameter], types[node.parameter]
-            bound[node.parameter] = None if value is None else how.parameter(value, type_)
+            bound[node.parameter] = how.parameter(value, type_)
         case CompareColumns():
             left, right = usable(node.left, node.op), usable(node.right, node.op)
             if not left.compares_with(right):
@@ -312,7 +312,7 @@ def bind(
         case In():
             how = usable(node.column)
             values, type_ = list(raw[node.parameter]), types[node.parameter]
-            some = frozenset(how.parameter(value, type_) for value in values if value is not None)
+            some = frozenset(how.parameter(value, type_) for value in values) - {None}
             bound[node.parameter] = (some, None in values, not values)
         case Truth():
             if bool not in usable(node.column).accepts:
@@ -323,17 +323,14 @@ def bind(
             kinds = types[node.parameter].types
             if any(len(row) != len(hows) for row in (*rows, kinds)):
                 raise Inexact("row values of different lengths")
-            bound[node.parameter] = frozenset(
-                tuple(map(Comparison.parameter, hows, row, kinds))
-                for row in rows
-                if None not in row
-            )
+            usable_rows = [tuple(map(Comparison.parameter, hows, row, kinds)) for row in rows]
+            bound[node.parameter] = frozenset(row for row in usable_rows if None not in row)
         case RowCompare():
             for column, parameter in zip(node.columns, node.parameters, strict=True):
                 how, value = usable(column, node.op), raw[parameter]
                 usable(column)
                 type_ = types[parameter]
-                bound[parameter] = None if value is None else how.parameter(value, type_)
+                bound[parameter] = how.parameter(value, type_)
 
 
 # -- evaluation --------------------------------------------------------------------------------

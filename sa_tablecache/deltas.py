@@ -1,24 +1,30 @@
 """Which records a set of changed rows touches: the delta queries.
 
-In: marks, and the storage as it is. Out: the anchors whose records have to be replaced, and those
-records as they are in one snapshot.
+In: marks, and the storage as it is. Out: which records have to be replaced, as values that their
+keys start with in some order, and what takes their place in one snapshot.
 
 A changed row touches the stored records with it in their lineage, and the records that the database
 joins it into now. For each base table with marks one SELECT finds the latter; another reads the
 anchors that it did not return whole: those that the changed row has left, for instance.
+
+Where rows are grouped, a changed row touches the groups with the values that it had, which its
+marks say, and those that it has now, which one SELECT of its table says. The records of a view that
+groups are read by these values, with one SELECT; those of a view that joins a subquery which groups
+are followed to their anchors from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias, cast
 
-from sqlalchemy import Connection, tuple_
+from sqlalchemy import Connection, and_, literal, or_, select, tuple_
 from sqlalchemy.sql import ColumnElement
 
-from .analysis import Leaf, TableName
-from .changes import Mark
+from .analysis import TableName
+from .changes import AnyMark, GroupMark
 from .coverage import Coverage
+from .groups import GroupPath
 from .layout import Layout, RowKey
 from .loading import Rows
 from .orders import Hidden, Record
@@ -36,71 +42,174 @@ def read_coverage(layout: Layout, connection: Connection, coverage: Coverage) ->
     return layout.loader.read(connection, layout.coverage_clause(coverage), stream=True)
 
 
+Touched: TypeAlias = dict[str, set[RowKey]]
+"""For some orders, what the keys of touched records start with."""
+
+
 def read_touched(
     layout: Layout,
     connection: Connection,
     storage: Storage,
     coverage: Coverage,
-    marks: Iterable[Mark],
-) -> tuple[set[RowKey] | None, Rows]:
+    marks: Iterable[AnyMark],
+) -> tuple[Touched | None, Rows]:
     """Read the records that changed rows touch, now or as they are stored.
 
-    :returns: the anchors to replace, ``None`` for all of them, and their records now.
+    :returns: which records to replace, ``None`` for all of them, and what they are now.
     """
+    keys: dict[TableName, set[RowKey]] = {}
+    groups: dict[tuple[str, ...], set[RowKey]] = {}
+    for mark in marks:
+        if isinstance(mark, GroupMark):
+            groups.setdefault(mark.names, set()).add(mark.values)
+        else:
+            keys.setdefault(mark.table, set()).add(mark.key)
+    known = True
+    for path in layout.paths:
+        if path.table in keys and not path.follows_from_key:
+            now = _groups_of(connection, path, keys[path.table])
+            known = known and now is not None
+            groups.setdefault(path.names, set()).update(now or ())
+    if known and sum(map(len, groups.values())) <= BATCH:
+        covered = layout.coverage_clause(coverage)
+        touched, rows = (
+            _read_groups(layout, connection, groups, covered)
+            if layout.plan.grouped
+            else _read_anchors(layout, connection, storage, coverage, keys, groups)
+        )
+        if rows is not None:
+            return touched, rows
+    return None, read_coverage(layout, connection, coverage)
+
+
+def _groups_of(connection: Connection, path: GroupPath, keys: set[RowKey]) -> set[RowKey] | None:
+    """Return the values of the groups that rows of a table are part of now, if they compare."""
+    found: set[RowKey] = set()
+    names = [column.key for column in path.columns]
+    for criterion in _criteria(path.primary_key, keys):
+        for row in connection.execute(select(*path.columns).where(criterion).distinct()):
+            values = path.values(dict(zip(names, row, strict=True)))
+            if values is None:
+                return None
+            found.update(values)
+    return found
+
+
+def _read_groups(
+    layout: Layout,
+    connection: Connection,
+    groups: dict[tuple[str, ...], set[RowKey]],
+    covered: list[ColumnElement[bool]],
+) -> tuple[Touched, Rows]:
+    """Read the records of groups: one SELECT."""
+    touched: Touched = {}
+    for names, values in groups.items():
+        touched.setdefault(layout.group_orders[names], set()).update(values)
+    if not any(groups.values()):
+        return touched, layout.no_rows()
+    criterion = or_(
+        *(
+            criterion
+            for names, values in groups.items()
+            for criterion in _criteria([layout.plan.column(n).clause for n in names], values)
+        )
+    )
+    return touched, layout.loader.read(connection, [criterion, *covered])
+
+
+def _read_anchors(
+    layout: Layout,
+    connection: Connection,
+    storage: Storage,
+    coverage: Coverage,
+    keys: dict[TableName, set[RowKey]],
+    groups: dict[tuple[str, ...], set[RowKey]],
+) -> tuple[Touched, Rows | None]:
+    """Read all records of the anchors that rows and groups lead to; none if those are too many."""
     plan = layout.plan
     anchor = plan.anchor
     assert anchor is not None
-    keys: dict[TableName, set[RowKey]] = {}
-    for mark in marks:
-        keys.setdefault(mark.table, set()).add(mark.key)
-    covered = layout.coverage_clause(coverage)
     touched: set[RowKey] = set()
     complete: dict[RowKey, tuple[Record, Hidden | None]] = {}
+    result = {layout.anchor_order: touched}
+    covered = layout.coverage_clause(coverage)
+    ways: list[tuple[int, list[Record], tuple[str, ...], tuple[str, ...], set[RowKey]]] = []
     for leaf in plan.leaves:
-        wanted = keys.get(leaf.table)
-        if wanted is None:
-            continue
+        wanted = keys.get(leaf.table, set())
         if leaf is anchor:
             touched |= wanted
-            continue
-        stored = storage.with_hidden(layout.records_of(storage, leaf, wanted))
-        touched.update(layout.anchor_key(record, hidden) for record, hidden in stored)
-        for record, hidden in _delta(layout, connection, leaf, wanted, covered).pairs():
+        elif wanted:
+            stored = layout.records_of(storage, leaf, wanted)
+            shown = leaf.visible or leaf.hidden
+            ways.append((leaf.number, stored, leaf.hidden, shown, wanted))
+    for names, values in groups.items():
+        path = layout.path_of[names]
+        assert path.leaf is not None
+        stored = storage.starting_with(layout.group_orders[names], values)
+        ways.append((path.leaf, stored, names, path.stored, values))
+    for leaf_number, stored, names, shown, values in ways:
+        for record, hidden in storage.with_hidden(stored):
+            touched.add(layout.anchor_key(record, hidden))
+        if layout.may_reveal(coverage, leaf_number):
+            # Columns that stay lead to NULL-extended rows, too, if they show the same values.
+            if not plan.extensions[leaf_number][0].issuperset(shown):
+                return result, None
+            names = shown
+        for record, hidden in _read(layout, connection, names, values, covered).pairs():
             key = layout.anchor_key(record, hidden)
             touched.add(key)
             if plan.one_row_per_anchor:
                 complete[key] = record, hidden
     rest = touched - complete.keys()
     if len(rest) > MOST_ANCHORS:
-        return None, read_coverage(layout, connection, coverage)
-    rows = _delta(layout, connection, anchor, rest, covered) if rest else layout.no_rows()
+        return result, None
+    rows = _read(layout, connection, anchor.hidden, rest, covered)
     for record, hidden in complete.values():
         rows.records.append(record)
         if rows.hidden is not None:
             rows.hidden.append(cast("Hidden", hidden))
-    return touched, rows
+    return result, rows
 
 
-def _delta(
+def _read(
     layout: Layout,
     connection: Connection,
-    leaf: Leaf,
-    keys: set[RowKey],
+    names: tuple[str, ...],
+    values: set[RowKey],
     covered: list[ColumnElement[bool]],
 ) -> Rows:
-    """Read the covered records that certain rows of one leaf are part of now."""
-    columns = [layout.plan.column(name).clause for name in leaf.hidden]
-    ordered = sorted(keys, key=repr)
+    """Read the covered records in which columns of the rendered view have certain values now."""
     rows = layout.no_rows()
-    for start in range(0, len(ordered), BATCH):
-        batch = ordered[start : start + BATCH]
-        criterion = (
-            columns[0].in_([key[0] for key in batch])
-            if len(columns) == 1
-            else tuple_(*columns).in_(batch)
-        )
+    for criterion in _criteria([layout.plan.column(name).clause for name in names], values):
         more = layout.loader.read(connection, [criterion, *covered])
         rows.records += more.records
         if rows.hidden is not None:
             rows.hidden += more.hidden or []
     return rows
+
+
+def _criteria(
+    columns: Sequence[ColumnElement[Any]], values: set[RowKey]
+) -> Iterator[ColumnElement[bool]]:
+    """Yield, for a batch of values each, that columns have one of them; NULL is a value."""
+    ordered = sorted(values, key=repr)
+    for start in range(0, len(ordered), BATCH):
+        batch = ordered[start : start + BATCH]
+        whole = [value for value in batch if None not in value]
+        clauses = [
+            and_(
+                *(
+                    column.is_(None) if part is None else column == literal(part, column.type)
+                    for column, part in zip(columns, value, strict=True)
+                )
+            )
+            for value in batch
+            if None in value
+        ]
+        if whole:
+            clauses.append(
+                columns[0].in_([value[0] for value in whole])
+                if len(columns) == 1
+                else tuple_(*columns).in_(whole)
+            )
+        yield or_(*clauses)

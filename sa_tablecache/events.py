@@ -47,7 +47,7 @@ from .returning import (
     suffixed_rows,
     tells_keys,
 )
-from .statements import NOTHING, Writes, rows_of, writes_of
+from .statements import ANYTHING, NOTHING, Writes, cascades, rows_of, writes_of
 
 SUFFIXED: Final = "_sa_tablecache_suffixed"
 """Attribute of the context of a statement behind which RETURNING was written."""
@@ -108,6 +108,23 @@ class Watcher:
         found = [w for w in (s.wanted(table) for s in self.subscribers) if w is not None]
         return frozenset[str]().union(*found) if found else None
 
+    def _resolved(self, writes: Writes) -> Writes:
+        """Return what a text writes that names one table: one that is known, or anything."""
+        assert writes.table is not None
+        schema, name = writes.table
+        tables = {
+            table
+            for subscriber in self.subscribers
+            for table in subscriber.tables_named(name)
+            if schema is None or table.schema in (None, schema)
+        }
+        if not tables:  # a database view, say
+            return ANYTHING
+        further = frozenset(table_name(table) for table in tables)
+        for table in tables:
+            further |= cascades(table, deleted=True, columns=None)
+        return replace(writes, further=further)
+
     def before_cursor_execute(
         self,
         connection: Connection,
@@ -132,6 +149,8 @@ class Watcher:
             writes = _declared(writes, declared)
         if not writes and not writes.opaque:
             return statement, parameters
+        if writes.kind == "text":
+            writes = self._resolved(writes)
         transaction = transaction_of(connection.info)
         if transaction.ending:
             return statement, parameters
@@ -180,12 +199,12 @@ class Watcher:
             none = rows is not None and not rows.keys
         else:
             rows = None if executed.keys is None else Rows(executed.keys)
-            none = (
-                not many
-                and cursor.rowcount == 0
-                and context.is_crud
-                and not context.compiled.effective_returning
+            quiet = (
+                not context.compiled.effective_returning
+                if context.is_crud
+                else executed.writes.kind == "text" and cursor.description is None
             )
+            none = quiet and not many and cursor.rowcount == 0
         transaction.wrote(executed, rows, any_row=not none)
         self._publish_if_over(connection, transaction, executed.writes)
 
@@ -345,7 +364,7 @@ def _declared(writes: Writes, declared: Any) -> Writes:
     That replaces what cannot be read from it, and is added to what can.
     """
     tables = frozenset(table_name(table) for model in declared for table in tables_of(model))
-    if writes.anything or writes.opaque:
+    if writes.anything or writes.opaque or writes.kind == "text":
         return Writes(tables=tables, sets=writes.sets)
     return replace(writes, tables=writes.tables | tables)
 

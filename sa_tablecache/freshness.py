@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from .changes import Mark, Marks
+from .changes import AnyMark, Mark, Marks, in_place
 
 MOST_IN_PLACE = 10_000
 """With more marks in place than this the next read refreshes, whatever it reads."""
@@ -29,8 +29,8 @@ class Freshness:
 
     def __init__(self) -> None:
         self.sequence = 0
-        self.pending: dict[Mark, int] = {}
-        self.leased: Counter[Mark] = Counter()
+        self.pending: dict[AnyMark, int] = {}
+        self.leased: Counter[AnyMark] = Counter()
         self.leases = 0
         """The number of commits under way."""
         self.oldest: float | None = None
@@ -39,7 +39,7 @@ class Freshness:
         """The number of pending marks that move records."""
         self._moving_leases = 0
         """The number of leased marks that do."""
-        self._log: list[tuple[int, Mark]] = []
+        self._log: list[tuple[int, AnyMark]] = []
         """Marks made while loads or refreshes are under way, for when they are applied."""
         self._underway: Counter[int] = Counter()
 
@@ -58,13 +58,13 @@ class Freshness:
         """Whether nothing is pending or leased."""
         return not self.pending and not self.leased
 
-    def has(self, mark: Mark) -> bool:
+    def has(self, mark: AnyMark) -> bool:
         """Whether a mark is pending or leased."""
         return mark in self.pending or mark in self.leased
 
-    def in_place(self) -> Marks:
+    def in_place(self) -> frozenset[Mark]:
         """Return the marks, pending or leased, of which only the records may be stale."""
-        return frozenset(mark for mark in (*self.pending, *self.leased) if not mark.moves)
+        return in_place((*self.pending, *self.leased))
 
     @property
     def underway(self) -> bool:
@@ -96,7 +96,7 @@ class Freshness:
             if self._underway:
                 self._log.append((self.sequence, mark))
 
-    def _set(self, mark: Mark) -> None:
+    def _set(self, mark: AnyMark) -> None:
         if mark not in self.pending:
             self._moving += mark.moves
         self.sequence += 1
@@ -104,7 +104,7 @@ class Freshness:
         if self.oldest is None:
             self.oldest = time.monotonic()
 
-    def _unset(self, mark: Mark) -> None:
+    def _unset(self, mark: AnyMark) -> None:
         del self.pending[mark]
         self._moving -= mark.moves
         if not self.pending:
@@ -130,7 +130,7 @@ class Freshness:
         oldest = min(self._underway, default=self.sequence)
         self._log = [entry for entry in self._log if entry[0] > oldest]
 
-    def apply(self, token: int, cleared: dict[Mark, int]) -> None:
+    def apply(self, token: int, cleared: dict[AnyMark, int]) -> None:
         """What was read after the token is being applied, with these marks, as they were numbered.
 
         Marks newer than the token become pending again, with newer numbers: a refresh under way

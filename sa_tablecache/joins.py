@@ -3,12 +3,14 @@
 In: the FROM elements and criteria of a frozen select. Out: the *leaves* (each occurrence of a base
 table, and whether an outer join can NULL-extend it), functional dependencies between their columns,
 and equalities that hold wherever a leaf is not NULL-extended. From these follow the view's primary
-key, whether an anchor has one row at most, and which columns of the view show a lineage.
+key, whether an anchor has one row at most, which columns of the view show a lineage, and which
+group columns a row of a leaf determines. A subquery with GROUP BY is a leaf, too, whose key is what
+it groups by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,9 +86,28 @@ class Occurrence:
 
     number: int
     selectable: Any
-    table: Table
     depth: int
     """How many outer joins have it on a side that they NULL-extend."""
+    source: Table | Grouped
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """Its columns by key: those of base tables, or expressions of a subquery."""
+        if isinstance(self.source, Grouped):
+            return self.source.columns
+        return dict(self.source.columns.items())
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The keys of the columns that tell its rows apart; empty if none do."""
+        if isinstance(self.source, Grouped):
+            return self.source.key
+        return tuple(column.key for column in self.source.primary_key.columns)
+
+    @property
+    def name(self) -> str:
+        """The name of the table, or how the subquery is called."""
+        return str(self.selectable.name if isinstance(self.source, Grouped) else self.source.name)
 
     @property
     def nullable(self) -> bool:
@@ -94,13 +115,43 @@ class Occurrence:
         return self.depth > 0
 
 
-class Joins:
-    """The leaves of a FROM clause, and what is known of their columns."""
+@dataclass(frozen=True)
+class Grouped:
+    """A subquery with GROUP BY over plain columns, all of which it selects."""
 
-    def __init__(self) -> None:
+    joins: Joins
+    by: tuple[LeafColumn, ...]
+    """What it groups by, among the columns of its own joins."""
+    key: tuple[str, ...]
+    """The keys of its columns that show these values."""
+    columns: Mapping[str, Any]
+    """Its columns by key: those of base tables, or expressions."""
+
+
+class Determined(NamedTuple):
+    """A group column whose value a row of a leaf determines by itself."""
+
+    at: int
+    """Its position among the group columns."""
+    column: Column[Any]
+    """The column of the leaf's table that has the same value."""
+    vanishes: bool
+    """Whether it is NULL where the leaf is NULL-extended; it keeps its value otherwise."""
+
+
+class Joins:
+    """The leaves of a FROM clause, and what is known of their columns.
+
+    :param grouped: reads a subquery as a leaf, if it is one that groups plain columns.
+    """
+
+    def __init__(self, grouped: Callable[[Any], Grouped | None] | None = None) -> None:
+        self._grouped = grouped
         self.leaves: list[Occurrence] = []
         self.joins: list[tuple[Join, range, int]] = []
         """Every join with the numbers of the leaves on its right side, and its own depth."""
+        self._lefts: dict[int, range] = {}
+        """By the first leaf on the right side of a join, the leaves on its left side."""
         self.others: list[str] = []
         """What else there is in FROM: subqueries and the like."""
         self.dependencies: list[tuple[frozenset[LeafColumn], frozenset[LeafColumn]]] = []
@@ -115,8 +166,10 @@ class Joins:
             self.read_from(selectable.element, depth)
             return
         if isinstance(selectable, Join):
+            before = len(self.leaves)
             self.read_from(selectable.left, depth + selectable.full)
             first = len(self.leaves)
+            self._lefts[first] = range(before, first)
             self.read_from(selectable.right, depth + (selectable.isouter or selectable.full))
             self.joins.append((selectable, range(first, len(self.leaves)), depth))
             return
@@ -124,10 +177,11 @@ class Joins:
         while isinstance(base, Alias):
             base = base.element
         base = base._deannotate() if hasattr(base, "_deannotate") else base
-        if not isinstance(base, Table):
+        source = base if isinstance(base, Table) else self._grouped and self._grouped(base)
+        if source is None:
             self.others.append(f"{type(selectable).__name__.lower()} in FROM")
             return
-        self.leaves.append(Occurrence(len(self.leaves), selectable, base, depth))
+        self.leaves.append(Occurrence(len(self.leaves), selectable, depth, source))
 
     def filtered(self, criteria: Sequence[Any]) -> bool:
         """Whether a criterion may drop rows in which an outer join found a match.
@@ -155,24 +209,11 @@ class Joins:
     def read_dependencies(self, criteria: Sequence[Any]) -> None:
         """Collect functional dependencies and equalities from keys, joins and criteria."""
         for occurrence in self.leaves:
-            columns = frozenset(
-                LeafColumn(occurrence.number, c.key) for c in occurrence.table.columns
-            )
-            unique = [tuple(occurrence.table.primary_key.columns)]
-            unique += [
-                tuple(constraint.columns)
-                for constraint in occurrence.table.constraints
-                if isinstance(constraint, UniqueConstraint)
-            ]
-            unique += [(c,) for c in occurrence.table.columns if c.unique]
-            for determinant in unique:
-                if determinant and not any(c.nullable for c in determinant):
-                    self.dependencies.append(
-                        (
-                            frozenset(LeafColumn(occurrence.number, c.key) for c in determinant),
-                            columns,
-                        )
-                    )
+            columns = frozenset(LeafColumn(occurrence.number, key) for key in occurrence.columns)
+            for determinant in _unique(occurrence.source):
+                self.dependencies.append(
+                    (frozenset(LeafColumn(occurrence.number, key) for key in determinant), columns)
+                )
         for criterion in criteria:
             for conjunct in conjuncts(criterion):
                 self._read_equality(conjunct, frozenset())
@@ -231,9 +272,7 @@ class Joins:
                         pinned.add(b)
         inside = [d for d in self.dependencies if all(c.leaf in right for c in d[0] | d[1])]
         keys = frozenset(
-            LeafColumn(number, c.key)
-            for number in right
-            for c in self.leaves[number].table.primary_key.columns
+            LeafColumn(number, key) for number in right for key in self.leaves[number].key
         )
         if keys <= closure(pinned, inside):
             self.dependencies.append((frozenset(left_used), keys))
@@ -243,27 +282,77 @@ class Joins:
         for occurrence in self.leaves:
             # Annotated copies of a selectable are equal to it, and not identical.
             if element.table == occurrence.selectable:
-                for column in occurrence.table.columns:
+                for key, column in occurrence.selectable.c.items():
                     if column.name == element.name:
-                        return LeafColumn(occurrence.number, column.key)
+                        return LeafColumn(occurrence.number, key)
         return None
 
     def visible_equal(self, column: LeafColumn, visible: Mapping[LeafColumn, str]) -> str | None:
         """Return a view column that equals the given one wherever its leaf is not NULL-extended."""
-        if column in visible:
-            return visible[column]
-        kind = self._type_of(column)
+        return next((visible[other] for other in self._equals(column) if other in visible), None)
+
+    def determined(self, leaf: int, by: Sequence[LeafColumn]) -> list[Determined]:
+        """Return the group columns whose values a row of a leaf determines, wherever it is joined.
+
+        When the row goes (or comes), a NULL-extended row may take its place (or make way), and move
+        from one group to another. A column of a table that stays keeps its value in that; one that
+        an outer join NULL-extends together with the leaf becomes NULL. One that only some of the
+        outer joins around the leaf NULL-extend is left out: it could become either.
+        """
+        table = self.leaves[leaf].source
+        assert isinstance(table, Table)
+        around = self._around(leaf)
+        found = []
+        for at, group in enumerate(by):
+            vanishes = any(group.leaf in right for right in around)
+            if vanishes and group.leaf not in around[0]:
+                continue
+            found += [
+                Determined(at, column, vanishes)
+                for column in table.columns
+                if group in self._equals(LeafColumn(leaf, column.key))
+            ]
+        # What follows from the key never changes, and needs no query.
+        found = [d for d in found if d.column.primary_key] or found
+        return list({d.at: d for d in found}.values())
+
+    def _around(self, leaf: int) -> list[range]:
+        """Return the right sides of the outer joins that NULL-extend a leaf, the smallest first."""
+        return [right for join, right, _ in self.joins if join.isouter and leaf in right]
+
+    def extension(self, leaf: int) -> tuple[range, range]:
+        """Return what the row has that takes the place of one in which a leaf was.
+
+        The leaves that surely stay what they are, and those that surely are NULL. Of the others
+        nothing is known: what they are may depend on the leaf.
+        """
+        around = self._around(leaf)
+        return self._lefts[around[-1].start], around[0]
+
+    def _equals(self, column: LeafColumn) -> Iterator[LeafColumn]:
+        """Yield the columns equal to one wherever its leaf is not NULL-extended; itself first."""
+        kind = type(self._type_of(column))
         seen, todo = {column}, [column]
         while todo:
             current = todo.pop()
+            yield current
             for other in sorted(self.equal.get(current, ())):
-                if other in seen or type(self._type_of(other)) is not type(kind):
-                    continue
-                seen.add(other)
-                if other in visible:
-                    return visible[other]
-                todo.append(other)
-        return None
+                if other not in seen and type(self._type_of(other)) is kind:
+                    seen.add(other)
+                    todo.append(other)
 
     def _type_of(self, column: LeafColumn) -> Any:
-        return self.leaves[column.leaf].table.c[column.name].type
+        return self.leaves[column.leaf].columns[column.name].type
+
+
+def _unique(source: Table | Grouped) -> Iterator[tuple[str, ...]]:
+    """Yield sets of columns, by key, that tell the rows of a leaf apart."""
+    if isinstance(source, Grouped):
+        yield source.key  # NULL is a group like any other
+        return
+    unique = [tuple(source.primary_key.columns)]
+    unique += [tuple(c.columns) for c in source.constraints if isinstance(c, UniqueConstraint)]
+    unique += [(c,) for c in source.columns if c.unique]
+    for columns in unique:
+        if columns and not any(column.nullable for column in columns):
+            yield tuple(column.key for column in columns)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any, TypeAlias, cast
 
@@ -27,11 +28,13 @@ from .clauses import ScoreColumn, intervals_clause
 from .comparison import Comparison, is_sortable
 from .coverage import Coverage
 from .exc import ViewDefinitionError
+from .groups import GroupPath
 from .loading import Loader, Rows
 from .orders import Hidden, Order, Part, Record
 from .planner import Columns
 from .scores import Extreme, IntervalSet
 from .storage import Storage
+from .triggers import Automatic
 from .usage import placing_columns, used_columns
 
 log = logging.getLogger(__name__)
@@ -50,11 +53,23 @@ def log_coarse(plan: ViewPlan, table: TableName, why: str) -> None:
 class Layout:
     """How the records of one view lie in memory, for one database."""
 
-    def __init__(self, plan: ViewPlan, catalog: Catalog, dialect: Dialect) -> None:
+    def __init__(
+        self,
+        plan: ViewPlan,
+        catalog: Catalog,
+        dialect: Dialect,
+        automatic: Mapping[TableName, Automatic],
+    ) -> None:
         self.plan = plan
+        self.automatic = automatic
+        """What tables do by themselves when a row is written."""
         self.coarse: dict[TableName, str] = dict(plan.coarse)
         """Tables of which any change marks the whole view, and why."""
         self._leaf_orders: dict[int, str] = {}
+        self.group_orders: dict[tuple[str, ...], str] = {}
+        """For columns that show groups, the order by which records are found from them."""
+        self.path_of: dict[tuple[str, ...], GroupPath] = {}
+        """For these columns, one of the paths that lead to them."""
         comparisons = {name: catalog.comparison(plan, name, dialect) for name in plan.by_name}
         wanted, hidden = self._index_orders()
         hidden += self._lineage_orders(wanted, comparisons, catalog, dialect)
@@ -113,6 +128,17 @@ class Layout:
             hidden += plan.hidden_among(names)
         return wanted, hidden
 
+    def _order_by(
+        self, names: tuple[str, ...], wanted: dict[str, tuple[tuple[str, ...], int]]
+    ) -> str:
+        """Return the order that begins with some columns, added if there is none."""
+        for name, (columns, _) in wanted.items():
+            if columns[: len(names)] == names:
+                return name
+        name = LINEAGE + " ".join(names)
+        wanted[name] = (names + self.plan.key_without(names), len(names))
+        return name
+
     def _lineage_orders(
         self,
         wanted: dict[str, tuple[tuple[str, ...], int]],
@@ -126,23 +152,39 @@ class Layout:
         followed: set[TableName] = set()
         self.coarse |= {t: why for t, why in catalog.unfollowed.items() if t not in self.coarse}
         lost: set[TableName] = set(catalog.unfollowed)
+
+        def usable(name: str) -> bool:
+            return comparisons[name].equality and is_sortable(plan.column(name).clause.type)
+
         for leaf in plan.leaves:
-            names = self._leaf_columns(leaf, comparisons)
+            shown = leaf.visible if all(map(usable, leaf.visible or ())) else None
+            names = (shown or leaf.hidden) if all(map(usable, leaf.hidden)) else ()
             if not names:
                 lost.add(leaf.table)
                 self.coarse.setdefault(leaf.table, "its primary key cannot be compared in Python")
                 continue
             if leaf.table not in plan.coarse:
                 followed.add(leaf.table)
-            for name, (columns, _) in wanted.items():
-                if columns[: len(names)] == names:
-                    self._leaf_orders[leaf.number] = name
-                    break
-            else:
-                name = f"{LINEAGE}{leaf.number}"
-                wanted[name] = (names + plan.key_without(names), len(names))
-                self._leaf_orders[leaf.number] = name
-                hidden += plan.hidden_among(names)
+            self._leaf_orders[leaf.number] = self._order_by(names, wanted)
+            hidden += plan.hidden_among(names)
+        paths: list[GroupPath] = []
+        for whole in plan.paths:
+            shown = tuple(
+                s if usable(s) else n for n, s in zip(whole.names, whole.stored, strict=True)
+            )
+            path = replace(whole, stored=shown).only(
+                [comparisons[name] if usable(name) else None for name in whole.names]
+            )
+            if not path.names:
+                lost.add(path.table)
+                self.coarse.setdefault(path.table, "its groups cannot be compared in Python")
+                continue
+            if path.table not in plan.coarse:
+                followed.add(path.table)
+            self.group_orders[path.names] = self._order_by(path.stored, wanted)
+            hidden += plan.hidden_among(path.stored)
+            self.path_of[path.names] = path
+            paths.append(path)
         folded = [c for c in plan.compared_text if not catalog.tells_apart(c, dialect)]
         if folded:
             # What follows from "equal, so the same" does not follow: keys, anchors and lineage.
@@ -151,43 +193,47 @@ class Layout:
                 self.coarse.setdefault(table, f"joined by {folded[0]}, whose collation folds text")
         self.key_is_proven = plan.key_is_derived and not folded
         """Whether no two rows can share the primary key."""
-        if plan.anchor is None or plan.anchor.number not in self._leaf_orders:
+        anchored = plan.anchor is not None and plan.anchor.number in self._leaf_orders
+        if not anchored and not plan.grouped:
             followed.clear()
             for table in plan.tables:
                 self.coarse.setdefault(table, "no row to anchor its changes on")
+        self.paths = tuple(path for path in paths if path.table in followed - lost)
+        """How changed rows lead to groups."""
         self.concerns = self._concerns(frozenset(followed - lost))
         """What the view has to do with each of its tables."""
-        self.followed_names = frozenset(name for _, name in self.followed)
-        """Names of tables whose changed rows can be followed, whatever their schema."""
+        self.wanted: dict[str, frozenset[str]] = {}
+        """For tables whose changed rows can be followed (their names, whatever the schema), the
+        columns whose values lead to groups."""
+        for schema, name in self.followed:
+            keys = {
+                column.key for path in self.concerns[schema, name].paths for column in path.columns
+            }
+            self.wanted[name] = self.wanted.get(name, frozenset()) | keys
         return hidden
 
     def _concerns(self, followed: frozenset[TableName]) -> dict[TableName, Concern]:
         used, placing = used_columns(self.plan), placing_columns(self.plan)
         none: frozenset[str] = frozenset()
-        return {
-            table: Concern(used.get(table, none), placing.get(table, none), table in followed)
-            for table in self.plan.tables
-        }
+        leaves = {leaf.table for leaf in self.plan.leaves}
+        concerns = {}
+        for table in self.plan.tables:
+            paths = tuple(path for path in self.paths if path.table == table)
+            concerns[table] = Concern(
+                used.get(table, none),
+                # Any column of a row may be in an aggregate of its group.
+                (used if paths else placing).get(table, none),
+                followed=table in followed,
+                opaque=table in self.automatic,
+                by_key=table in leaves or not all(path.follows_from_key for path in paths),
+                paths=paths,
+            )
+        return concerns
 
     @property
     def followed(self) -> frozenset[TableName]:
         """Tables whose changed rows can be followed to records."""
         return frozenset(table for table, concern in self.concerns.items() if concern.followed)
-
-    def _leaf_columns(self, leaf: Leaf, comparisons: dict[str, Comparison]) -> tuple[str, ...]:
-        """Return the columns by which records are found from a row of a leaf; empty if none do."""
-
-        def usable(names: Sequence[str]) -> bool:
-            return all(
-                comparisons[name].equality and is_sortable(self.plan.column(name).clause.type)
-                for name in names
-            )
-
-        if not usable(leaf.hidden):
-            return ()
-        if leaf.visible is not None and usable(leaf.visible):
-            return leaf.visible
-        return leaf.hidden
 
     @property
     def no_hidden(self) -> list[Hidden] | None:
@@ -209,22 +255,42 @@ class Layout:
             for name, intervals in coverage.sets.items()
         )
 
+    def may_reveal(self, coverage: Coverage, leaf: int) -> bool:
+        """Whether a NULL-extended row may be covered where what it takes the place of is not.
+
+        If so, nothing in storage leads to it from the row of the leaf that is gone.
+        """
+        if coverage.everything or leaf not in self.plan.extensions:
+            return False
+        stay, vanish = self.plan.extensions[leaf]
+        for index, intervals in coverage.sets.items():
+            order = self.orders[index]
+            names = [part.name for part in order.parts]
+            if stay.issuperset(names):
+                continue
+            if names[0] in vanish and not intervals & IntervalSet([order.prefix([None])]):
+                continue
+            return True
+        return False
+
     # -- base rows -------------------------------------------------------------------------------
 
     def records_of(self, storage: Storage, leaf: Leaf, keys: Iterable[RowKey]) -> list[Record]:
         """Return the stored records made from certain rows of a leaf."""
-        order = storage.order(self._leaf_orders[leaf.number])
-        found: list[Record] = []
-        for key in keys:
-            found += order.between(order.order.prefix(key))
-        return found
+        return storage.starting_with(self._leaf_orders[leaf.number], keys)
 
     def anchor_key(self, record: Record, hidden: Hidden | None) -> RowKey:
         """Return the primary key of the anchor's row that a record was made from."""
         anchor = self.plan.anchor
         assert anchor is not None
-        order = self.orders[self._leaf_orders[anchor.number]]
+        order = self.orders[self.anchor_order]
         return order.key_of(record, hidden)[: len(anchor.primary_key)]
+
+    @property
+    def anchor_order(self) -> str:
+        """The order by which the records of an anchor are found."""
+        assert self.plan.anchor is not None
+        return self._leaf_orders[self.plan.anchor.number]
 
     # -- intervals as SQL ------------------------------------------------------------------------
 
@@ -283,6 +349,10 @@ class Layout:
         for clause in clauses[1:]:
             result = result | clause
         return [result]
+
+    def knows_zone(self, name: str) -> bool:
+        """Whether a column has no aware datetimes, or their time zone was seen."""
+        return self.columns.comparisons[name].normalise is None or name in self.loader.zones
 
     # -- records for readers ---------------------------------------------------------------------
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import tzinfo
 from typing import Any, cast
 
 from sqlalchemy import (
+    VARBINARY,
     Boolean,
     Connection,
     Date,
@@ -40,7 +42,7 @@ from sqlalchemy.sql import ColumnElement
 from sqlalchemy.types import NullType
 
 from .analysis import ViewPlan
-from .comparison import Comparison
+from .comparison import Comparison, to_utc
 from .exc import TableCacheError, UnsuitableEngine
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ READER = "sa_tablecache.reader"
 
 _IMMUTABLE = (
     Boolean, Date, DateTime, Enum, Float, Integer, Interval, LargeBinary, Numeric, String, Time,
-    Uuid,
+    Uuid, VARBINARY,
 )  # fmt: skip
 _SHARED = (Date, DateTime, Enum, Float, Integer, LargeBinary, String, Time, Uuid)
 
@@ -202,19 +204,31 @@ class Loader:
         self._normalise: list[Callable[[Any], Any] | None] = [
             comparisons[name].normalise for name in self.columns
         ]
+        self.zones: dict[str, tzinfo] = {}
+        """The time zones in which the driver gives aware datetimes, by column."""
         self._stored: list[Any] = list(self.clauses)
         """What is selected: of some columns the stored values, to be converted here."""
+        self._unsorted: dict[int, str] = {}
+        """Columns of text and bytes, and which values MariaDB does not sort as it compares."""
         self._types: list[tuple[type, ...]] = [()] * len(self.columns)
         """The types that values may have, where a column may hold any; empty elsewhere."""
         sqlite = dialect.name == "sqlite"
         for at, (name, clause) in enumerate(zip(self.columns, self.clauses, strict=True)):
+            if self._normalise[at] is to_utc:
+                self._normalise[at] = self._noting_zone(name)
             converted = (Boolean, DateTime, Date, Time, Uuid) if sqlite else (Boolean,)
             if not comparisons[name].equality or dialect.name == "postgresql":
                 continue
+            if not sqlite and comparisons[name].order and str in comparisons[name].accepts:
+                self._unsorted[at] = "len({0}) > 256 or '\\x00' in {0}"
+            elif not sqlite and comparisons[name].order and bytes in comparisons[name].accepts:
+                self._unsorted[at] = "len({0}) > 1024"
             if isinstance(clause.type, converted):
                 self._stored[at] = type_coerce(clause, NullType())
                 self._normalise[at] = self._converter(name, clause.type, dialect)
-            elif sqlite and isinstance(clause.type, Integer | Float | String | LargeBinary):
+            elif sqlite and isinstance(
+                clause.type, Integer | Float | String | LargeBinary | VARBINARY
+            ):
                 accepts = comparisons[name].accepts
                 if not isinstance(clause.type, Enum):
                     self._types[at] = (*accepts, int) if float in accepts else accepts
@@ -223,6 +237,17 @@ class Loader:
     def statement(self, *criteria: ColumnElement[bool]) -> Any:
         """Return the SELECT that reads the records that meet the criteria."""
         return select(*self._stored).where(*criteria)
+
+    def _noting_zone(self, name: str) -> Callable[[Any], Any]:
+        """Return what brings datetimes to UTC and remembers where they came from."""
+        zones = self.zones
+
+        def in_utc(value: Any) -> Any:
+            if value is not None:
+                zones[name] = value.tzinfo
+            return to_utc(value)
+
+        return in_utc
 
     def _converter(self, name: str, type_: Any, dialect: Dialect) -> Callable[[Any], Any]:
         """Return what makes a value of a stored one, and notices one stored in another form."""
@@ -250,13 +275,22 @@ class Loader:
         plan, how = self.plan, self._comparisons[name]
         reason = f"it holds {value!r}, which is not how {how.type!r} is stored"
         lineage = {n for leaf in plan.leaves for n in (*leaf.hidden, *(leaf.visible or ()))}
-        if name in lineage or name in plan.key:
+        groups = {n for path in plan.paths for n in (*path.names, *path.stored)}
+        if name in lineage | groups or name in plan.key:
             raise TableCacheError(
                 f"view {plan.name}: {name} identifies rows, but {reason}: correct the value"
             )
         if how.equality or how.order:
             log.warning("view %s: %s is left to the database: %s", plan.name, name, reason)
             self._comparisons[name] = Comparison(False, False, reason=reason)
+
+    def _long(self, name: str, value: Any) -> None:
+        """Leave sorting by a column to MariaDB: it looks at max_sort_length bytes, not at NULs."""
+        how = self._comparisons[name]
+        if how.order:
+            reason = f"MariaDB does not sort values such as {value[:40]!r} as it compares them"
+            log.warning("view %s: %s is not sorted: %s", self.plan.name, name, reason)
+            self._comparisons[name] = replace(how, order=False, reason=reason)
 
     def _missing(self, *values: tuple[str, Any]) -> None:
         """Refuse a row that has a NULL where the model says that there is none."""
@@ -320,6 +354,9 @@ class Loader:
             if self._types[at]:
                 kinds = " and ".join(f"type({name}) is not {t.__name__}" for t in self._types[at])
                 body.append(f"if {kinds} and {name} is not None: odd({self.columns[at]!r}, {name})")
+            if at in self._unsorted:
+                test = self._unsorted[at].format(name)
+                body.append(f"if {name} and ({test}): long({self.columns[at]!r}, {name})")
             if not shared[at]:
                 continue
             if self._types[at]:  # and so 1 and 1.0 may both occur
@@ -351,6 +388,7 @@ class Loader:
             "Record": self.plan.view.__record__,
             "odd": self._odd,
             "missing": self._missing,
+            "long": self._long,
             **{f"normalise{at}": f for at, f in enumerate(self._normalise) if f is not None},
         }
         exec(source, scope)  # noqa: S102 - built from numbers and our own words only

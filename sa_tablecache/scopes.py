@@ -51,7 +51,7 @@ def database_reason(session: Session, cache: BaseTableCache, table: CachedTable)
     for connection in connections:
         if connection.closed or connection.invalidated:
             continue
-        reason = _connection_reason(connection, table, engine)
+        reason = _connection_reason(connection, cache, table, engine)
         if reason is not None:
             return reason
     return None
@@ -113,9 +113,11 @@ def isolation_asked_for(engine: Engine) -> bool:
     return result
 
 
-def _connection_reason(connection: Connection, table: CachedTable, engine: Engine) -> str | None:
+def _connection_reason(
+    connection: Connection, cache: BaseTableCache, table: CachedTable, engine: Engine
+) -> str | None:
     transaction: Transaction | None = connection.info.get(KEY)
-    if transaction is not None and transaction.touches(table.tables):
+    if transaction is not None and transaction.touches(cache.affecting(table.tables)):
         return "the transaction wrote a table of the view"
     if transaction is not None and transaction.locks:
         return "the transaction has locked tables, for which a refresh could have to wait"

@@ -69,7 +69,7 @@ class Interval(NamedTuple):
     upper: Cut
 
     def __contains__(self, key: object) -> bool:
-        place = _place(cast("Key", key))
+        place = place_of(cast("Key", key))
         return self.lower < place < self.upper
 
     def __repr__(self) -> str:
@@ -83,7 +83,7 @@ def _cut_repr(cut: Cut) -> str:
     return prefix if cut[-1] is MIN else f"after {prefix}"
 
 
-def _place(key: Key) -> Key:
+def place_of(key: Key) -> Key:
     """Return a key so that it lies between the cuts of which it is the whole prefix.
 
     ``(3,)`` sorts before ``(3, MIN)``, and so would stand outside of ``score >= 3``.
@@ -137,7 +137,7 @@ class IntervalSet:
 
     def __contains__(self, key: object) -> bool:
         """Whether a key (or, for a cut, the place just before or after its prefix) is inside."""
-        place = _place(cast("Key", key))
+        place = place_of(cast("Key", key))
         at = bisect_right(self._lowers, place) - 1
         return at >= 0 and place < self.intervals[at].upper
 

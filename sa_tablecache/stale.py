@@ -15,7 +15,7 @@ from threading import Lock
 from .changes import Mark
 from .layout import Layout
 from .orders import Hidden, Record
-from .scores import Interval, Key
+from .scores import Interval, Key, place_of
 from .storage import Storage
 
 
@@ -34,7 +34,7 @@ class StaleRecords:
         self._unread: list[Mark] = list(self._marks)
         self._pairs: list[tuple[Record, Hidden | None]] = []
         self._keys: dict[str, tuple[int, list[Key]]] = {}
-        """For each index asked for, how many of the records are in, and their sorted keys."""
+        """For each index asked for, how many of the records are in, and their sorted places."""
 
     def add(self, marks: Iterable[Mark]) -> None:
         """Add marks."""
@@ -74,6 +74,6 @@ class StaleRecords:
         if count < len(self._pairs):
             key_of = layout.orders[index].key_of
             # Others may be looking at the old list.
-            keys = sorted([*keys, *(key_of(r, h) for r, h in self._pairs[count:])])
+            keys = sorted([*keys, *(place_of(key_of(r, h)) for r, h in self._pairs[count:])])
             self._keys[index] = len(self._pairs), keys
         return keys

@@ -41,7 +41,7 @@ from .changes import RowKey
 from .comparison import to_utc
 from .functions import READING_FUNCTIONS, function_name
 from .joins import conjuncts
-from .wording import MOVES, MYSQL, TEMPORARY, bare, hides, only_reads
+from .wording import MOVES, MYSQL, TEMPORARY, UNKNOWN_NAME, bare, hides, only_reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,10 @@ class Writes:
     further: frozenset[TableName] = frozenset()
     """Tables of which any row may have changed if it wrote a row of its table: cascades."""
     kind: str = ""
-    """``insert``, ``upsert`` (an INSERT that may change or skip rows), ``update``, ``delete``."""
+    """``insert``, ``upsert`` (an INSERT that may change or skip rows), ``update``, ``delete``.
+
+    ``text`` is an INSERT, UPDATE or DELETE of one table, whose name is all that is known of it.
+    """
     key: tuple[KeyColumn, ...] = ()
     """Where the primary key of the rows is found, if the statement names them."""
     columns: frozenset[str] | None = None
@@ -427,6 +430,28 @@ _COMMIT_ON_MYSQL: Final = frozenset("set reset begin start lock unlock analyze".
 _UNSEEN = re.compile(r"set\s+statement\b|xa\s+commit\b|commit\s+prepared\b")
 
 
+_TARGET = re.compile(
+    r"(?:insert\s+(?:ignore\s+)?into|update(?:\s+only)?|delete\s+from(?:\s+only)?)\s+"
+    r"(?!(?:ignore|low_priority)\b)"
+    r"(?:(?P<schema>[a-z_]\w*)\.)?(?P<table>[a-z_]\w*)\s*"
+    r"(?:(?:as\s+)?(?!(?:set|where|values|select|default|using|returning)\b)[a-z_]\w*\s*)?"
+    r"(?=\(|$|(?:set|where|values|select|default|using|returning)\b)"
+)
+_HARMLESS = re.compile(
+    r"\bon\s+conflict\b|\bdo\s+(?:update|nothing)\b|\bon\s+duplicate\s+key\s+update\b"
+)
+
+
+def _target(words: str, dialect: str) -> TableName | None:
+    """Return the one table that a text writes, if it can be seen that it writes no other."""
+    found = _TARGET.match(words)
+    if found is None or UNKNOWN_NAME in found.group():
+        return None
+    if not only_reads(_HARMLESS.sub(" ", words[found.end() :]), dialect):
+        return None
+    return found["schema"], found["table"]
+
+
 def _text(text: str, dialect: str) -> Writes:
     known = _by_text.get((dialect, text))
     if known is None:
@@ -458,4 +483,6 @@ def _read_text(text: str, dialect: str) -> Writes:
         return Writes(opaque=commits, sets=sets, moves=sets and moves)
     if single and first in _ENDS and not _UNSEEN.match(words):
         return Writes(opaque=True)
+    if single and (target := _target(words, dialect)) is not None:
+        return Writes(table=target, kind="text")
     return replace(ANYTHING, sets=TEMPORARY.search(words) is not None)

@@ -331,6 +331,14 @@ class Storage:
             self.orders = {**self.orders, name: found}
         return found
 
+    def starting_with(self, name: str, prefixes: Iterable[Sequence[Any]]) -> list[Record]:
+        """Return the records whose keys in an order start with one of some values."""
+        order = self.order(name)
+        found: list[Record] = []
+        for prefix in prefixes:
+            found += order.between(order.order.prefix(prefix))
+        return found
+
     def __len__(self) -> int:
         return len(self.orders[""])
 

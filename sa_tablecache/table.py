@@ -37,9 +37,9 @@ from typing import Any, NamedTuple, cast
 
 from .analysis import TableName, ViewPlan, table_label
 from .catalog import probe
-from .changes import VIEW, ChangeSet, Mark, Marks, RowKey, marks_of
+from .changes import VIEW, AnyMark, ChangeSet, Mark, Marks, in_place, marks_of
 from .coverage import Coverage
-from .deltas import read_coverage, read_touched
+from .deltas import Touched, read_coverage, read_touched
 from .events import tick
 from .exc import DuplicateKey
 from .figures import Stats, stored_bytes
@@ -50,7 +50,9 @@ from .orders import Hidden, Record
 from .scores import Interval, IntervalSet
 from .stale import StaleRecords
 from .storage import Storage
+from .triggers import automatic
 from .turns import Turn, new_future, wait_for
+from .usage import base_tables
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ class CachedTable:
     def __init__(self, plan: ViewPlan, snapshots: Snapshots) -> None:
         self.plan = plan
         self.view = plan.view
+        self.base_tables = base_tables(plan)
         self._snapshots = snapshots
         self._in_task = bool(snapshots.dialect.is_async)
         self._lock = Lock()
@@ -107,7 +110,8 @@ class CachedTable:
                 if self.layout is None:
                     with self._snapshots.open() as connection:
                         catalog = probe(connection, self.plan)
-                    layout = Layout(self.plan, catalog, self._snapshots.dialect)
+                        by_itself = automatic(connection, self.plan)
+                    layout = Layout(self.plan, catalog, self._snapshots.dialect, by_itself)
                     with self._lock:
                         self._set_state(State(layout.build(layout.no_rows()), Coverage()))
                         self.layout = layout
@@ -139,7 +143,7 @@ class CachedTable:
         if added is None or freshness.clean:
             stale = None
         elif stale is not None:
-            stale.add(mark for mark in added if not mark.moves)
+            stale.add(in_place(added))
         blocked = freshness.blocked or (layout is None and not freshness.clean)
         if stale is None and layout is not None and not (blocked or freshness.clean):
             stale = StaleRecords(layout, state.storage, freshness.in_place())
@@ -182,10 +186,12 @@ class CachedTable:
         """Whether no refresh helps any reader, because a commit is under way."""
         return self._freshness.waits_for_commit
 
-    def asks_about(self, table: str) -> bool:
-        """Whether changed rows of a table (its name, in any schema) are followed to records."""
-        layout = self.layout
-        return layout is not None and table in layout.followed_names
+    def wanted(self, table: str) -> frozenset[str] | None:
+        """Return which columns of deleted rows of a table (in any schema) lead to records.
+
+        ``None`` if its rows are not followed to records at all.
+        """
+        return None if self.layout is None else self.layout.wanted.get(table)
 
     def marks_of(self, changes: ChangeSet) -> Marks:
         """Return what changes mark of the view."""
@@ -225,7 +231,7 @@ class CachedTable:
                 freshness.forget()
                 self._set_state(self._state)
 
-    def _apply(self, token: int, state: State, cleared: dict[Mark, int]) -> None:
+    def _apply(self, token: int, state: State, cleared: dict[AnyMark, int]) -> None:
         """Publish what a load or refresh made; only under the lock."""
         self._freshness.apply(token, cleared)
         self._set_state(state)
@@ -380,7 +386,8 @@ class CachedTable:
         """Read again what is marked, unless somebody just did: see the module's docstring.
 
         It emits one SELECT for each base table that has marks, and one for the touched anchors
-        that those did not return; or one SELECT of all that is covered if the view is marked.
+        that those did not return (or for the touched groups); or one SELECT of all that is covered
+        if the view is marked.
         Where loads change the coverage again and again meanwhile, it gives up; the marks stay.
         """
         if not self._freshness.pending:
@@ -398,8 +405,8 @@ class CachedTable:
                 with self._lock:
                     marks = dict(self._freshness.pending)
                     state = self._state
-                anchors, read = self._read_marked(layout, state, marks)
-                if self._replace(layout, token, state.coverage, marks, anchors, read):
+                touched, read = self._read_marked(layout, state, marks)
+                if self._replace(layout, token, state.coverage, marks, touched, read):
                     break
             else:
                 return
@@ -412,30 +419,30 @@ class CachedTable:
         )  # fmt: skip
 
     def _read_marked(
-        self, layout: Layout, state: State, marks: dict[Mark, int]
-    ) -> tuple[set[RowKey] | None, Rows]:
-        """Read what the marks touch: its anchors (``None``: all of them), and their records."""
+        self, layout: Layout, state: State, marks: dict[AnyMark, int]
+    ) -> tuple[Touched | None, Rows]:
+        """Read what the marks touch (``None``: all records), and what it is now."""
         if not state.coverage:
             return None, layout.no_rows()
         with self._snapshots.open() as connection:
             self._pause("snapshot")
             if VIEW in marks:
                 rows = read_coverage(layout, connection, state.coverage)
-                anchors: set[RowKey] | None = None
+                touched: Touched | None = None
             else:
-                anchors, rows = read_touched(
+                touched, rows = read_touched(
                     layout, connection, state.storage, state.coverage, marks
                 )
         self._pause("read")
-        return anchors, rows
+        return touched, rows
 
     def _replace(
         self,
         layout: Layout,
         token: int,
         coverage: Coverage,
-        marks: dict[Mark, int],
-        anchors: set[RowKey] | None,
+        marks: dict[AnyMark, int],
+        touched: Touched | None,
         read: Rows,
     ) -> bool:
         """Put what a refresh read into storage; say no if the coverage is another by now."""
@@ -449,7 +456,7 @@ class CachedTable:
                 for record, hidden in read.pairs()
                 if layout.is_covered(coverage, record, hidden)
             ]
-            storage = self._refreshed(layout, state.storage, anchors, pairs)
+            storage = self._refreshed(layout, state.storage, touched, pairs)
             with self._lock:
                 if self._is_still(state):
                     self._apply(token, State(storage, coverage), marks)
@@ -462,11 +469,11 @@ class CachedTable:
         self,
         layout: Layout,
         storage: Storage,
-        anchors: set[RowKey] | None,
+        touched: Touched | None,
         pairs: list[tuple[Record, Hidden | None]],
     ) -> Storage:
-        """Return the storage with all records of some anchors (or all) replaced."""
-        if anchors is None:
+        """Return the storage with the touched records (or all) replaced."""
+        if touched is None:
             rows = layout.no_rows()
             rows.records += [record for record, _ in pairs]
             if rows.hidden is not None:
@@ -474,9 +481,12 @@ class CachedTable:
             result = layout.build(rows)
             self._check_unique(result)
             return result
-        assert self.plan.anchor is not None
-        removed = storage.with_hidden(layout.records_of(storage, self.plan.anchor, anchors))
-        result = storage.replace(removed, pairs)
+        gone = {
+            id(record): record
+            for order, values in touched.items()
+            for record in storage.starting_with(order, values)
+        }
+        result = storage.replace(storage.with_hidden(list(gone.values())), pairs)
         if not self._key_is_proven:
             primary = result.orders[""]
             for record, _ in pairs:

@@ -18,15 +18,20 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import ColumnClause
 from sqlalchemy.sql.selectable import Alias
 
-from .analysis import TableName, ViewPlan, table_name
+from .analysis import TableName, ViewPlan, rendered_columns, table_name
 
 Usage = dict[TableName, frozenset[str]]
 """For each base table, keys of columns."""
 
 
+def base_tables(plan: ViewPlan) -> frozenset[Table]:
+    """Return the tables that a view's statement reads."""
+    return frozenset(e for e in visitors.iterate(plan.statement) if isinstance(e, Table))
+
+
 def used_columns(plan: ViewPlan) -> Usage:
     """Return the columns that a view's statement uses in any way."""
-    return _columns_in([plan.statement])
+    return rendered_columns(plan.statement)
 
 
 def placing_columns(plan: ViewPlan) -> Usage:

@@ -26,10 +26,13 @@ _QUOTED = _quoting(r"--[^\n]*")
 _MYSQL_QUOTED = _quoting(r"--(?=\s|$)[^\n]*|\#[^\n]*")
 
 
+UNKNOWN_NAME: Final = "_quoted_name_"
+
+
 def bare(text: str, dialect: str) -> str:
     """Return text without strings and comments; a quoted name is one that nobody knows."""
     return (_MYSQL_QUOTED if dialect in MYSQL else _QUOTED).sub(
-        lambda m: " _quoted_name_ " if m["name"] else " " if m["comment"] else " '' ", text
+        lambda m: f" {UNKNOWN_NAME} " if m["name"] else " " if m["comment"] else " '' ", text
     )
 
 

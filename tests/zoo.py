@@ -562,7 +562,7 @@ class AirportChain(CachedView):
     by_temp = ScoreIndex("temp", "hour")
 
 
-# The coarse ones of the sky.
+# Set operations, aggregates and the like, of the sky; most of them are coarse.
 
 
 @kind("sky", "code", coarse=True)
@@ -602,7 +602,7 @@ def _busy() -> Select[Any]:
     )
 
 
-@kind("sky", "carrier", parts=("n",), coarse=True)
+@kind("sky", "carrier", parts=("n",))
 class BusyAirlines(CachedView):
     """A CTE."""
 
@@ -623,7 +623,7 @@ def _last_flight() -> Select[Any]:
     )
 
 
-@kind("sky", "tailnum", parts=("hour",), coarse=True)
+@kind("sky", "tailnum", parts=("hour",))
 class LastFlights(CachedView):
     """A subquery in FROM."""
 
@@ -633,7 +633,7 @@ class LastFlights(CachedView):
     by_hour = ScoreIndex("hour")
 
 
-@kind("sky", "carrier", parts=("n", "last"), coarse=True)
+@kind("sky", "carrier", parts=("n", "last"))
 class CarrierTotals(CachedView):
     """GROUP BY over an outer join."""
 
@@ -650,6 +650,45 @@ class CarrierTotals(CachedView):
 
     by_n = ScoreIndex("n")
     by_last = ScoreIndex("last")
+
+
+@kind("sky", "year", parts=("year", "n"))
+class FlightsByYear(CachedView):
+    """GROUP BY of what an outer join may not find: rows move to the group of NULL."""
+
+    __select__ = (
+        select(Plane.year, func.count().label("n"), func.max(Flight.delay).label("worst"))
+        .select_from(Flight)
+        .outerjoin(Plane, Flight.tailnum == Plane.tailnum)
+        .group_by(Plane.year)
+    )
+
+    by_year = ScoreIndex("year")
+    by_n = ScoreIndex("n", "year")
+    by_worst = ScoreIndex(func.coalesce(func.max(Flight.delay), -1.0))
+
+
+@kind("sky", "origin", "carrier", parts=("origin", "n"))
+class BusyRoutes(CachedView):
+    """Groups of two columns, of which HAVING drops some."""
+
+    __select__ = (
+        select(
+            Flight.origin,
+            Airline.carrier,
+            Airline.name,
+            func.count().label("n"),
+            func.count(Flight.tailnum.distinct()).label("planes"),
+        )
+        .join(Airline, Flight.carrier == Airline.carrier)
+        .where(Flight.dest != "JFK")
+        .group_by(Flight.origin, Airline.carrier, Airline.name)
+        .having(func.count() > 1)
+    )
+    __primary_key__ = ("origin", "carrier")
+
+    by_origin = ScoreIndex("origin", "carrier")
+    by_n = ScoreIndex("n")
 
 
 @kind("sky", "origin", "dest", coarse=True)
@@ -852,6 +891,27 @@ class Everyone(CachedView):
     by_rate = ScoreIndex("rate", "id")
 
 
+def _teams() -> Select[Any]:
+    boss = aliased(Person, name="boss")
+    return (
+        select(boss.id, boss.kind, func.count(Person.id).label("n"))
+        .select_from(boss)
+        .outerjoin(Person, Person.boss_id == boss.id)
+        .group_by(boss.id, boss.kind)
+    )
+
+
+@kind("staff", "id", parts=("id", "n"))
+class Teams(CachedView):
+    """GROUP BY over a self-join: each row is in its own group and in its boss's."""
+
+    __select__ = _teams()
+    __primary_key__ = ("id",)
+
+    by_id = ScoreIndex("id")
+    by_n = ScoreIndex("n", "id")
+
+
 # Chains of one-to-many joins, other keys, several views over the same tables.
 
 
@@ -1023,6 +1083,73 @@ class CommaJoin(CachedView):
     )
 
     by_headcount = ScoreIndex("headcount")
+
+
+@kind("shop", "day", "status", parts=("day", "items"))
+class OrdersByDay(CachedView):
+    """GROUP BY over a chain of outer joins from the many side's point of view."""
+
+    __select__ = (
+        select(
+            Order.day,
+            Order.status,
+            func.count(Order.id.distinct()).label("orders"),
+            func.count(Item.line).label("items"),
+            func.sum(Item.price, type_=Integer).label("price"),
+        )
+        .outerjoin(Item, Item.order_id == Order.id)
+        .group_by(Order.day, Order.status)
+    )
+
+    by_day = ScoreIndex("day", "status")
+    by_items = ScoreIndex("items")
+
+
+def _order_totals() -> Select[Any]:
+    totals = (
+        select(Item.order_id, func.count().label("lines"), func.sum(Item.price).label("price"))
+        .group_by(Item.order_id)
+        .subquery("totals")
+    )
+    return (
+        select(Order.id, Order.day, Customer.name, totals.c.lines, totals.c.price)
+        .join(Order.customer)
+        .outerjoin(totals, totals.c.order_id == Order.id)
+    )
+
+
+@kind("shop", "id", parts=("day", "lines"))
+class OrderTotals(CachedView):
+    """An inner aggregate beside a join."""
+
+    __select__ = _order_totals()
+
+    by_day = ScoreIndex("day")
+    by_lines = ScoreIndex("lines", "day")
+
+
+def _customer_totals() -> Select[Any]:
+    totals = (
+        select(Order.customer_id, Order.status, func.count(Item.line).label("lines"))
+        .outerjoin(Item, Item.order_id == Order.id)
+        .group_by(Order.customer_id, Order.status)
+        .having(func.count() < 4)
+        .cte("totals")
+    )
+    return select(Customer.id, Customer.city, totals.c.status, totals.c.lines).outerjoin(
+        totals, totals.c.customer_id == Customer.id
+    )
+
+
+@kind("shop", "id", "status", parts=("id", "lines"))
+class CustomerTotals(CachedView):
+    """An inner aggregate over a join, with several groups for each row outside."""
+
+    __select__ = _customer_totals()
+    __primary_key__ = ("id", "status")
+
+    by_id = ScoreIndex("id", "status")
+    by_lines = ScoreIndex("lines")
 
 
 # Names, and one table name in two schemas.

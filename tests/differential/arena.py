@@ -40,14 +40,13 @@ def _unless_refused(ask: Callable[[], Any]) -> Any:
         return Refused(error)
 
 
-def plain(value: Any) -> str:
-    """Return a value in a form that compares by type and content.
+def in_utc(value: Any) -> Any:
+    """Return a value as records have it: aware datetimes in UTC, whatever the connection's zone."""
+    return value.astimezone(UTC) if isinstance(value, datetime) and value.tzinfo else value
 
-    Aware datetimes are compared as instants: records have them in UTC (see the manual), while
-    drivers give them in the zone of the connection.
-    """
-    if isinstance(value, datetime) and value.tzinfo is not None:
-        value = value.astimezone(UTC)
+
+def plain(value: Any) -> str:
+    """Return a value in a form that compares by type and content, time zones included."""
     return f"{type(value).__name__} {value!r}"
 
 
@@ -71,8 +70,12 @@ class Arena:
         self.Session = self.cache.sessionmaker()
         self.asks = {view: self._ask(view) for view in self.views}
         self.sources = {view: self._source(view) for view in self.views}
+        self.rows = self._rows()
+        """Rows for all tables."""
         self.kinds: Counter[str] = Counter()
         """How many questions were answered how."""
+        self.found = 0
+        """How many of the cache's answers had at least one row."""
         self.refused = 0
         """How many the database refused to answer, and the cache as well."""
 
@@ -130,18 +133,14 @@ class Arena:
 
     # -- data -----------------------------------------------------------------------------------
 
-    def rows(self) -> st.SearchStrategy[Rows]:
-        """Rows for all tables."""
-
+    def _rows(self) -> st.SearchStrategy[Rows]:
         def of(table: Any, number: int) -> st.SearchStrategy[list[dict[str, Any]]]:
             columns = {}
             for column in table.c:
-                own = st.sampled_from([*values_of(column.type, self.dialect)])
-                columns[column.name] = (
-                    st.integers(0, 4).flatmap(lambda n, own=own: st.none() if not n else own)
-                    if column.nullable
-                    else own
-                )
+                own = [*values_of(column.type, self.dialect)]
+                if column.nullable:
+                    own += [None] * (len(own) // 4 + 1)
+                columns[column.name] = st.sampled_from(own)
             if table is tables.item:
                 columns["id"] = st.integers(-1, 30)
                 columns["parent_id"] = st.one_of(st.none(), st.integers(-1, 12))
@@ -178,13 +177,15 @@ class Arena:
                 if rows[table.name]:
                     connection.execute(table.insert(), rows[table.name])
 
-    def load(self, view: type[CachedView], what: Any) -> None:
-        """Load a view, or what a criterion says of it where an index can say that."""
-        try:
-            criteria = [] if what is None else [clause(what, self.columns(view))]
-            self.cache.load(view, *criteria)
-        except (NotExpressible, *_REFUSALS):
-            self.cache.load(view)
+    def cover(self, view: type[CachedView], steps: Sequence[tuple[str, Any]]) -> None:
+        """Load, extend and evict where an index can say the range; load all where none can."""
+        for step, what in steps:
+            try:
+                criteria = [] if what is None else [clause(what, self.columns(view))]
+                getattr(self.cache, step)(view, *criteria)
+            except NotExpressible:
+                if step == "load":
+                    self.cache.load(view)
 
     # -- questions ------------------------------------------------------------------------------
 
@@ -199,6 +200,7 @@ class Arena:
             return
         kind = read.kind if read is not None else "none"
         self.kinds[kind] += 1
+        self.found += bool(answer) and kind in ("hit", "partial")
         told = f"{question}\n{read}"
         refused = isinstance(answer, Refused) or isinstance(expected, Refused)
         assert not refused, f"{told}\n{answer}\ninstead of\n{expected}"
@@ -221,7 +223,9 @@ class Arena:
             result = connection.execute(statement)
             if question.kind in ("count", "query count", "exists"):
                 return result.scalar()
-            return [tuple(map(plain, row)) for row in result]
+            if question.kind in ("columns", "distinct"):
+                return [tuple(map(plain, row)) for row in result]
+            return [tuple(plain(in_utc(value)) for value in row) for row in result]
 
     def _select(self, question: Question, c: Mapping[str, Any], public: Sequence[Any]) -> Any:
         """Return a question as a SELECT over some columns."""

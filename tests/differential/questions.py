@@ -6,6 +6,7 @@ the view's own select in a subquery, which only the database can.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from operator import eq, ge, gt, le, lt, ne
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from sqlalchemy import (
     Float,
     Integer,
+    LargeBinary,
     Numeric,
     String,
     and_,
@@ -133,8 +135,13 @@ def clause(criterion: Criterion, c: Columns) -> Any:
 # -- strategies --------------------------------------------------------------------------------
 
 
+def once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a strategy made once: hypothesis validates each, which costs more than the questions."""
+    return cache(make)
+
+
 class Ask:
-    """Makes strategies of questions about the columns of one view.
+    """Makes strategies of questions about the columns of one view, each of them once.
 
     :param types: the type of each column that criteria may use, hidden scores included.
     :param public: the columns that records have.
@@ -151,17 +158,22 @@ class Ask:
         self.key = view.__plan__.key  # type: ignore[attr-defined]
         self.sortable = [name for name in public if not _is_unordered(types[name])]
 
+    @once
     def value(self, name: str) -> st.SearchStrategy[Any]:
         """A value for a column: mostly one that it may hold, at times something else."""
-        own = st.sampled_from([*values_of(self.types[name], self.dialect)])
-        return st.integers(0, 19).flatmap(
-            lambda n: own if n < 17 else st.none() if n == 17 else st.sampled_from(ODD)
-        )
+        own = self.plain_value(name)
+        odd = ODD
+        if isinstance(self.types[name], LargeBinary):  # bytes(2**31) is two gigabytes
+            odd = [value for value in ODD if not isinstance(value, int)]
+        none, other = st.none(), st.sampled_from(odd)
+        return st.integers(0, 19).flatmap(lambda n: own if n < 17 else none if n == 17 else other)
 
+    @once
     def plain_value(self, name: str) -> st.SearchStrategy[Any]:
         """A value that a column may hold."""
         return st.sampled_from([*values_of(self.types[name], self.dialect)])
 
+    @once
     def criterion(self, depth: int = 2) -> st.SearchStrategy[Criterion]:
         """A condition of any kind."""
         leaf = st.integers(0, 99).flatmap(self._leaf)
@@ -169,22 +181,26 @@ class Ask:
             return leaf
         inner = st.deferred(lambda: self.criterion(depth - 1))
         several = st.lists(inner, min_size=1, max_size=3)
+        grouped = st.tuples(st.sampled_from(["and", "or"]), several).map(lambda g: (g[0], *g[1]))
+        # SQLAlchemy itself turns NOT over a comparison round, but not NOT over AND and OR.
         return st.integers(0, 9).flatmap(
             lambda n: (
-                leaf if n < 6
-                else inner.map(lambda one: ("not", one)) if n == 6
-                else several.map(lambda some: ("and", *some)) if n == 7
-                else several.map(lambda some: ("or", *some))
+                leaf if n < 5
+                else inner.map(lambda one: ("not", one)) if n == 5
+                else grouped if n < 8
+                else grouped.map(lambda group: ("not", group))
             )
         )  # fmt: skip
 
+    @once
     def _leaf(self, number: int) -> st.SearchStrategy[Criterion]:
-        make = _LEAVES[number]
+        make = once(_LEAVES[number])
         return self.names.flatmap(lambda name: make(self, name))
 
     def _pairs(self) -> st.SearchStrategy[tuple[str, ...]]:
         return st.lists(self.names, min_size=1, max_size=3, unique=True).map(tuple)
 
+    @once
     def order(self) -> st.SearchStrategy[tuple[tuple[str, bool, str], ...]]:
         """Terms of ORDER BY, made total by the key."""
         directions = st.booleans()
@@ -211,10 +227,12 @@ class Ask:
         flips = st.lists(directions, min_size=8, max_size=8)
         return st.tuples(leading, st.sampled_from([True, False, None]), flips, nulls).map(complete)
 
+    @once
     def question(self) -> st.SearchStrategy[Question]:
         """A question of any kind."""
         return st.integers(0, 99).flatmap(self._question)
 
+    @once
     def _question(self, number: int) -> st.SearchStrategy[Question]:
         where = st.lists(self.criterion(), max_size=2).map(tuple)
         few = st.sampled_from([None, None, None, 0, 1, 2, 5, 100])
@@ -244,9 +262,11 @@ class Ask:
             )
         return st.sampled_from(sorted(self.view.__indexes__)).flatmap(self._range)
 
+    @once
     def _range(self, index: str) -> st.SearchStrategy[Question]:
         names = self.view.__indexes__[index].column_names
 
+        @once
         def bounded(depth: int) -> st.SearchStrategy[Question]:
             prefix = st.tuples(*(self.value(name) for name in names[:depth]))
             bounds: st.SearchStrategy[Any] = st.just(())
@@ -270,13 +290,29 @@ class Ask:
 
         return st.integers(0, len(names)).flatmap(bounded)
 
-    def load(self) -> st.SearchStrategy[Criterion | None]:
-        """What is loaded: everything, or a range of some index."""
-        names = {index.column_names[0] for index in self.view.__indexes__.values()}
-        some = st.sampled_from(sorted(names)).flatmap(
-            lambda name: st.one_of(_compare(self, name), _between(self, name), _in(self, name))
-        )
-        return st.one_of(st.none(), st.none(), some)
+    @once
+    def coverage(self) -> st.SearchStrategy[list[tuple[str, Criterion | None]]]:
+        """What is loaded, and then extended and evicted: all, or ranges of some index."""
+        names = sorted({index.column_names[0] for index in self.view.__indexes__.values()})
+
+        @once
+        def ranged(name: str) -> st.SearchStrategy[Criterion]:
+            value = self.plain_value(name)
+            # SQLAlchemy compares no truth values with < and >.
+            ops = ["=="] if type(self.types[name]).__name__ == "Boolean" else [*COMPARE]
+            compare = st.tuples(
+                st.just("compare"), st.just(name), st.sampled_from(ops), value, st.none()
+            )
+            between = st.tuples(st.just("between"), st.just(name), value, value, st.just(False))
+            several = st.lists(value, min_size=1, max_size=3).map(tuple)
+            among = st.tuples(st.just("in"), st.just(name), several, st.just(False))
+            null = st.tuples(st.just("null"), st.just(name), st.just(True))
+            return st.one_of(compare, between, compare, among, null)
+
+        some = st.sampled_from(names).flatmap(ranged)
+        first = st.tuples(st.just("load"), st.one_of(st.none(), some))
+        further = st.tuples(st.sampled_from(["extend", "extend", "evict"]), some)
+        return st.tuples(first, st.lists(further, max_size=2)).map(lambda t: [t[0], *t[1]])
 
 
 def _with_order(question: Question) -> Question:
@@ -343,6 +379,7 @@ def _row(ask: Ask, name: str) -> st.SearchStrategy[Criterion]:
     indexes = [i.column_names for i in ask.view.__indexes__.values()]
     names = st.one_of(ask._pairs(), st.sampled_from(indexes))
 
+    @once
     def of(names: tuple[str, ...]) -> st.SearchStrategy[Criterion]:
         row = st.tuples(*map(ask.value, names))
         ops = st.sampled_from(list(COMPARE))

@@ -102,7 +102,12 @@ item = Table(
     Column("amount", Numeric().with_variant(Numeric(30, 10), "mysql", "mariadb")),
     Column("plain_price", Numeric(14, 4, asdecimal=False)),
     Column("name", String(40)),
-    Column("title", Text),
+    Column(
+        "title",
+        Text()
+        .with_variant(Text(collation="C"), "postgresql")
+        .with_variant(Text(collation="utf8mb4_nopad_bin"), "mysql", "mariadb"),
+    ),
     Column("code", bytewise(), nullable=False),
     Column("word", CHAR(8)),
     Column("folded", Folded),
@@ -151,6 +156,7 @@ class Plain(CachedView):
     by_at = ScoreIndex("at")
     by_seen = ScoreIndex("seen")
     by_flag = ScoreIndex("flag", "day")
+    by_title = ScoreIndex("title")
     by_uid = ScoreIndex("uid")
     by_region = ScoreIndex("region", "place", "small")
 

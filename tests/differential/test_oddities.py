@@ -7,17 +7,21 @@ from typing import Any
 
 import pytest
 from sqlalchemy import (
+    REAL,
+    URL,
     Boolean,
     Column,
     Date,
     DateTime,
     Double,
     Engine,
+    Float,
     Integer,
     LargeBinary,
     MetaData,
     String,
     Table,
+    Text,
     Time,
     Uuid,
     create_engine,
@@ -26,9 +30,11 @@ from sqlalchemy import (
     select,
     text,
 )
+from sqlalchemy.dialects import mysql
 
 from sa_tablecache import CachedView, ScoreIndex, TableCache
 from sa_tablecache.exc import TableCacheError
+from tests.differential.tables import bytewise
 
 metadata = MetaData()
 odd = Table(
@@ -256,3 +262,169 @@ def test_the_edges_of_statements(sqlite: Engine, statement: Any) -> None:
     ]
     with sqlite.connect() as connection:
         assert plain == answer(connection.execute)
+
+
+# -- MariaDB -------------------------------------------------------------------------------------
+
+
+mood = Table(
+    "mood",
+    MetaData(),
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("flag", Boolean),
+    Column("single", Float),
+    Column("double", Double),
+    Column("at", DateTime),
+    Column("stamp", mysql.TIMESTAMP),
+    Column("folded", String(20)),
+    Column("padded", String(20, collation="utf8mb4_bin")),
+    Column("bytewise", String(20, collation="utf8mb4_nopad_bin")),
+    Column("long", Text(collation="utf8mb4_nopad_bin")),
+    Column("binary", mysql.VARBINARY(20)),
+    Column("fixed", mysql.BINARY(4)),
+    Column("unsigned", mysql.BIGINT(unsigned=True)),
+)
+
+
+class OnMariaDB(CachedView):
+    """Columns that MariaDB compares in ways of its own."""
+
+    __select__ = select(mood, func.coalesce(mood.c.single, 0).label("some"))
+
+    by_folded = ScoreIndex("folded")
+    by_bytewise = ScoreIndex("bytewise")
+    by_binary = ScoreIndex("binary")
+    by_single = ScoreIndex("single")
+    by_double = ScoreIndex("double")
+
+
+MARIA: Any = OnMariaDB
+WORDS = ["a", "A", "a ", "\u00e1", "", "\U0001f600", "b", "\uff5e", "\u0102"]
+
+
+@pytest.fixture
+def maria(mariadb: Any) -> Iterator[Engine]:
+    """A MariaDB database with text and numbers of all kinds."""
+    engine = create_engine(mariadb)
+    mood.create(engine)
+    with engine.begin() as connection:
+        connection.execute(
+            mood.insert(),
+            [
+                {
+                    "id": at, "flag": bool(at % 2), "single": at / 10, "double": at / 10,
+                    "at": dt.datetime(2024, 10, 27, 2, 30, 0, 500_000 * (at % 2)),
+                    "stamp": dt.datetime(2024, 10, 27, 2, 30),
+                    "folded": word, "padded": word, "bytewise": word, "long": word,
+                    "binary": word.encode(), "fixed": b"ab", "unsigned": 2**63 + at,
+                }
+                for at, word in enumerate(WORDS)
+            ],
+        )  # fmt: skip
+    yield engine
+    engine.dispose()
+
+
+def test_what_mariadb_compares_as_python_does(maria: Engine) -> None:
+    """Text under a NO PAD binary collation, bytes, doubles and datetimes are served."""
+    reader = Reader(maria, OnMariaDB)
+    for word in [*WORDS, "ab", "\U0001f601"]:
+        for criterion in (
+            MARIA.bytewise == word, MARIA.bytewise > word, MARIA.bytewise <= word,
+            MARIA.binary == word.encode(), MARIA.binary < word.encode(),
+        ):  # fmt: skip
+            reader.ids(criterion)
+            assert reader.kind == "hit", str(criterion)
+    for criterion in (
+        MARIA.double == 0.1, MARIA.double > 0.3, MARIA.some == 0.1, MARIA.unsigned > 5,
+        MARIA.at == dt.datetime(2024, 10, 27, 2, 30),
+        MARIA.at > dt.datetime(2024, 10, 27, 2, 30, 0, 499_999),
+    ):  # fmt: skip
+        reader.ids(criterion)
+        assert reader.kind == "hit", str(criterion)
+    for order in (MARIA.bytewise, MARIA.bytewise.desc(), MARIA.binary, MARIA.double.desc()):
+        reader.ids(order=[order])
+        assert reader.kind == "hit", str(order)
+
+
+def test_what_is_left_to_mariadb(maria: Engine) -> None:
+    """Folded and padded text, single precision, time zones and numbers for text are its own."""
+    reader = Reader(maria, OnMariaDB)
+    for criterion in (
+        MARIA.folded == "a", MARIA.padded == "a", MARIA.folded > "a", MARIA.bytewise == 0,
+        MARIA.single == 0.1, MARIA.fixed == b"ab", MARIA.id == "1",
+        MARIA.stamp == dt.datetime(2024, 10, 27, 2, 30), MARIA.bytewise == MARIA.padded,
+        MARIA.id.in_([True, 2]), MARIA.at == dt.date(2024, 10, 27), MARIA.unsigned > 2**63,
+    ):  # fmt: skip
+        reader.ids(criterion)
+        assert reader.kind == "bypass", str(criterion)
+
+
+def test_text_that_mariadb_sorts_otherwise_than_it_compares(maria: Engine) -> None:
+    """Its filesort takes NUL for the end of text and looks at max_sort_length bytes."""
+    rows = [
+        {"id": 20, "bytewise": "a\x00", "long": "x" * 1100 + "b"},
+        {"id": 21, "bytewise": None, "long": "x" * 1100 + "a"},
+    ]
+    with maria.begin() as connection:
+        connection.execute(mood.insert(), rows)
+    reader = Reader(maria, OnMariaDB)
+    for column in (MARIA.bytewise, MARIA.long):
+        for order in (column, column.desc()):
+            reader.ids(order=[order])
+            assert reader.kind == "bypass", str(order)
+        reader.ids(column == "a")
+        assert reader.kind == "hit"
+
+
+def test_a_truth_value_that_is_two(maria: Engine) -> None:
+    """A 2 is true to SQLAlchemy, and neither true nor false to MariaDB."""
+    with maria.begin() as connection:
+        connection.execute(text("INSERT INTO mood (id, flag) VALUES (20, 2)"))
+    reader = Reader(maria, OnMariaDB)
+    for criterion in (MARIA.flag, ~MARIA.flag, MARIA.flag.is_(True), MARIA.flag.is_not(True)):
+        reader.ids(criterion)
+        assert reader.kind == "bypass"
+
+
+# -- what an owner is told -----------------------------------------------------------------------
+
+
+def test_check_names_the_indexes_that_never_serve(url: URL) -> None:
+    """`check()` tells which indexes a collation keeps from serving, and the way out."""
+    told = Table(
+        "told",
+        MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("name", String(20)),
+        Column("code", bytewise()),
+        Column("single", REAL),
+    )
+
+    class Told(CachedView):
+        """Text under two collations."""
+
+        __select__ = select(told)
+
+        by_name = ScoreIndex("name")
+        by_code = ScoreIndex("code")
+        by_single = ScoreIndex("single")
+
+    engine = create_engine(url)
+    told.create(engine)
+    with TableCache(engine, views=[Told]) as cache:
+        problems = {p.what.split()[0]: p.what for p in cache.check()}
+        reads_bytes = url.get_backend_name() == "sqlite" or _is_bytewise(engine)
+    assert "by_code" not in problems
+    assert "single precision" in problems["by_single"] or "stored as" in problems["by_single"]
+    assert ("by_name" in problems) is not reads_bytes
+    if not reads_bytes:
+        assert "collation" in problems["by_name"]
+        assert "declare the column with collation=" in problems["by_name"]
+    engine.dispose()
+
+
+def _is_bytewise(engine: Engine) -> bool:
+    """Whether a database sorts upper case before lower case."""
+    with engine.connect() as connection:
+        return bool(connection.scalar(text("SELECT 'B' < 'a'")))

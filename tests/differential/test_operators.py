@@ -6,21 +6,17 @@ A failure prints the rows, what was loaded, and the question.
 """
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from sqlalchemy import URL, create_engine, make_url, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import URL
 
 from tests.differential.arena import Arena
-from tests.postgres import Postgres
 
 EXAMPLES = int(os.environ.get("SA_TABLECACHE_TEST_EXAMPLES", "6"))
 SEED = int(os.environ.get("SA_TABLECACHE_TEST_SEED", "0"))
-MARIADB = os.environ.get("SA_TABLECACHE_TEST_MARIADB_URL")
 
 #: Questions are not meant to be sensible: SQLAlchemy and drivers warn of some.
 pytestmark = pytest.mark.filterwarnings(
@@ -28,46 +24,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::sqlalchemy.exc.SADeprecationWarning",
     "ignore::DeprecationWarning:sqlalchemy",
 )
-
-DATABASES = ["sqlite", "postgresql bytewise", "postgresql linguistic", "postgresql icu", "mariadb"]
-
-
-@pytest.fixture(params=DATABASES)
-def url(request: pytest.FixtureRequest) -> Iterator[URL]:
-    """An empty database of each kind, and of each kind of collation."""
-    if request.param == "sqlite":
-        yield request.getfixturevalue("sqlite_url")
-    elif request.param == "mariadb":
-        if MARIADB is None:
-            pytest.skip("SA_TABLECACHE_TEST_MARIADB_URL names no server")
-        yield from _mariadb(make_url(MARIADB))
-    else:
-        server: Postgres = request.getfixturevalue("postgres")
-        options = {
-            "postgresql bytewise": "LOCALE_PROVIDER libc LOCALE 'C'",
-            "postgresql linguistic": server.linguistic,
-            "postgresql icu": "LOCALE_PROVIDER icu ICU_LOCALE 'en-US' LOCALE 'C'",
-        }[request.param]
-        if options is None:
-            pytest.skip("this PostgreSQL server has only bytewise collations")
-        try:
-            with server.database(options) as database:
-                yield database
-        except DBAPIError as error:
-            if "ICU is not supported" not in str(error):
-                raise
-            pytest.skip("this PostgreSQL server was built without ICU")
-
-
-def _mariadb(server: URL) -> Iterator[URL]:
-    name = f"sa_tablecache_operators_{os.getpid()}"
-    engine = create_engine(server, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name} CHARACTER SET utf8mb4"))
-    yield server.set(database=name)
-    with engine.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name}"))
-    engine.dispose()
 
 
 def test_a_cached_answer_is_the_databases(url: URL, record_property: Any) -> None:
@@ -89,10 +45,10 @@ def test_a_cached_answer_is_the_databases(url: URL, record_property: Any) -> Non
     )
     @given(st.data())
     def ask(data: st.DataObject) -> None:
-        arena.fill(data.draw(arena.rows(), "rows"))
+        arena.fill(data.draw(arena.rows, "rows"))
         for view in arena.views:
             questions = arena.asks[view]
-            arena.load(view, data.draw(questions.load(), f"{view.__name__} loaded"))
+            arena.cover(view, data.draw(questions.coverage(), f"{view.__name__} covered"))
             for _ in range(7):
                 arena.check(data.draw(questions.question(), view.__name__))
 

@@ -96,7 +96,7 @@ ODD: Final[list[Any]] = [
 TYPES: Final[list[Any]] = [
     types.Integer(), types.SmallInteger(), types.BigInteger(), types.Double(), types.Numeric(),
     types.String(), types.Text(), types.Date(), types.DateTime(), types.DateTime(timezone=True),
-    types.Boolean(), types.LargeBinary(), types.Uuid(), types.NullType(),
+    types.Boolean(), types.Uuid(), types.NullType(),
 ]  # fmt: skip
 
 
@@ -118,8 +118,10 @@ def values_of(type_: types.TypeEngine[Any], dialect: str) -> Sequence[Any]:
         found += [INFINITY, -INFINITY]
         found += [NAN] if dialect == "postgresql" else []
     elif isinstance(type_, types.String) and not isinstance(type_, types.CHAR):
-        if dialect == "sqlite":
+        if dialect == "sqlite" or (dialect == "mysql" and isinstance(type_, types.Text)):
             found += ["a\x00", "a\x00b"]
+        if isinstance(type_, types.Text):
+            found += ["x" * 1100 + "a", "x" * 1100 + "b"]
     elif isinstance(type_, types.Time) and dialect == "mysql":
         found = [value.replace(microsecond=0) for value in found]
     return found

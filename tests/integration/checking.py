@@ -174,8 +174,8 @@ class Checker:
         at = [self.truth.names.index(part) for part in leading]
 
         def scores(of: list[Any]) -> list[Any]:
-            """Return the scores in their order; a collation may take cases for equal."""
-            return [[row[i].lower() for i in at] for row in of]
+            """Return the scores in their order: cases may be equal to a collation, zeros are."""
+            return [[row[i].lower().replace("float -0.0", "float 0.0") for i in at] for row in of]
 
         assert scores(plain) == scores(rows), f"order of {described}"
 

@@ -64,6 +64,14 @@ class Family(CachedView):
     by_id = ScoreIndex("id")
 
 
+class Parents(CachedView):
+    """Parents alone, whose key is one column and a score."""
+
+    __select__ = select(Parent.id, Parent.name)
+
+    by_id = ScoreIndex("id")
+
+
 class Held:
     """A pause point of a table: what gets there waits until it is let go, once."""
 
@@ -181,6 +189,23 @@ def move(child: int, parent: int | None) -> Any:
 def give(child: int, value: int) -> Any:
     """Return the statement that gives a child another value."""
     return update(Child).where(Child.id == child).values(value=value)
+
+
+def test_a_change_in_place_is_seen_by_who_asks_for_just_that_record(engine: Engine) -> None:
+    """The interval of an answer may be no wider than the key of the only record in it."""
+    with TableCache(engine, views=[Parents]) as cache:
+        cache.load(Parents)
+        criteria = [Parents.id == 1, Parents.id.in_([1]), Parents.id.between(1, 1), Parents.id <= 1]
+        with cache.sessionmaker()() as session:
+            for number, criterion in enumerate(criteria):
+                write(engine, update(Parent).where(Parent.id == 1).values(name=f"new {number}"))
+                records = session.scalars(select(Parents).where(criterion)).all()
+                assert [record.name for record in records] == [f"new {number}"]
+            write(engine, update(Parent).where(Parent.id == 1).values(name="by range"))
+            (record,) = session.range(Parents.by_id, 1)
+            assert record.name == "by range"
+            write(engine, update(Parent).where(Parent.id == 1).values(name="by key"))
+            assert session.get(Parents, 1).name == "by key"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("point", ["snapshot", "read"])

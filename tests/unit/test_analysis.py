@@ -83,7 +83,7 @@ def test_every_kind_of_view_has_a_plan(name: str) -> None:
     kind = KINDS[name]
     found = plan_of(kind.view)
     assert set(found.key) == set(kind.key)
-    assert bool(found.leaves) is not kind.coarse
+    assert bool(found.leaves or found.paths) is not kind.coarse
     if kind.coarse:
         assert set(found.coarse) == set(found.tables)
         assert found.anchor is None
@@ -287,7 +287,7 @@ def test_columns_know_whether_they_may_be_null() -> None:
         (select(a.c.id).distinct(), "DISTINCT"),
         (select(a.c.id).limit(5), "LIMIT"),
         (select(a.c.id).offset(5), "LIMIT"),
-        (select(a.c.x, func.count().label("n")).group_by(a.c.x), "GROUP BY"),
+        (select((a.c.x + 1).label("y"), func.count().label("n")).group_by(a.c.x + 1), "GROUP BY"),
         (union(select(a.c.id), select(b.c.id)), "set operation"),
         (select(a.c.id).where(exists().where(b.c.a_id == a.c.id)), "EXISTS"),
         (select(a.c.id).where(a.c.id.in_(select(b.c.a_id))), "subquery"),

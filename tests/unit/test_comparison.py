@@ -61,6 +61,7 @@ TABLE: list[tuple[types.TypeEngine[Any], StoredColumn | None, str, str, str]] = 
     (types.Numeric(8, 2), UNKNOWN, NEITHER, BOTH, NEITHER),
     (types.Numeric(8, 2, asdecimal=False), UNKNOWN, NEITHER, NEITHER, NEITHER),
     (types.Enum(Mood), UNKNOWN, EQUALITY, EQUALITY, NEITHER),
+    (types.Enum(Mood), FOLDING, NEITHER, NEITHER, NEITHER),
     (types.Enum("good", "bad"), UNKNOWN, NEITHER, NEITHER, NEITHER),
     (types.String(), BYTEWISE, BOTH, BOTH, BOTH),
     (types.String(), LINGUISTIC, EQUALITY, EQUALITY, EQUALITY),
@@ -190,7 +191,7 @@ class Text(str):
         (types.Integer(), [1, -1], [True, 1.0, "1", Decimal(1), Mood.GOOD]),
         (types.Boolean(), [True, False], [1, 0, "true"]),
         (types.Double(), [1.5, float("inf"), 7], [float("nan"), Decimal("1.5"), 2**60, True]),
-        (types.Numeric(8, 2), [Decimal("1.50")], [1.5, 1, Decimal("NaN")]),
+        (types.Numeric(8, 2), [Decimal("1.50"), 1], [1.5, True, Decimal("NaN")]),
         (types.String(), ["a", ""], [b"a", 1, "a\x00b", "\ud800", Text("a")]),
         (types.LargeBinary(), [b"a"], ["a", bytearray(b"a")]),
         (types.Date(), [NAIVE.date()], [NAIVE, "2013-01-01"]),
@@ -232,6 +233,7 @@ def test_parameters_of_another_type_are_refused(
         (types.Uuid(), types.String(), uuid.UUID(int=1)),
         (types.Boolean(), types.Integer(), True),
         (types.LargeBinary(), types.String(), b"a"),
+        (types.DateTime(), types.BigInteger(), None),  # NULL has a type, too
     ],
 )
 def test_what_a_parameter_is_sent_as_matters(type_: Any, sent_as: Any, value: Any) -> None:
@@ -246,11 +248,13 @@ def test_what_a_parameter_is_sent_as_matters(type_: Any, sent_as: Any, value: An
     [
         (types.Double(), types.Integer(), 2),
         (types.Double(), types.Float(), 0.1),
+        (types.Numeric(8, 2), types.Integer(), 2),
         (types.Integer(), types.BigInteger(), 1),
         (types.BigInteger(), types.Integer(), 1),
         (types.Numeric(8, 2), types.Numeric(), Decimal("1.5")),
         (types.String(10), types.String(), "a"),
         (types.Text(), types.String(), "a"),
+        (types.Text(), types.String(), None),
     ],
 )
 def test_types_that_are_sent_alike(type_: Any, sent_as: Any, value: Any) -> None:

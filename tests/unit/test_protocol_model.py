@@ -1,9 +1,11 @@
 """The protocol of ``sa_tablecache/table.py``, checked over every interleaving of a small world.
 
 The world is a database with two parents and one child, and a view of the parents left joined with
-the child, anchored on the parent: moving the child changes two records at once. Writers commit
-and publish, refreshes and loads go their steps, readers read; between any two steps any other
-actor may take one. Every reachable state is visited, and four promises are checked:
+the child, anchored on the parent: moving the child changes two records at once. Marks and leases
+*move* records, and then concern every reader, or are *in place*, and then concern only readers of
+the stored records with that row in their lineage. Writers commit and publish, refreshes and loads
+go their steps, readers read all of the view or one record; between any two steps any other actor
+may take one. Every reachable state is visited, and four promises are checked:
 
 * *strict*: an answer is never older than what was committed when the read started;
 * *read your writes*: nor, all the more, than what was acknowledged then;
@@ -19,15 +21,25 @@ from typing import NamedTuple
 
 import pytest
 
-Mark = str
-"""``child``, a parent's number, or ``view``."""
+
+class Mark(NamedTuple):
+    """A base row (``child``, or a parent's number) that was written, or all of the ``view``."""
+
+    row: str
+    moves: bool = False
+    """Whether records may have come, gone or moved; if not, only their values have changed."""
+
+
+Marks = tuple[Mark, ...]
+Numbered = tuple[tuple[Mark, int], ...]
 Parents = frozenset[int]
-Record = tuple[int, bool]
-"""A parent's value, and whether it has the child."""
+Record = tuple[int, int | None]
+"""A parent's value, and that of the child if it is there."""
 Records = dict[int, Record]
 
 BOTH: Parents = frozenset({1, 2})
 ONE: Parents = frozenset({1})
+TWO: Parents = frozenset({2})
 NONE: Parents = frozenset()
 
 
@@ -35,30 +47,41 @@ NONE: Parents = frozenset()
 
 
 class Database(NamedTuple):
-    """Committed rows: the parent of the child, and the values of the parents."""
+    """Committed rows: the parent of the child, and the values of all three."""
 
     child_at: int = 1
+    child: int = 0
     first: int = 0
     second: int = 0
 
     def view(self, parents: Parents) -> Records:
         """The records that the view's SELECT returns for some parents."""
-        every = {1: (self.first, self.child_at == 1), 2: (self.second, self.child_at == 2)}
+        every = {
+            1: (self.first, self.child if self.child_at == 1 else None),
+            2: (self.second, self.child if self.child_at == 2 else None),
+        }
         return {number: record for number, record in every.items() if number in parents}
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a transaction writes, and the mark that follows from it."""
+    """What a transaction writes, and the marks that follow from it."""
 
-    mark: Mark
+    marks: Marks
     write: Callable[[Database], Database]
 
 
-MOVE = Change("child", lambda db: db._replace(child_at=3 - db.child_at))
-FIRST = Change("1", lambda db: db._replace(first=db.first + 1))
-SECOND = Change("2", lambda db: db._replace(second=db.second + 1))
-UNKNOWN = Change("view", lambda db: Database(3 - db.child_at, db.first + 1, db.second + 1))
+MOVE = Change((Mark("child", moves=True),), lambda db: db._replace(child_at=3 - db.child_at))
+TOUCH = Change((Mark("child"),), lambda db: db._replace(child=db.child + 1))
+FIRST = Change((Mark("1"),), lambda db: db._replace(first=db.first + 1))
+SECOND = Change((Mark("2"),), lambda db: db._replace(second=db.second + 1))
+PAIR = Change(
+    (Mark("1"), Mark("2")), lambda db: db._replace(first=db.first + 1, second=db.second + 1)
+)
+UNKNOWN = Change(
+    (Mark("view", moves=True),),
+    lambda db: Database(3 - db.child_at, db.child + 1, db.first + 1, db.second + 1),
+)
 
 
 # -- the protocol ------------------------------------------------------------------------------
@@ -85,8 +108,15 @@ class Protocol:
     """Whether a reader that fetched gaps looks again whether the view has changed."""
     whole: bool = True
     """Whether records are swapped in all at once."""
-    marks_block: bool = True
-    """Whether readers go to the database while anything is marked."""
+    marks_count: bool = True
+    leases_count: bool = True
+    """Whether readers go to the database for what is marked, and for what is leased."""
+    tell_apart: bool = True
+    """Whether a mark that moves records is taken for one."""
+    kind_kept: bool = True
+    """Whether a mark that is pending again still is one that moves records."""
+    look_again: bool = True
+    """Whether the records of a mark in place are looked up in what was swapped in."""
 
 
 class Table(NamedTuple):
@@ -97,8 +127,10 @@ class Table(NamedTuple):
     coverage_id: int = 0
     stamp: int = 0
     sequence: int = 0
-    leases: int = 0
-    pending: tuple[tuple[Mark, int], ...] = ()
+    leases: Marks = ()
+    pending: Numbered = ()
+    stale: tuple[tuple[Mark, Parents], ...] = ()
+    """For each mark in place, pending or leased, the records that it concerns."""
     log: tuple[tuple[int, Mark], ...] = ()
     underway: tuple[int, ...] = ()
     refreshing: bool = False
@@ -114,8 +146,37 @@ class World(NamedTuple):
     actors: tuple["Actor", ...]
 
 
-def marked(table: Table, marks: tuple[Mark, ...]) -> Table:
-    """Add marks, in the critical section that the caller is in."""
+def lineage(row: str, records: Records) -> Parents:
+    """The records with a base row in them."""
+    if row == "child":
+        return frozenset(number for number, (_, child) in records.items() if child is not None)
+    return frozenset({int(row)} & records.keys())
+
+
+def looked_up(table: Table, *, again: bool = False) -> Table:
+    """Find the records of marks and leases in place; the ones known already only if told to."""
+    known = {} if again else dict(table.stale)
+    records = dict(table.records)
+    in_place = {mark for mark in (*dict(table.pending), *table.leases) if not mark.moves}
+    stale = {mark: known.get(mark, lineage(mark.row, records)) for mark in in_place}
+    return table._replace(stale=tuple(sorted(stale.items())))
+
+
+def leased(table: Table, marks: Marks) -> Table:
+    """Announce marks, in the critical section that the caller is in."""
+    return looked_up(table._replace(leases=tuple(sorted((*table.leases, *marks)))))
+
+
+def released(table: Table, marks: Marks) -> Table:
+    """End a lease."""
+    leases = list(table.leases)
+    for mark in marks:
+        leases.remove(mark)
+    return looked_up(table._replace(leases=tuple(leases)))
+
+
+def marked(table: Table, marks: Marks) -> Table:
+    """Add marks."""
     for mark in marks:
         sequence = table.sequence + 1
         pending = {**dict(table.pending), mark: sequence}
@@ -123,7 +184,7 @@ def marked(table: Table, marks: tuple[Mark, ...]) -> Table:
         table = table._replace(sequence=sequence, pending=tuple(pending.items()), log=log)
     if not table.coverage and not table.underway:
         table = table._replace(pending=())
-    return table
+    return looked_up(table)
 
 
 def begun(table: Table) -> Table:
@@ -139,7 +200,7 @@ def ended(table: Table, token: int) -> Table:
     log = tuple(entry for entry in table.log if entry[0] > oldest)
     table = table._replace(underway=tuple(underway), log=log)
     if not table.coverage and not underway:
-        table = table._replace(pending=())
+        table = looked_up(table._replace(pending=()))
     return table
 
 
@@ -149,7 +210,7 @@ def applied(
     token: int,
     records: Records,
     coverage: Parents,
-    noted: tuple[tuple[Mark, int], ...],
+    noted: Numbered,
 ) -> Table:
     """Swap in what a load or refresh made."""
     pending = dict(table.pending)
@@ -162,9 +223,12 @@ def applied(
     if rules.remark:
         for mark in sorted({mark for number, mark in log if number > token}):
             sequence += 1
+            if not rules.kind_kept:
+                pending.pop(mark, None)
+                mark = mark._replace(moves=False)
             pending[mark] = sequence
             log = (*log, (sequence, mark))
-    return table._replace(
+    table = table._replace(
         records=tuple(sorted(records.items())),
         coverage=coverage,
         stamp=table.stamp + 1,
@@ -172,32 +236,41 @@ def applied(
         pending=tuple(pending.items()),
         log=log,
     )
+    return looked_up(table, again=rules.look_again)
 
 
 def read_touched(
     rules: Protocol,
     stored: Records,
     coverage: Parents,
-    noted: tuple[tuple[Mark, int], ...],
+    noted: Numbered,
     snapshot: Database,
 ) -> tuple[Parents, Records]:
     """The anchors that marks touch, as stored and as joined now, and their records now."""
-    marks = {mark for mark, _ in noted}
+    rows = {mark.row for mark, _ in noted}
     now = snapshot.view(coverage)
-    if "view" in marks:
+    if "view" in rows:
         return BOTH, now
-    touched = {int(mark) for mark in marks if mark != "child"}
-    if "child" in marks:
+    touched = frozenset(int(row) for row in rows if row != "child")
+    if "child" in rows:
         if rules.stored_lineage:
-            touched |= {number for number, (_, child) in stored.items() if child}
+            touched |= lineage("child", stored)
         if rules.joined_lineage:
-            touched |= {number for number, (_, child) in now.items() if child}
-    return frozenset(touched), {n: record for n, record in now.items() if n in touched}
+            touched |= lineage("child", now)
+    return touched, {n: record for n, record in now.items() if n in touched}
 
 
-def clean(rules: Protocol, table: Table) -> bool:
-    """Whether readers may be answered from the records."""
-    return not table.leases and not (table.pending and rules.marks_block)
+def concerned(rules: Protocol, table: Table, wanted: Parents) -> bool:
+    """Whether marks or leases could concern an answer with these records."""
+    marks = dict(table.pending) if rules.marks_count else {}
+    leases = table.leases if rules.leases_count else ()
+    if any(mark.moves for mark in (*marks, *leases)):
+        return True
+    return any(
+        not records.isdisjoint(wanted)
+        for mark, records in table.stale
+        if mark in marks or mark in leases
+    )
 
 
 # -- actors ------------------------------------------------------------------------------------
@@ -210,7 +283,7 @@ class Actor(NamedTuple):
     argument: object
     at: str
     token: int = 0
-    noted: tuple[tuple[Mark, int], ...] = ()
+    noted: Numbered = ()
     coverage: Parents = NONE
     coverage_id: int = 0
     stamp: int = 0
@@ -236,9 +309,9 @@ def loader(target: Parents, *, extend: bool = False) -> Actor:
     return Actor("loader", (target, extend), "begin")
 
 
-def reader() -> Actor:
-    """Somebody who reads all records of the view."""
-    return Actor("reader", None, "start")
+def reader(wanted: Parents = BOTH) -> Actor:
+    """Somebody who reads all records of the view, or one."""
+    return Actor("reader", wanted, "start")
 
 
 class Broken(Exception):
@@ -261,20 +334,22 @@ class Moves:
             return
         change = actor.argument
         assert isinstance(change, Change)
+        marks = change.marks
+        if not self.rules.tell_apart:
+            marks = tuple(mark._replace(moves=False) for mark in marks)
         table, history, committed = world.table, world.history, actor.started
         match steps[at]:
             case "lease":
-                table = table._replace(leases=table.leases + 1)
+                table = leased(table, marks)
             case "commit":
                 history = (*history, change.write(history[-1]))
                 committed = len(history) - 1
             case "mark":
-                table = marked(table, (change.mark,))
+                table = marked(table, marks)
             case "release":
-                table = table._replace(leases=table.leases - 1)
+                table = released(table, marks)
             case "publish":
-                table = marked(table, (change.mark,))
-                table = table._replace(leases=table.leases - 1)
+                table = released(marked(table, marks), marks)
         acknowledged = world.acknowledged
         if at + 1 == len(steps):
             acknowledged = max(acknowledged, committed)
@@ -324,6 +399,7 @@ class Moves:
                 stepping = table._replace(
                     records=tuple(records.items()),
                     pending=(),
+                    stale=(),
                     stamp=table.stamp + 1,
                 )
                 yield world._replace(table=stepping), actor._replace(at="rest")
@@ -370,8 +446,9 @@ class Moves:
                 yield world._replace(table=table), Actor("loader", actor.argument, "end")
 
     def reader(self, world: World, actor: Actor) -> Iterator[tuple[World, Actor]]:
-        """Answer from clean records, with gaps from the database, or from the database alone."""
-        rules, table = self.rules, world.table
+        """Answer from the records, with gaps from the database, or from the database alone."""
+        rules, table, wanted = self.rules, world.table, actor.argument
+        assert isinstance(wanted, frozenset)
         match actor.at:
             case "start":
                 yield (
@@ -382,10 +459,13 @@ class Moves:
                         token=world.acknowledged,
                     ),
                 )
-            case "look" if not clean(rules, table) or not table.coverage:
+            case "look" if not wanted & table.coverage or concerned(
+                rules, table, wanted & table.coverage
+            ):
                 yield world, actor._replace(at="ask")
-            case "look" if table.coverage == BOTH:
-                yield self.answered(world, actor, dict(table.records))
+            case "look" if wanted <= table.coverage:
+                stored = {n: record for n, record in table.records if n in wanted}
+                yield self.answered(world, actor, stored)
             case "look":
                 yield (
                     world,
@@ -393,31 +473,33 @@ class Moves:
                         at="gaps",
                         stamp=table.stamp,
                         coverage=table.coverage,
-                        stored=table.records,
+                        stored=tuple((n, record) for n, record in table.records if n in wanted),
                     ),
                 )
             case "gaps":
-                gaps = world.history[-1].view(BOTH - actor.coverage)
+                gaps = world.history[-1].view(wanted - actor.coverage)
                 yield world, actor._replace(at="merge", read=tuple(gaps.items()))
-            case "merge" if rules.recheck and not (
-                clean(rules, table) and table.stamp == actor.stamp
+            case "merge" if rules.recheck and (
+                table.stamp != actor.stamp or concerned(rules, table, wanted & actor.coverage)
             ):
                 yield world, actor._replace(at="ask", stored=(), read=())
             case "merge":
                 yield self.answered(world, actor, {**dict(actor.stored), **dict(actor.read)})
             case "ask":
-                yield self.answered(world, actor, world.history[-1].view(BOTH))
+                yield self.answered(world, actor, world.history[-1].view(wanted))
 
     def answered(self, world: World, actor: Actor, answer: Records) -> tuple[World, Actor]:
         """Check the answer of a read against all states that the database has had."""
-        ages = [n for n, state in enumerate(world.history) if state.view(BOTH) == answer]
+        wanted = actor.argument
+        assert isinstance(wanted, frozenset)
+        ages = [n for n, state in enumerate(world.history) if state.view(wanted) == answer]
         if not ages:
             raise Broken("whole")
         if ages[-1] < actor.token:
             raise Broken("read your writes")
         if ages[-1] < actor.started:
             raise Broken("strict")
-        return world, Actor("reader", None, "end")
+        return world, Actor("reader", wanted, "end")
 
 
 def check_quiet(rules: Protocol, world: World) -> None:
@@ -426,6 +508,7 @@ def check_quiet(rules: Protocol, world: World) -> None:
     assert not table.leases
     assert not table.underway
     assert not table.log
+    assert {mark for mark, _ in table.stale} <= dict(table.pending).keys()
     records, coverage = dict(table.records), table.coverage
     if table.pending:
         touched, read = read_touched(rules, records, coverage, table.pending, database)
@@ -477,6 +560,26 @@ SCENARIOS: dict[str, tuple[Parents, tuple[Actor, ...]]] = {
     "an eviction": (BOTH, (writer(MOVE), writer(SECOND), loader(ONE), refresher(2))),
     "a clearing": (BOTH, (writer(MOVE), loader(NONE), loader(BOTH), refresher(2), reader())),
     "gaps": (ONE, (writer(MOVE), writer(SECOND), refresher(2), reader())),
+    "gaps of a pair": (ONE, (writer(PAIR), writer(TOUCH), refresher(2), reader())),
+    "one record": (BOTH, (writer(FIRST), writer(SECOND), refresher(2), reader(TWO), reader())),
+    "a pair": (BOTH, (writer(PAIR), writer(SECOND), refresher(), reader(ONE), reader())),
+    "a touch and a move": (BOTH, (writer(TOUCH), writer(MOVE), refresher(2), reader(TWO))),
+    "two moves and a touch": (
+        BOTH,
+        (writer(TOUCH), writer(MOVE), writer(MOVE), refresher(), reader(TWO)),
+    ),
+    "a touch during a load": (
+        ONE,
+        (writer(TOUCH), writer(MOVE), loader(BOTH), refresher(2), reader(TWO)),
+    ),
+    "a touch during a slide": (
+        ONE,
+        (writer(TOUCH), writer(MOVE), loader(TWO), refresher(2), reader(TWO)),
+    ),
+    "an unknown write beside a touch": (
+        BOTH,
+        (writer(UNKNOWN), writer(TOUCH), refresher(2), reader(ONE), reader(TWO)),
+    ),
 }
 
 
@@ -554,9 +657,44 @@ MUTATIONS: dict[str, tuple[Protocol, str, str]] = {
         "whole",
     ),
     "readers are answered in spite of marks": (
-        Protocol(marks_block=False),
+        Protocol(marks_count=False),
         "two refreshes",
         "strict",
+    ),
+    "readers are answered in spite of leases": (
+        Protocol(leases_count=False),
+        "two refreshes",
+        "strict",
+    ),
+    "readers of one record are answered in spite of leases": (
+        Protocol(leases_count=False),
+        "one record",
+        "strict",
+    ),
+    "the lease in place is released before the marks are made": (
+        Protocol(commit=("lease", "commit", "release", "mark")),
+        "one record",
+        "strict",
+    ),
+    "a change that moves records is taken for one in place": (
+        Protocol(tell_apart=False),
+        "a touch and a move",
+        "strict",
+    ),
+    "a mark that is made again is taken for one in place": (
+        Protocol(kind_kept=False),
+        "a touch during a load",
+        "strict",
+    ),
+    "the records of marks in place are those of before the swap": (
+        Protocol(look_again=False),
+        "a touch and a move",
+        "strict",
+    ),
+    "gaps are merged without looking at marks in place again": (
+        Protocol(recheck=False),
+        "gaps of a pair",
+        "whole",
     ),
 }
 

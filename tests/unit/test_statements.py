@@ -531,12 +531,39 @@ def test_text_that_can_be_seen_to_read(statement: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("statement", "target"),
+    [
+        ("INSERT INTO author VALUES (1)", AUTHOR),
+        ("insert into author (id, name) select id, title from book", AUTHOR),
+        ("INSERT INTO author (id) VALUES (1) ON CONFLICT (id) DO UPDATE SET name = 'x'", AUTHOR),
+        ("INSERT INTO author DEFAULT VALUES", AUTHOR),
+        ("INSERT IGNORE INTO author VALUES (1)", AUTHOR),
+        ("update author set name = 'delete from book'", AUTHOR),
+        ("UPDATE ONLY author AS a SET name = coalesce(name, 'x') WHERE a.id IN (1, 2)", AUTHOR),
+        ("UPDATE author SET name = 'x' FROM book WHERE book.author_id = author.id", AUTHOR),
+        ("DELETE FROM author", AUTHOR),
+        ("  DELETE FROM author a WHERE a.id = 1 RETURNING a.id;", AUTHOR),
+        ("DELETE FROM archive.author", ("archive", "author")),
+    ],
+)
+def test_text_that_can_be_seen_to_write_one_table(statement: str, target: Any) -> None:
+    """A plain INSERT, UPDATE or DELETE names its table, and cannot end the transaction."""
+    found = writes_of(None, statement)
+    assert (found.kind, found.table, found.anything, found.opaque) == ("text", target, False, False)
+
+
+@pytest.mark.parametrize(
     "statement",
     [
-        "INSERT INTO author VALUES (1)",
-        "update author set name = 'x'",
-        "DELETE FROM author",
         "REPLACE INTO author VALUES (1)",
+        "INSERT INTO author VALUES (write_something(1))",
+        "UPDATE author, book SET title = 'x'",
+        "UPDATE author JOIN book ON true SET title = 'x'",
+        "UPDATE author SET name = 'x' RETURNING write_something(id)",
+        "UPDATE \"Author\" SET name = 'x'",
+        "DELETE author, book FROM author JOIN book ON true",
+        "DELETE FROM author; DELETE FROM book",
+        "DELETE FROM author USING write_something(1) AS x",
         "MERGE INTO author USING book ON true WHEN MATCHED THEN DELETE",
         "WITH gone AS (DELETE FROM author RETURNING id) SELECT * FROM gone",
         "SELECT * INTO backup FROM author",
@@ -602,8 +629,8 @@ def test_set_config_is_seen_in_expressions() -> None:
 def test_text_statements_are_read_like_driver_sql(engine: Engine, log: Log) -> None:
     """``text()`` is no better known than what is sent to the driver as it is."""
     with engine.begin() as connection:
-        assert one(log, connection, text("DELETE FROM author"))[0].anything
+        assert one(log, connection, text("DELETE FROM author"))[0].table == AUTHOR
         assert not one(log, connection, text("SELECT * FROM author"))[0]
         log.take()
         connection.exec_driver_sql("DELETE FROM author")
-        assert log.take()[0][0].anything
+        assert log.take()[0][0].table == AUTHOR
