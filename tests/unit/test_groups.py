@@ -20,11 +20,11 @@ from sqlalchemy import (
 )
 
 from sa_tablecache.analysis import TableName, ViewPlan, plan_of, rendered_columns
+from sa_tablecache.catalog import Catalog
 from sa_tablecache.changes import VIEW, ChangeSet, Concern, GroupMark, Mark, Written, marks_of
 from sa_tablecache.comparison import comparison
 from sa_tablecache.groups import GroupPath
 from sa_tablecache.layout import Layout
-from sa_tablecache.loading import Catalog
 from tests.unit.test_analysis import plan
 from tests.zoo import Airport, BusyRoutes, CarrierTotals, Contractor, InnerBoard, Teams
 
