@@ -31,7 +31,7 @@ from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
-from .statements import cascades, exact_value
+from .statements import all_cascades, exact_value
 from .table import CachedTable
 from .view import CachedView, ViewMeta
 
@@ -291,7 +291,10 @@ class BaseTableCache:
                         f"{key!r} is no primary key of {table.fullname}, which is "
                         f"({', '.join(c.name for c in columns)})"
                     )
-                exact = tuple(map(exact_value, columns, values))
+                dialect = self.engine.dialect.name
+                exact = tuple(
+                    exact_value(c, v, dialect) for c, v in zip(columns, values, strict=True)
+                )
                 if None in exact:
                     changes.add_table(table_name(table))
                 else:
@@ -317,7 +320,7 @@ class BaseTableCache:
         targets: set[TableName] = set()
         for model in writes:
             for table in tables_of(model):
-                targets |= {table_name(table), *cascades(table, deleted=True, columns=None)}
+                targets |= {table_name(table), *all_cascades(table)}
         for table in tables_of(source):
             name = table_name(table)
             self._side_effects[name] = self._side_effects.get(name, frozenset()) | targets
@@ -410,6 +413,26 @@ class BaseTableCache:
         found = [t.wanted(table) for t in list(self._tables.values())]
         known = [columns for columns in found if columns is not None]
         return frozenset().union(*known) if known else None
+
+    def keys(self, table: str) -> set[tuple[str, ...]]:
+        """Return the primary keys, by column names, by which rows of a table are followed."""
+        layouts = [t.layout for t in list(self._tables.values()) if t.layout is not None]
+        return {key for layout in layouts for key in layout.keys.get(table, ())}
+
+    def acts(self, table: str, *, unexplained: bool = False) -> bool:
+        """Whether the database may do something by itself when a table is written.
+
+        :param unexplained: whether :meth:`side_effects` says nothing about it.
+        """
+        if any(name == table for _, name in list(self._side_effects)):
+            return not unexplained
+        layouts = [t.layout for t in list(self._tables.values()) if t.layout is not None]
+        return any(
+            what.triggers
+            for layout in layouts
+            for (_, name), what in layout.automatic.items()
+            if name == table
+        )
 
     def tables_named(self, name: str) -> list[Table]:
         """Return the tables of the views' metadata with a name, in any schema and case."""

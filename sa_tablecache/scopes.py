@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from .cache import BaseTableCache
 from .commits import KEY, Transaction
-from .events import TAINTED, Watcher, root_of
+from .events import CURSOR, TAINTED, Watcher, root_of
 from .exc import UnscopedRead
 from .readers import in_scope
 from .table import CachedTable
@@ -225,6 +225,8 @@ def _connection_reason(
     transaction: Transaction | None = connection.info.get(KEY)
     if transaction is not None and transaction.touches(cache.affecting(table.tables)):
         return "the transaction wrote a table of the view"
+    if CURSOR in connection.info:
+        return "the transaction used a cursor of the driver"
     if connection.info.get(TAINTED):
         return "the connection ran SET or the like"
     options = connection.get_execution_options()
