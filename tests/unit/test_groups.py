@@ -275,7 +275,7 @@ def test_a_row_without_its_leaf_has_what_stays_and_what_vanishes() -> None:
 
 def concern(view: Any, table: str) -> Concern:
     """Return what a view has to do with a table, on SQLite."""
-    layout = Layout(plan_of(view), Catalog(), create_engine("sqlite://").dialect, {})
+    layout = Layout(plan_of(view), create_engine("sqlite://").dialect, Catalog(), {})
     return layout.concerns[None, table]
 
 
@@ -379,7 +379,7 @@ def test_a_table_that_occurs_twice_touches_groups_in_both_ways() -> None:
 
 def test_groups_of_text_are_found_where_it_compares_by_bytes() -> None:
     """Text of which nothing is known leads to no group, and the log and ``check()`` say so."""
-    layout = Layout(plan_of(BusyRoutes), Catalog(), create_engine("sqlite://").dialect, {})
+    layout = Layout(plan_of(BusyRoutes), create_engine("sqlite://").dialect, Catalog(), {})
     assert set(layout.coarse) == {(None, "flights"), (None, "airlines")}
     assert concern(CarrierTotals, "flights").followed is False
 
