@@ -380,11 +380,11 @@ class Watcher:
 def _watch_cursors(connection: Connection) -> None:
     """Notice the cursors that are not the engine's own: it tells of each when it executes it."""
     fairy: Any = connection.connection
-    make = fairy.cursor
+    info, make = fairy.info, fairy.dbapi_connection.cursor  # no reference to the fairy itself
 
     def cursor(*args: Any, **kwargs: Any) -> Any:
-        _count_unknown(fairy.info)
-        made = fairy.info[CURSOR] = make(*args, **kwargs)
+        _count_unknown(info)
+        made = info[CURSOR] = make(*args, **kwargs)
         return made
 
     fairy.cursor = cursor
