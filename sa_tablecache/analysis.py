@@ -196,9 +196,8 @@ class _Collector(StrSQLCompiler):
         while isinstance(table, Alias):
             table = table.element
         if isinstance(table, Table):
-            # The column of an alias has the name of the table's, and may have another key.
-            keys = [c.key for c in table.columns if name in (None, c.name)]
-            self.found.setdefault(table_name(table), set()).update(keys)
+            names = [c.name for c in table.columns if name in (None, c.name)]
+            self.found.setdefault(table_name(table), set()).update(names)
 
 
 class _CollectingDialect(StrCompileDialect):
@@ -206,7 +205,7 @@ class _CollectingDialect(StrCompileDialect):
 
 
 def rendered_columns(statement: Any) -> dict[TableName, frozenset[str]]:
-    """Return every table that a statement reads, with the keys of the columns that it uses.
+    """Return every table that a statement reads, with the names of the columns that it uses.
 
     Those inside subqueries and views are included.
     """

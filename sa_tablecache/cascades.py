@@ -35,7 +35,7 @@ def cascades(
             if action in ("", "NO ACTION", "RESTRICT"):
                 continue
             if not gone and changed is not None:
-                if not changed & {element.column.key for element in constraint.elements}:
+                if not changed & {element.column.name for element in constraint.elements}:
                     continue
             child = constraint.table
             # Deleted by a cascade, or changed in the columns of the foreign key.
@@ -43,8 +43,15 @@ def cascades(
             if (table_name(child), deleted_too) in seen:
                 continue
             seen.add((table_name(child), deleted_too))
-            todo.append((child, deleted_too, frozenset(c.key for c in constraint.columns)))
+            todo.append((child, deleted_too, frozenset(c.name for c in constraint.columns)))
     return frozenset(name for name, _ in seen)
+
+
+def all_cascades(table: Table) -> frozenset[TableName]:
+    """Return the tables that the database itself changes when anything is done to a table."""
+    return cascades(table, deleted=True, columns=None) | cascades(
+        table, deleted=False, columns=None
+    )
 
 
 def _constraints_on(table: Table) -> Iterator[Any]:
