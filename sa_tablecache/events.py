@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import count
-from typing import Any, Final, cast
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, Table, event, inspect
@@ -35,6 +35,14 @@ from .commits import (
     transaction_of,
     wrap_commit,
 )
+from .drivers import (
+    TAINTED,
+    autocommits,
+    in_transaction,
+    is_open,
+    keeps_keys,
+    knows_transactions,
+)
 from .exc import CriteriaError
 from .loading import READER
 from .returning import (
@@ -55,12 +63,6 @@ SUFFIXED: Final = "_sa_tablecache_suffixed"
 RAW: Final = "sa_tablecache.raw"
 CURSOR: Final = "sa_tablecache.cursor"
 """In the connection's info: its newest cursor, until the engine executes it."""
-TAINTED: Final = "sa_tablecache.tainted"
-"""In the connection's info: SET or the like ran, so that it may see what others do not.
-
-It stays when the connection returns to its pool: a reset of the pool ends transactions, and not
-what was set for the session.
-"""
 MOVED: Final = "sa_tablecache.moved"
 """In the connection's info: USE or the like ran, and names without a schema mean other tables."""
 _ticks = count(1)
@@ -183,7 +185,7 @@ class Watcher:
             writes = replace(
                 writes, further=writes.further | _tables(writes), key=(), primary_key=()
             )
-        keys = rows_of(writes, context) if _keeps_keys(connection) else None
+        keys = rows_of(writes, context) if keeps_keys(connection) else None
         suffix = ""
         if writes.unnamed and writes.table is not None and declared is None:
             if self._wanted(writes.table[1]) is not None:
@@ -196,7 +198,7 @@ class Watcher:
             asks=(keys is None or was_asked(context)) and tells_keys(writes, context),
             suffixed=bool(suffix),
         )
-        if _autocommits(connection) or self._at_once(transaction):
+        if autocommits(connection) or self._at_once(transaction):
             # The rows are not known yet: the lease is on what they could be.
             changes, transaction.changes = transaction.changes, ChangeSet()
             underway = dict(transaction.underway)
@@ -250,7 +252,7 @@ class Watcher:
         if executed is not None:
             rows = read_rows(executed.writes, context, statement, result)
             if (rows is not None and not rows.keys and self._acts(executed.writes)) or (
-                executed.writes.kind == "insert" and not _keeps_keys(connection)
+                executed.writes.kind == "insert" and not keeps_keys(connection)
             ):
                 rows = None
             transaction.wrote(executed, rows, any_row=rows is None or bool(rows.keys))
@@ -260,11 +262,11 @@ class Watcher:
         self, connection: Connection, transaction: Transaction, writes: Writes
     ) -> None:
         """Publish at once what no COMMIT will follow: AUTOCOMMIT, and what text may have ended."""
-        if _autocommits(connection) or (
-            connection.dialect.name == "sqlite" and not _in_transaction(connection)
+        if autocommits(connection) or (
+            connection.dialect.name == "sqlite" and not in_transaction(connection)
         ):
             publish(self.subscribers, transaction)
-            if _knows_transactions(connection):
+            if knows_transactions(connection):
                 transaction.changes = ChangeSet()
         elif self._at_once(transaction):
             publish(self.subscribers, transaction)
@@ -344,6 +346,9 @@ class Watcher:
 
     def rollback(self, connection: Connection) -> None:
         """Forget what is rolled back, unless it may have become durable all the same."""
+        self._forget(connection, prepared=False)
+
+    def _forget(self, connection: Connection, *, prepared: bool) -> None:
         if connection.closed or connection.invalidated:
             return  # its info is gone; the checkin has published what it had written
         _count_unknown(connection.info)
@@ -354,16 +359,16 @@ class Watcher:
         if transaction.changes and (
             transaction.opaque
             or connection.dialect.name in ("mysql", "mariadb")
-            or not _is_open(connection)
+            or not (prepared or is_open(connection))
         ):
             publish(self.subscribers, transaction)
         else:
             release(transaction)  # taken for a COMMIT that was never sent
 
-    def rollback_twophase(self, connection: Connection, xid: Any, _prepared: Any) -> None:
+    def rollback_twophase(self, connection: Connection, xid: Any, prepared: Any) -> None:
         """Forget what is rolled back."""
         self.prepared.pop(xid, None)
-        self.rollback(connection)
+        self._forget(connection, prepared=bool(prepared))
 
     # -- connections ----------------------------------------------------------------------------
 
@@ -458,67 +463,6 @@ def _names(table: TableName, connection: Connection, context: Any) -> list[Table
     elif None in schemas and schema is not None:
         schemas.add(default)
     return [(s, name) for s in schemas]
-
-
-def _autocommits(connection: Connection) -> bool:
-    """Whether each statement of a connection commits by itself."""
-    driver: Any = connection.connection.driver_connection
-    if connection.dialect.name == "sqlite":
-        return driver.isolation_level is None and not driver.in_transaction
-    status = _server_status(driver)
-    if status is not None:
-        return status & _IN_TRANSACTION_OR_AUTOCOMMIT == _AUTOCOMMIT
-    if connection._is_autocommit_isolation():
-        return not _began_by_hand(driver)
-    return getattr(connection.connection.dbapi_connection, "autocommit", False) is True
-
-
-_AUTOCOMMIT: Final = 2
-_IN_TRANSACTION_OR_AUTOCOMMIT: Final = 3
-
-
-def _server_status(driver: Any) -> int | None:
-    """Return what a MariaDB server said last of its session, where the driver keeps it.
-
-    Only statements without rows bring it up to date. Those that begin a transaction, end it, or
-    set ``autocommit`` are such.
-    """
-    status = getattr(driver, "server_status", None)
-    return status if isinstance(status, int) else None
-
-
-def _knows_transactions(connection: Connection) -> bool:
-    """Whether it is known if a transaction was begun by hand on a connection in AUTOCOMMIT."""
-    return connection.dialect.name not in ("mysql", "mariadb") or (
-        _server_status(connection.connection.driver_connection) is not None
-    )
-
-
-def _keeps_keys(connection: Connection) -> bool:
-    """Whether keys are stored as they are written: no SET has changed ``sql_mode``, say."""
-    return connection.dialect.name not in ("mysql", "mariadb") or TAINTED not in connection.info
-
-
-def _began_by_hand(driver: Any) -> bool:
-    """Whether a transaction is open, by the driver: BEGIN as text on one in AUTOCOMMIT, say."""
-    if hasattr(driver, "is_in_transaction"):  # asyncpg
-        return bool(driver.is_in_transaction())
-    if hasattr(driver, "get_transaction_status"):  # psycopg2
-        return driver.get_transaction_status() in (1, 2, 3)
-    status = getattr(getattr(driver, "info", None), "transaction_status", 0)  # psycopg
-    return int(status) in (1, 2, 3)
-
-
-def _is_open(connection: Connection) -> bool:
-    """Whether the server still has a transaction, and was not told by the driver to commit."""
-    driver: Any = connection.connection.driver_connection
-    if connection.dialect.name == "sqlite":
-        return _in_transaction(connection)
-    return _began_by_hand(driver)
-
-
-def _in_transaction(connection: Connection) -> bool:
-    return bool(cast("Any", connection.connection.driver_connection).in_transaction)
 
 
 _watchers: WeakKeyDictionary[Engine, Watcher] = WeakKeyDictionary()

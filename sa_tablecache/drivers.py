@@ -1,0 +1,79 @@
+"""What a connection is in the middle of: as its driver and its server see it.
+
+In: a connection. Out: whether each statement commits by itself, whether a transaction is open,
+whether what it stores is what it was given.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, cast
+
+from sqlalchemy import Connection
+
+TAINTED: Final = "sa_tablecache.tainted"
+"""In the connection's info: SET or the like ran, so that it may see what others do not.
+
+It stays when the connection returns to its pool: a reset of the pool ends transactions, and not
+what was set for the session.
+"""
+
+
+def autocommits(connection: Connection) -> bool:
+    """Whether each statement of a connection commits by itself."""
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.name == "sqlite":
+        return driver.isolation_level is None and not driver.in_transaction
+    status = _server_status(driver)
+    if status is not None:
+        return status & _IN_TRANSACTION_OR_AUTOCOMMIT == _AUTOCOMMIT
+    if connection._is_autocommit_isolation():
+        return not _began_by_hand(driver)
+    return getattr(connection.connection.dbapi_connection, "autocommit", False) is True
+
+
+_AUTOCOMMIT: Final = 2
+_IN_TRANSACTION_OR_AUTOCOMMIT: Final = 3
+
+
+def _server_status(driver: Any) -> int | None:
+    """Return what a MariaDB server said last of its session, where the driver keeps it.
+
+    Only statements without rows bring it up to date. Those that begin a transaction, end it, or
+    set ``autocommit`` are such.
+    """
+    status = getattr(driver, "server_status", None)
+    return status if isinstance(status, int) else None
+
+
+def knows_transactions(connection: Connection) -> bool:
+    """Whether it is known if a transaction was begun by hand on a connection in AUTOCOMMIT."""
+    return connection.dialect.name not in ("mysql", "mariadb") or (
+        _server_status(connection.connection.driver_connection) is not None
+    )
+
+
+def keeps_keys(connection: Connection) -> bool:
+    """Whether keys are stored as they are written: no SET has changed ``sql_mode``, say."""
+    return connection.dialect.name not in ("mysql", "mariadb") or TAINTED not in connection.info
+
+
+def _began_by_hand(driver: Any) -> bool:
+    """Whether a transaction is open, by the driver: BEGIN as text on one in AUTOCOMMIT, say."""
+    if hasattr(driver, "is_in_transaction"):  # asyncpg
+        return bool(driver.is_in_transaction())
+    if hasattr(driver, "get_transaction_status"):  # psycopg2
+        return driver.get_transaction_status() in (1, 2, 3)
+    status = getattr(getattr(driver, "info", None), "transaction_status", 0)  # psycopg
+    return int(status) in (1, 2, 3)
+
+
+def is_open(connection: Connection) -> bool:
+    """Whether the server still has a transaction, and was not told by the driver to commit."""
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.name == "sqlite":
+        return in_transaction(connection)
+    return _began_by_hand(driver)
+
+
+def in_transaction(connection: Connection) -> bool:
+    return bool(cast("Any", connection.connection.driver_connection).in_transaction)
