@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, String, false, func, literal, select, sql, text
 
-from .analysis import TableName, ViewPlan, table_label
+from .analysis import TableName, ViewPlan, table_label, table_name
 from .comparison import Comparison, StoredColumn, comparison
 from .exc import ViewDefinitionError
 
@@ -36,6 +36,14 @@ class Catalog:
 
     unfollowed: dict[TableName, str] = field(default_factory=dict)
     """Tables whose rows may get other keys than were sent, and why."""
+
+    def stored(self, plan: ViewPlan) -> dict[tuple[TableName, str], StoredColumn]:
+        """Return how the columns that a view uses are stored."""
+        used = [column.source for column in plan.columns + plan.hidden]
+        keys = {
+            (table_name(c.table), c.name) for c in (*used, *plan.compared_text) if c is not None
+        }
+        return {key: column for key, column in self.columns.items() if key in keys}
 
     def tells_apart(self, column: Any, dialect: Any) -> bool:
         """Whether equal text of a stored column is the same text."""
@@ -199,7 +207,7 @@ def _probe_postgresql(
     for row in connection.execute(_POSTGRESQL_COLUMNS, {"name": name}):
         if row.kind in kinds:
             raise _not_a_table(plan, table, kinds[row.kind])
-        if row.row_security and getattr(plan.view, "__row_security__", None) != "ignore":
+        if row.row_security and plan.view.__row_security__ != "ignore":
             raise ViewDefinitionError(
                 f"view {plan.name}: {table_label(table)} is under row-level security, which a "
                 "cache shared by all cannot apply; say __row_security__ = 'ignore' if every "

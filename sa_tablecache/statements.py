@@ -41,7 +41,7 @@ from .changes import RowKey
 from .comparison import to_utc
 from .functions import READING_FUNCTIONS, function_name
 from .joins import conjuncts
-from .wording import MOVES, MYSQL, TEMPORARY, UNKNOWN_NAME, bare, hides, only_reads
+from .wording import MOVES, MYSQL, TEMPORARY, UNKNOWN_NAME, bare, hides, only_reads, sets_nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,8 @@ class Writes:
 
 NOTHING: Final = Writes()
 ANYTHING: Final = Writes(anything=True, opaque=True)
+CALLS: Final = Writes(anything=True, opaque=True, sets=True)
+"""What calls a function that is not known, which may call ``set_config`` itself."""
 ROLLBACK: Final = Writes(rolls_back=True)
 
 _by_compiled: WeakKeyDictionary[Any, Writes] = WeakKeyDictionary()
@@ -215,12 +217,12 @@ def _read(compiled: Any, text: str) -> Writes:
     if isinstance(statement, Insert | Update | Delete) and isinstance(statement.table, Table):
         inside = _reading(statement, dialect, inside_of=statement)
         if inside is None:
-            return ANYTHING
+            return CALLS
         return replace(_dml(statement, compiled), tables=inside)
     if isinstance(statement, SelectBase):
         inside = _reading(statement, dialect, inside_of=None)
         if inside is None:
-            return ANYTHING
+            return CALLS
         return Writes(tables=inside, sets="set_config" in text.lower())
     return ANYTHING
 
@@ -468,21 +470,23 @@ def _read_text(text: str, dialect: str) -> Writes:
     first = word.group() if word else ""
     single = ";" not in words.rstrip(";").rstrip() and not hides(text)
     commits = mysql and first in _COMMIT_ON_MYSQL
+    calls_set = "set_config" in words
     moves = first == "use" or MOVES.search(text.lower()) is not None
     if single and first in _QUIET and not _UNSEEN.match(words):
         return Writes(
             opaque=commits,
             # LOCK TABLES outlives the transaction.
-            sets=first in _SETS or (mysql and first == "lock"),
+            sets=first in _SETS or "isolation" in words or (mysql and first == "lock"),
             rolls_back=first == "rollback",
             moves=first in _SETS and moves,
             locks=first == "lock",
         )
     if first in _READS and only_reads(text, dialect):
-        sets = "set_config" in words
-        return Writes(opaque=commits, sets=sets, moves=sets and moves)
+        return Writes(opaque=commits, sets=calls_set, moves=calls_set and moves)
     if single and first in _ENDS and not _UNSEEN.match(words):
         return Writes(opaque=True)
     if single and (target := _target(words, dialect)) is not None:
-        return Writes(table=target, kind="text")
-    return replace(ANYTHING, sets=TEMPORARY.search(words) is not None)
+        return Writes(table=target, kind="text", sets=calls_set, moves=calls_set and moves)
+    if single and sets_nothing(first, words):
+        return replace(ANYTHING, sets=TEMPORARY.search(words) is not None)
+    return replace(CALLS, moves=moves)

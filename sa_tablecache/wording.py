@@ -60,4 +60,25 @@ def only_reads(text: str, dialect: str) -> bool:
     words = _LOCKS.sub(" ", bare(text, dialect))
     if _WRITING.search(words) or ";" in words.strip().rstrip(";"):
         return False
+    return _calls_only_known(words)
+
+
+def _calls_only_known(words: str) -> bool:
+    """Whether text calls no function that might do anything."""
     return all(name.lower() in READING_FUNCTIONS for name in _CALLS.findall(words))
+
+
+#: First words of statements that write, and set nothing if the functions that they call do not.
+_WRITES: Final = frozenset("insert update delete merge replace".split())
+_DEFINES: Final = frozenset("create alter drop truncate copy comment grant revoke refresh".split())
+#: A table with its columns, which is no function with its arguments.
+_INTO: Final = re.compile(r"\binto\s+[\w.]+\s*\(")
+
+
+def sets_nothing(first: str, words: str) -> bool:
+    """Whether a single statement, by its first word, cannot change what the connection sees."""
+    if first in _DEFINES:
+        return "select" not in words
+    if "set_config" in words:
+        return False
+    return first in _WRITES and _calls_only_known(_INTO.sub(" ", words))
