@@ -71,6 +71,13 @@ class Layout:
         self.path_of: dict[tuple[str, ...], GroupPath] = {}
         """For these columns, one of the paths that lead to them."""
         comparisons = {name: catalog.comparison(plan, name, dialect) for name in plan.by_name}
+        if dialect.name in ("mysql", "mariadb"):
+            # Where a row value has columns of an outer join, they make an inner join of it, as if
+            # one NULL decided. It does not: (1, NULL) < (2, 0) is true.
+            comparisons = {
+                name: replace(how, alone=plan.column(name).nullable)
+                for name, how in comparisons.items()
+            }
         wanted, hidden = self._index_orders()
         hidden += self._lineage_orders(wanted, comparisons, catalog, dialect)
         hidden = list(dict.fromkeys(hidden))
