@@ -166,7 +166,7 @@ class Watcher:
         transaction.underway[id(context)] = Underway(
             context,
             writes,
-            {table: _names(table, connection) for table in _tables(writes)},
+            {table: self._names(table, connection) for table in _tables(writes)},
             keys,
             asks=(keys is None or was_asked(context)) and tells_keys(writes, context),
             suffixed=bool(suffix),
@@ -242,6 +242,15 @@ class Watcher:
         elif writes.opaque:
             for subscriber in list(self.subscribers):
                 subscriber.publish(transaction.changes, None)
+
+    def _names(self, table: TableName, connection: Connection) -> list[TableName]:
+        """Return all names under which a view may know a written table."""
+        names = _names(table, connection)
+        dialect: Any = connection.dialect
+        folds = dialect.name == "sqlite" or getattr(dialect, "_casing", 0)
+        if folds and self._wanted(table[1]) is None:
+            names += [(schema, name.lower()) for schema, name in names]
+        return names
 
     def _at_once(self, transaction: Transaction) -> bool:
         """Whether it wrote tables that have no transactions."""

@@ -41,7 +41,17 @@ from .changes import RowKey
 from .comparison import to_utc
 from .functions import READING_FUNCTIONS, function_name
 from .joins import conjuncts
-from .wording import MOVES, MYSQL, TEMPORARY, UNKNOWN_NAME, bare, hides, only_reads, sets_nothing
+from .wording import (
+    MOVES,
+    MYSQL,
+    TEMPORARY,
+    UNKNOWN_NAME,
+    UNSEEN,
+    bare,
+    hides,
+    only_reads,
+    sets_nothing,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,8 +271,9 @@ def _dml(statement: Any, compiled: Any) -> Writes:
             return Writes(table=name, further=others, kind="upsert")
         if statement._post_values_clause is not None or statement._prefixes:
             others = cascades(table, deleted=False, columns=None)
+            known = () if _moves_key(statement._post_values_clause, primary_key) else primary_key
             return Writes(
-                table=name, further=others, kind="upsert", unnamed=True, primary_key=primary_key
+                table=name, further=others, kind="upsert", unnamed=bool(known), primary_key=known
             )
         named = statement.select is None and not statement._multi_values
         key = tuple(KeyColumn(column, (column.key,)) for column in primary_key) if named else ()
@@ -297,6 +308,13 @@ def _dml(statement: Any, compiled: Any) -> Writes:
         columns=None if moves_key else written,
         primary_key=primary_key,
     )
+
+
+def _moves_key(clause: Any, primary_key: Sequence[Column[Any]]) -> bool:
+    """Whether ON CONFLICT or ON DUPLICATE KEY may change a key, of which RETURNING is the new."""
+    sets = dict(getattr(clause, "update_values_to_set", getattr(clause, "update", None)) or ())
+    names = {str(getattr(column, "key", column)) for column in sets}
+    return any(not names.isdisjoint((column.key, column.name)) for column in primary_key)
 
 
 def _other_targets(statement: Update, table: Table) -> dict[Table, frozenset[str]]:
@@ -426,10 +444,8 @@ _QUIET: Final = frozenset(
 _READS: Final = frozenset("select values table with explain analyze".split())
 _ENDS: Final = frozenset("commit end prepare".split())
 _SETS: Final = frozenset("set reset use".split())
-#: First words of statements that write no row, but commit what MySQL and MariaDB had written.
+#: Those that commit what was written before, on MySQL and MariaDB.
 _COMMIT_ON_MYSQL: Final = frozenset("set reset begin start lock unlock analyze".split())
-#: ``SET STATEMENT .. FOR`` runs any statement, and the others commit what somebody has prepared.
-_UNSEEN = re.compile(r"set\s+statement\b|xa\s+commit\b|commit\s+prepared\b")
 
 
 _TARGET = re.compile(
@@ -444,13 +460,15 @@ _HARMLESS = re.compile(
 )
 
 
-def _target(words: str, dialect: str) -> TableName | None:
+def _target(words: str, text: str, dialect: str) -> TableName | None:
     """Return the one table that a text writes, if it can be seen that it writes no other."""
     found = _TARGET.match(words)
     if found is None or UNKNOWN_NAME in found.group():
         return None
     if not only_reads(_HARMLESS.sub(" ", words[found.end() :]), dialect):
         return None
+    if dialect in MYSQL and found["table"] not in text:
+        return None  # its name has capitals, which may make it another table
     return found["schema"], found["table"]
 
 
@@ -472,7 +490,7 @@ def _read_text(text: str, dialect: str) -> Writes:
     commits = mysql and first in _COMMIT_ON_MYSQL
     calls_set = "set_config" in words
     moves = first == "use" or MOVES.search(text.lower()) is not None
-    if single and first in _QUIET and not _UNSEEN.match(words):
+    if single and first in _QUIET and not UNSEEN.match(words):
         return Writes(
             opaque=commits,
             # LOCK TABLES outlives the transaction.
@@ -483,9 +501,9 @@ def _read_text(text: str, dialect: str) -> Writes:
         )
     if first in _READS and only_reads(text, dialect):
         return Writes(opaque=commits, sets=calls_set, moves=calls_set and moves)
-    if single and first in _ENDS and not _UNSEEN.match(words):
+    if single and first in _ENDS and not UNSEEN.match(words):
         return Writes(opaque=True)
-    if single and (target := _target(words, dialect)) is not None:
+    if single and (target := _target(words, text, dialect)) is not None:
         return Writes(table=target, kind="text", sets=calls_set, moves=calls_set and moves)
     if single and sets_nothing(first, words):
         return replace(ANYTHING, sets=TEMPORARY.search(words) is not None)

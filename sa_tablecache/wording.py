@@ -52,6 +52,9 @@ TEMPORARY = re.compile(r"\btemp(orary)?\b", re.IGNORECASE)
 """What may put another table in front of the one that a name means elsewhere."""
 MOVES = re.compile(r"search_path|\bschema\b|\brole\b|\bauthorization\b|set_config\s*\(\s*[^'\s]")
 
+#: ``SET STATEMENT .. FOR`` runs any statement, and the others commit what somebody has prepared.
+UNSEEN = re.compile(r"set\s+statement\b|xa\s+commit\b|commit\s+prepared\b")
+
 
 def only_reads(text: str, dialect: str) -> bool:
     """Whether text can be seen to write nothing: no writing word, and known functions only."""
