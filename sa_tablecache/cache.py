@@ -20,6 +20,7 @@ from sqlalchemy.sql import ColumnElement
 
 from .analysis import TableName, plan_of, table_label, table_name
 from .answering import covered_candidate
+from .cascades import cascades
 from .changes import VIEW, ChangeSet, Marks
 from .commits import Backend
 from .comparison import Inexact
@@ -32,7 +33,7 @@ from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
-from .statements import cascades, exact_value
+from .statements import exact_value
 from .table import CachedTable
 from .view import CachedView, ViewMeta
 

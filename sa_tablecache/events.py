@@ -22,6 +22,7 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.sql.dml import UpdateBase
 
 from .analysis import TableName, table_name
+from .cascades import cascades
 from .changes import ChangeSet
 from .commits import (
     KEY,
@@ -48,7 +49,7 @@ from .returning import (
     tells_keys,
     was_asked,
 )
-from .statements import ANYTHING, NOTHING, Writes, cascades, rows_of, writes_of
+from .statements import ANYTHING, NOTHING, Writes, rows_of, writes_of
 
 SUFFIXED: Final = "_sa_tablecache_suffixed"
 """Attribute of the context of a statement behind which RETURNING was written."""

@@ -20,11 +20,11 @@ from sqlalchemy import (
 )
 
 from sa_tablecache.analysis import TableName, ViewPlan, plan_of, rendered_columns
+from sa_tablecache.catalog import Catalog
 from sa_tablecache.changes import VIEW, ChangeSet, Concern, GroupMark, Mark, Written, marks_of
 from sa_tablecache.comparison import comparison
 from sa_tablecache.groups import GroupPath
 from sa_tablecache.layout import Layout
-from sa_tablecache.loading import Catalog
 from tests.unit.test_analysis import plan
 from tests.zoo import Airport, BusyRoutes, CarrierTotals, Contractor, InnerBoard, Teams
 
@@ -247,6 +247,16 @@ def test_other_subqueries_are_coarse(statement: Any) -> None:
     assert all("subquery" in why for why in found.coarse.values())
 
 
+def test_text_that_a_subquery_computes_does_not_tell_rows_apart() -> None:
+    """Nobody knows its collation, so that what it equals need not be the same."""
+    names = select(p.c.x, func.max(p.c.name).label("top")).group_by(p.c.x).subquery()
+    joined = select(p.c.id, names.c.x.label("of")).join(names, names.c.top == p.c.name)
+    found = plan(joined)
+    assert set(found.coarse) == {P}
+    assert "a join by text that a subquery computes" in found.coarse[P]
+    assert not found.key_is_derived
+
+
 def test_a_condition_on_a_subquery_makes_its_tables_coarse() -> None:
     """A NULL-extended row that a condition lets through may take the place of one it drops."""
     totals = TOTALS.subquery()
@@ -275,7 +285,7 @@ def test_a_row_without_its_leaf_has_what_stays_and_what_vanishes() -> None:
 
 def concern(view: Any, table: str) -> Concern:
     """Return what a view has to do with a table, on SQLite."""
-    layout = Layout(plan_of(view), Catalog(), create_engine("sqlite://").dialect, {})
+    layout = Layout(plan_of(view), create_engine("sqlite://").dialect, Catalog(), {})
     return layout.concerns[None, table]
 
 
@@ -379,7 +389,7 @@ def test_a_table_that_occurs_twice_touches_groups_in_both_ways() -> None:
 
 def test_groups_of_text_are_found_where_it_compares_by_bytes() -> None:
     """Text of which nothing is known leads to no group, and the log and ``check()`` say so."""
-    layout = Layout(plan_of(BusyRoutes), Catalog(), create_engine("sqlite://").dialect, {})
+    layout = Layout(plan_of(BusyRoutes), create_engine("sqlite://").dialect, Catalog(), {})
     assert set(layout.coarse) == {(None, "flights"), (None, "airlines")}
     assert concern(CarrierTotals, "flights").followed is False
 
