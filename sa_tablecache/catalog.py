@@ -172,6 +172,10 @@ def probe(connection: Connection, plan: ViewPlan) -> Catalog:
             elif not strict:
                 unfollowed[table] = "without a strict sql_mode keys that do not fit are changed"
         related.update(_mysql_views(connection, plan))
+    if dialect == "sqlite" or getattr(connection.dialect, "_casing", False):
+        # Where capitals make no difference, a writer may leave them out.
+        lower = {(schema, name.lower()): (schema, name) for schema, name in plan.tables}
+        related |= {name: t for name, t in lower.items() if name not in plan.tables}
     # A writer may leave out the default schema where the view says it, and the other way round.
     default = "main" if dialect == "sqlite" else connection.dialect.default_schema_name
     for (schema, name), table in [*related.items(), *((t, t) for t in plan.tables)]:

@@ -53,6 +53,8 @@ class Comparison:
     """Applied to stored values and to parameters alike."""
     collation: str | None = None
     """For text: the name of its collation."""
+    alone: bool = False
+    """Whether row values that it is a part of are left to the database."""
     type: types.TypeEngine[Any] | None = field(default=None, compare=False)
     """The type of the column."""
 

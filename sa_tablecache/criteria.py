@@ -48,6 +48,8 @@ class And:
     """All of them."""
 
     nodes: tuple[Node, ...]
+    row: tuple[str, ...] = ()
+    """The columns of the row value whose comparison it is, if it is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,8 @@ class Or:
     """Any of them."""
 
     nodes: tuple[Node, ...]
+    row: tuple[str, ...] = ()
+    """See :class:`And`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,9 +244,9 @@ class Reader:
                 raise Inexact("row values of different lengths")
             pairs = zip(columns, parameters, strict=True)
             if op == "==":
-                return And(tuple(Compare(c, op, p) for c, p in pairs))
+                return And(tuple(Compare(c, op, p) for c, p in pairs), columns)
             if op == "!=":
-                return Or(tuple(Compare(c, op, p) for c, p in pairs))
+                return Or(tuple(Compare(c, op, p) for c, p in pairs), columns)
             return RowCompare(columns, op, parameters)
         if isinstance(right, True_ | False_):
             if op not in ("==", "!="):
@@ -295,8 +299,14 @@ def bind(
             raise Inexact(f"{column}: {how.reason or 'no order that Python knows'}")
         return how
 
+    def row(columns: Sequence[str]) -> None:
+        for column in columns:
+            if usable(column).alone:
+                raise Inexact(f"{column} may be NULL in a row value: MariaDB has ways of its own")
+
     match node:
         case And() | Or():
+            row(node.row)
             for inner in node.nodes:
                 bind(inner, raw, bound, comparisons, types)
         case Compare():
@@ -318,6 +328,7 @@ def bind(
             if bool not in usable(node.column).accepts:
                 raise Inexact(f"{node.column} is no truth value")
         case RowIn():
+            row(node.columns)
             hows = [usable(column) for column in node.columns]
             rows = [tuple(row) for row in raw[node.parameter]]
             kinds = types[node.parameter].types
@@ -326,6 +337,7 @@ def bind(
             usable_rows = [tuple(map(Comparison.parameter, hows, row, kinds)) for row in rows]
             bound[node.parameter] = frozenset(row for row in usable_rows if None not in row)
         case RowCompare():
+            row(node.columns)
             for column, parameter in zip(node.columns, node.parameters, strict=True):
                 how, value = usable(column, node.op), raw[parameter]
                 usable(column)

@@ -1,7 +1,7 @@
 """What a connection is in the middle of: as its driver and its server see it.
 
 In: a connection. Out: whether each statement commits by itself, whether a transaction is open,
-whether what it stores is what it was given.
+whether what it stores is what it was given, and which tables its names mean.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any, Final, cast
 
 from sqlalchemy import Connection
+
+from .analysis import TableName
 
 TAINTED: Final = "sa_tablecache.tainted"
 """In the connection's info: SET or the like ran, so that it may see what others do not.
@@ -77,3 +79,18 @@ def is_open(connection: Connection) -> bool:
 
 def in_transaction(connection: Connection) -> bool:
     return bool(cast("Any", connection.connection.driver_connection).in_transaction)
+
+
+def names_of(table: TableName, connection: Connection, context: Any) -> list[TableName]:
+    """Return all names under which a view may know a written table."""
+    schema, name = table
+    options = connection.get_execution_options() if context is None else context.execution_options
+    translate = options.get("schema_translate_map") or {}
+    schemas = {schema, translate.get(schema, schema)}
+    default = "main" if connection.dialect.name == "sqlite" else None
+    default = default or connection.dialect.default_schema_name
+    if default in schemas:
+        schemas.add(None)
+    elif None in schemas and schema is not None:
+        schemas.add(default)
+    return [(s, name) for s in schemas]

@@ -42,6 +42,7 @@ from .drivers import (
     is_open,
     keeps_keys,
     knows_transactions,
+    names_of,
 )
 from .exc import CriteriaError
 from .loading import READER
@@ -193,7 +194,7 @@ class Watcher:
         transaction.underway[id(context)] = Underway(
             context,
             writes,
-            {table: _names(table, connection, context) for table in _tables(writes)},
+            {table: self._names(table, connection, context) for table in _tables(writes)},
             keys,
             asks=(keys is None or was_asked(context)) and tells_keys(writes, context),
             suffixed=bool(suffix),
@@ -273,6 +274,15 @@ class Watcher:
         elif writes.opaque:
             for subscriber in list(self.subscribers):
                 subscriber.publish(transaction.changes, None)
+
+    def _names(self, table: TableName, connection: Connection, context: Any) -> list[TableName]:
+        """Return all names under which a view may know a written table."""
+        names = names_of(table, connection, context)
+        dialect: Any = connection.dialect
+        folds = dialect.name == "sqlite" or getattr(dialect, "_casing", 0)
+        if folds and self._wanted(table[1]) is None:
+            names += [(schema, name.lower()) for schema, name in names]
+        return names
 
     def _at_once(self, transaction: Transaction) -> bool:
         """Whether it wrote tables that have no transactions."""
@@ -448,21 +458,6 @@ def tables_of(target: Any) -> list[Table]:
     if not isinstance(mapper, Mapper):
         raise CriteriaError(f"{target!r} is neither a mapped class nor a Table")
     return [table for table in mapper.tables if isinstance(table, Table)]
-
-
-def _names(table: TableName, connection: Connection, context: Any) -> list[TableName]:
-    """Return all names under which a view may know a written table."""
-    schema, name = table
-    options = connection.get_execution_options() if context is None else context.execution_options
-    translate = options.get("schema_translate_map") or {}
-    schemas = {schema, translate.get(schema, schema)}
-    default = "main" if connection.dialect.name == "sqlite" else None
-    default = default or connection.dialect.default_schema_name
-    if default in schemas:
-        schemas.add(None)
-    elif None in schemas and schema is not None:
-        schemas.add(default)
-    return [(s, name) for s in schemas]
 
 
 _watchers: WeakKeyDictionary[Engine, Watcher] = WeakKeyDictionary()
