@@ -11,6 +11,7 @@ from .exc import (
     TableCacheError,
     Unbound,
     UnknownView,
+    UnscopedRead,
     UnsuitableEngine,
     ViewDefinitionError,
 )
@@ -18,6 +19,7 @@ from .explaining import Explanation
 from .figures import Estimate, Stats
 from .options import bypass_cache, no_store
 from .reading import LastRead
+from .scopes import harmless
 from .session import CacheSession, TableCache
 from .view import CachedView, ScoreIndex
 
@@ -43,8 +45,10 @@ __all__ = [
     "TableCacheError",
     "Unbound",
     "UnknownView",
+    "UnscopedRead",
     "UnsuitableEngine",
     "ViewDefinitionError",
     "bypass_cache",
+    "harmless",
     "no_store",
 ]

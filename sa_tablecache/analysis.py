@@ -27,7 +27,6 @@ from typing import Any, cast
 from sqlalchemy import Column, Table
 from sqlalchemy.engine.default import StrCompileDialect
 from sqlalchemy.exc import CompileError
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import StrSQLCompiler
 from sqlalchemy.sql.elements import ColumnClause
 from sqlalchemy.sql.selectable import Alias, CompoundSelect, SelectBase
@@ -78,6 +77,8 @@ class ViewPlan:
     view: type[CachedView]
     statement: SelectBase
     """What the view renders: its select with the hidden columns."""
+    declared: SelectBase
+    """The same before the ORM has resolved it, without lineage: loader criteria apply to it."""
     columns: tuple[ViewColumn, ...]
     """The public columns, in the order of the record's fields."""
     hidden: tuple[ViewColumn, ...]
@@ -167,22 +168,6 @@ def analyse(view: type[CachedView]) -> ViewPlan:
 
 
 Analysis.run = analyse
-
-
-@compiles(ViewTable)
-def _render(element: ViewTable, compiler: Any, *, asfrom: bool = False, **kwargs: Any) -> str:
-    """Render a view in a FROM clause as its select, under its name."""
-    if not asfrom:
-        return cast("str", compiler.visit_table(element, asfrom=asfrom, **kwargs))
-    linter = kwargs.pop("from_linter", None)
-    if linter is not None:
-        linter.froms[element] = element.name
-    alias = kwargs.pop("enclosing_alias", None)
-    statement = plan_of(element.view).statement
-    inner = cast("str", compiler.process(statement.self_group(), asfrom=True))
-    if alias is not None and alias.element is element:
-        return inner
-    return f"{inner} AS {compiler.preparer.quote(element.name)}"
 
 
 class _Collector(StrSQLCompiler):
@@ -296,20 +281,23 @@ class _Analysis:
                 "join that table in __select__",
             )
 
+        declared = statement if compound else self.expressions.labelled(self.view.__statement__)
+        declared = declared.add_columns(*extra)
         columns = self._columns()
         leaves, anchor, one_row = self._lineage(hidden, extra)
-        paths, coarse = self._paths(hidden, extra)
-        if extra:
-            statement = statement.add_columns(*extra)
         derived = self.view.__primary_key__ is None
         key = (
             derived_key(self.expressions, self.joins, self.visible)
             if derived
             else tuple(self.view.__primary_key__)
         )
+        paths, coarse = self._paths(key, hidden, extra)
+        if extra:
+            statement = statement.add_columns(*extra)
         return ViewPlan(
             view=self.view,
             statement=statement,
+            declared=declared,
             columns=columns,
             hidden=tuple(hidden),
             key=key,
@@ -446,12 +434,14 @@ class _Analysis:
         return result
 
     def _paths(
-        self, hidden: list[ViewColumn], extra: list[Any]
+        self, key: tuple[str, ...], hidden: list[ViewColumn], extra: list[Any]
     ) -> tuple[tuple[GroupPath, ...], dict[TableName, str]]:
         """Return how changed rows lead to groups, and the tables of which they do not."""
         if self.by is not None:
+            # Of the key, so that no group can have moved away from a record with the same key.
             names = [self.visible.get(column) for column in self.by]
-            ways = list(paths_to(self.joins, self.by, [(n, n) if n else None for n in names]))
+            shown = [(n, n) if n is not None and n in key else None for n in names]
+            ways = list(paths_to(self.joins, self.by, shown))
         else:
             ways = [
                 way

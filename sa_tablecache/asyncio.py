@@ -21,8 +21,10 @@ from .exc import TableCacheError, Unbound
 from .explaining import Explanation
 from .figures import Estimate, Stats
 from .loading import Progress
-from .reading import LastRead, RangeRead
-from .session import CacheSession, TableCache, _check_range, _result, listen
+from .reading import Answer, LastRead, RangeRead
+from .results import result_of
+from .scopes import Scope, overrides
+from .session import CacheSession, TableCache, _check_range, listen
 from .view import CachedView, ViewIndex, ViewMeta
 
 V = TypeVar("V", bound=CachedView)
@@ -144,25 +146,32 @@ class AsyncTableCache:
         """See :meth:`.TableCache.explain`."""
         return await greenlet_spawn(self.sync_cache.explain, statement)
 
-    def sessionmaker(self, **options: Any) -> async_sessionmaker[AsyncCacheSession]:
-        """Return a factory of async sessions that read from the cache, bound to its engine."""
+    def sessionmaker(
+        self, *, scope: Scope | None = None, **options: Any
+    ) -> async_sessionmaker[AsyncCacheSession]:
+        """Return a factory of async sessions that read from the cache, bound to its engine.
+
+        :param scope: see :meth:`attach`.
+        """
         sync_class: type[CacheSession] = options.pop("sync_session_class", CacheSession)
         sync_class = type(sync_class.__name__, (sync_class,), {"cache": self.sync_cache})
-        listen(self.sync_cache, sync_class)
+        listen(self.sync_cache, sync_class, scope)
         options.setdefault("bind", self.engine)
         options.setdefault("class_", AsyncCacheSession)
         return async_sessionmaker(sync_session_class=sync_class, **options)
 
-    def attach(self, target: Any) -> None:
+    def attach(self, target: Any, *, scope: Scope | None = None) -> None:
         """Have an application's own engine or sessions work with the cache.
 
         :param target: an ``AsyncEngine``, an ``async_sessionmaker`` or an ``AsyncSession``, or
             what :meth:`.TableCache.attach` takes.
+        :param scope: see :meth:`.TableCache.attach`; it is given the synchronous session, which has
+            the ``info`` of the asynchronous one.
         """
         if isinstance(target, AsyncEngine):
             self.sync_cache.attach(target.sync_engine)
         elif isinstance(target, AsyncSession):
-            self.sync_cache.attach(target.sync_session)
+            self.sync_cache.attach(target.sync_session, scope=scope)
         elif isinstance(target, async_sessionmaker):
             # All async sessions share Session as their sync class, so this factory gets its own.
             base = target.kw.get("sync_session_class") or target.class_.sync_session_class
@@ -171,14 +180,14 @@ class AsyncTableCache:
             bind = target.kw.get("bind")
             if isinstance(bind, AsyncEngine):
                 self.sync_cache.attach(bind.sync_engine)
-            self.sync_cache.attach(sync_class)
+            self.sync_cache.attach(sync_class, scope=scope)
         elif isinstance(target, type) and issubclass(target, AsyncSession):
             raise TableCacheError(
                 f"attach an async_sessionmaker of {target.__name__}, or an AsyncSession: all "
                 "classes of async sessions share one Session class"
             )
         else:
-            self.sync_cache.attach(target)
+            self.sync_cache.attach(target, scope=scope)
 
     async def close(self) -> None:
         """See :meth:`.TableCache.close`."""
@@ -205,6 +214,15 @@ class AsyncCacheSession(AsyncSession):
 
     sync_session_class: type[Session] = CacheSession
 
+    def _at_once(self, statement: Any) -> Answer | None:
+        """Answer a statement from memory alone; ``None`` sends it on its usual way."""
+        session = self.sync_session
+        return None if overrides(session) else session._from_cache(statement)
+
+    def _executes_otherwise(self) -> bool:
+        """Whether the application's class does something to what is executed."""
+        return type(self).execute is not AsyncCacheSession.execute
+
     if TYPE_CHECKING:
         sync_session: CacheSession
     else:
@@ -212,25 +230,25 @@ class AsyncCacheSession(AsyncSession):
         async def execute(self, statement, params=None, **kwargs):
             """Execute a statement; see :meth:`sqlalchemy.ext.asyncio.AsyncSession.execute`."""
             if params is None and not kwargs:
-                answer = self.sync_session._from_cache(statement)
+                answer = self._at_once(statement)
                 if answer is not None:
-                    return _result(answer, statement)
+                    return result_of(answer, statement)
             return await super().execute(statement, params, **kwargs)
 
         async def scalars(self, statement, params=None, **kwargs):
             """Execute a statement; see :meth:`sqlalchemy.ext.asyncio.AsyncSession.scalars`."""
-            if params is None and not kwargs:
-                answer = self.sync_session._from_cache(statement)
+            if params is None and not kwargs and not self._executes_otherwise():
+                answer = self._at_once(statement)
                 if answer is not None:
-                    return _result(answer, statement).scalars()
+                    return result_of(answer, statement).scalars()
             return await super().scalars(statement, params, **kwargs)
 
         async def scalar(self, statement, params=None, **kwargs):
             """Execute a statement; see :meth:`sqlalchemy.ext.asyncio.AsyncSession.scalar`."""
             if params is None and not kwargs:
-                answer = self.sync_session._from_cache(statement)
+                answer = self._at_once(statement)
                 if answer is not None:
-                    return _result(answer, statement).scalar()
+                    return result_of(answer, statement).scalar()
             return await super().scalar(statement, params, **kwargs)
 
         async def get(self, entity, ident, **kwargs):
@@ -255,6 +273,13 @@ class AsyncCacheSession(AsyncSession):
         _check_range(index, len(prefix), (ge, gt, le, lt), limit)
         read = RangeRead(index, prefix, ge, gt, le, lt, descending, limit, after)
         session = self.sync_session
+        if session._reads_by_statement(index.view) or self._executes_otherwise():
+            table = session.cache.table(index.view)
+            if after is None:
+                statement = reading.range_statement(session, table, read)
+            else:  # where the page begins may have to be asked
+                statement = await greenlet_spawn(reading.range_statement, session, table, read)
+            return list((await self.execute(statement)).scalars())
         if not session._is_filtered():
             records = reading.range_from_cache(session.cache, session, read, fetch=False)
             if records is not None:

@@ -434,6 +434,7 @@ class BaseTableCache:
         self._add_side_effects(changes)
         leased = lease.marks if lease is not None else {}
         for table in list(self._tables.values()):
+            table.doubtful = table.doubtful or changes.everything
             table.publish(table.marks_of(changes), leased.get(table))
 
     def orphan(self, lease: _Lease, backend: Backend | None) -> None:

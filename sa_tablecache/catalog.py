@@ -14,9 +14,10 @@ from typing import Any
 
 from sqlalchemy import Connection, String, false, func, literal, select, sql, text
 
-from .analysis import TableName, ViewPlan, table_label
+from .analysis import TableName, ViewPlan, table_label, table_name
 from .comparison import Comparison, StoredColumn, comparison
 from .exc import ViewDefinitionError
+from .readers import EveryScope
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,14 @@ class Catalog:
 
     related: dict[TableName, TableName] = field(default_factory=dict)
     """Partitions, inheritance children and database views, by name, and a table behind each."""
+
+    def stored(self, plan: ViewPlan) -> dict[tuple[TableName, str], StoredColumn]:
+        """Return how the columns that a view uses are stored."""
+        used = [column.source for column in plan.columns + plan.hidden]
+        keys = {
+            (table_name(c.table), c.name) for c in (*used, *plan.compared_text) if c is not None
+        }
+        return {key: column for key, column in self.columns.items() if key in keys}
 
     def tells_apart(self, column: Any, dialect: Any) -> bool:
         """Whether equal text of a stored column is the same text."""
@@ -170,7 +179,7 @@ def _probe_postgresql(
     for row in connection.execute(_POSTGRESQL_COLUMNS, {"name": name}):
         if row.kind in kinds:
             raise _not_a_table(plan, table, kinds[row.kind])
-        if row.row_security and getattr(plan.view, "__row_security__", None) != "ignore":
+        if row.row_security and plan.view.__row_security__ != "ignore":
             raise ViewDefinitionError(
                 f"view {plan.name}: {table_label(table)} is under row-level security, which a "
                 "cache shared by all cannot apply; say __row_security__ = 'ignore' if every "
@@ -241,6 +250,7 @@ def _computed(connection: Connection, plan: ViewPlan) -> dict[str, StoredColumn]
     dialect = connection.dialect.name
     if not clauses or dialect == "sqlite":
         return {}
+    everything = EveryScope(plan.view)
     if dialect == "postgresql":
         view = plan.view.__table__
         one = select(literal(1).label("one")).subquery()
@@ -251,10 +261,12 @@ def _computed(connection: Connection, plan: ViewPlan) -> dict[str, StoredColumn]
             for clause in clauses
         ]
         names = [
-            *connection.execute(select(*types).select_from(one.outerjoin(view, false()))).one()
+            *connection.execute(
+                select(*types).select_from(one.outerjoin(view, false())).options(everything)
+            ).one()
         ]
     else:
-        with connection.execute(select(*clauses).limit(0)) as result:
+        with connection.execute(select(*clauses).limit(0).options(everything)) as result:
             description: Any = result.cursor.description
             names = [_MYSQL_TYPES.get(c[1], "text") for c in description]
     return {c.name: StoredColumn(name) for c, name in zip(clauses, names, strict=True)}

@@ -46,6 +46,7 @@ from .returning import (
     returning_suffix,
     suffixed_rows,
     tells_keys,
+    was_asked,
 )
 from .statements import ANYTHING, NOTHING, Writes, cascades, rows_of, writes_of
 
@@ -157,7 +158,7 @@ class Watcher:
             writes,
             {table: _names(table, connection) for table in _tables(writes)},
             keys,
-            asks=keys is None and tells_keys(writes, context),
+            asks=(keys is None or was_asked(context)) and tells_keys(writes, context),
             suffixed=bool(suffix),
         )
         if _autocommits(connection):
@@ -257,6 +258,8 @@ class Watcher:
 
     def rollback_savepoint(self, connection: Connection, _name: Any, _context: Any) -> None:
         """Forget what rows were before what is undone."""
+        if connection.closed or connection.invalidated:
+            return  # its info is gone, and nothing of it was committed
         transaction: Transaction | None = connection.info.get(KEY)
         if transaction is not None:
             transaction.changes.forget_before()
@@ -326,6 +329,7 @@ class Watcher:
             return
         transaction: Transaction | None = record.info.pop(KEY, None)
         if record.info.get(RAW):
+            record.info[TAINTED] = True  # nobody saw what it SET
             for subscriber in list(self.subscribers):
                 subscriber.publish(ChangeSet(everything=True), None)
         elif transaction is not None:
@@ -346,7 +350,7 @@ def _declared(writes: Writes, declared: Any) -> Writes:
     """
     tables = frozenset(table_name(table) for model in declared for table in tables_of(model))
     if writes.anything or writes.opaque or writes.kind == "text":
-        return Writes(tables=tables, sets=writes.sets)
+        return Writes(tables=tables, sets=writes.sets and not writes.opaque)
     return replace(writes, tables=writes.tables | tables)
 
 

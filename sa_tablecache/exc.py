@@ -7,6 +7,7 @@
      ├── CriteriaError                 criteria that make no sense for the view
      │    └── NotExpressible           load criteria that no score index of the view can express
      ├── UnknownView                   a view that this cache does not hold
+     ├── UnscopedRead                  a view with __scope__, read by somebody who has none
      ├── CacheUnavailable              the cache cannot be used now
      │    ├── Unbound                  used before bind()
      │    └── Closed                   used after close()
@@ -17,6 +18,8 @@ An error of the database reaches the caller as SQLAlchemy raised it; the cache w
 """
 
 from __future__ import annotations
+
+from sqlalchemy.exc import DontWrapMixin
 
 
 class TableCacheError(Exception):
@@ -37,6 +40,10 @@ class NotExpressible(CriteriaError):
 
 class UnknownView(TableCacheError):
     """The view was not added to this cache."""
+
+
+class UnscopedRead(TableCacheError, DontWrapMixin):
+    """A view that says ``__scope__`` was read by somebody of whom no scope is known."""
 
 
 class CacheUnavailable(TableCacheError):

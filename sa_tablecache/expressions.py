@@ -27,6 +27,7 @@ from sqlalchemy.sql.selectable import (
 
 from .exc import ViewDefinitionError
 from .functions import AGGREGATE_FUNCTIONS, IMMUTABLE_FUNCTIONS, VOLATILE_FUNCTIONS, function_name
+from .view import ViewTable
 
 GROUPING = ("GROUP BY", "HAVING", "aggregate")
 """The obstacles that are none where all of GROUP BY is plain columns."""
@@ -123,6 +124,11 @@ class Expressions:
                 "its select has loader options that change what it selects",
                 "select plain columns, without options()",
             )
+        return self.labelled(statement)
+
+    def labelled(self, statement: Any) -> Any:
+        """Return a select with the view's names on its columns."""
+        raw = statement._raw_columns
         statement = statement._generate()
         statement._raw_columns = [
             getattr(c, "element", c).label(n) if type(c).__name__ == "Label" else c.label(n)
@@ -160,6 +166,11 @@ class Expressions:
                 self.reasons.append(f"window function in {where}")
 
     def _check_element(self, element: Any, where: str) -> None:
+        if isinstance(element, ViewTable) and element.view.__scope__ is not None:
+            raise self.refuse(
+                f"{element.view.__name__} in {where} is read by its scope, and the cache by all",
+                "select from the tables behind it, with a __scope__ of its own",
+            )
         if isinstance(element, FunctionElement):
             name = function_name(element)
             if name in VOLATILE_FUNCTIONS:

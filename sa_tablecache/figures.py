@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, func, select
 
 from .layout import Layout
+from .readers import EveryScope
 from .scores import IntervalSet
 from .storage import Storage
 
@@ -76,8 +77,9 @@ def estimate(
 ) -> Estimate:
     """Estimate the rows, bytes and seconds of a load, from a count and a sample."""
     where = layout.where(index, intervals)
-    table = layout.plan.view.__table__
-    total = connection.scalar(select(func.count()).select_from(table).where(*where)) or 0
+    view = layout.plan.view
+    count = select(func.count()).select_from(view.__table__).where(*where)
+    total = connection.scalar(count.options(EveryScope(view))) or 0
     started = time.perf_counter()
     sample = connection.execute(layout.loader.statement(*where).limit(SAMPLE)).all()
     elapsed = time.perf_counter() - started

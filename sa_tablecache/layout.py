@@ -56,8 +56,8 @@ class Layout:
     def __init__(
         self,
         plan: ViewPlan,
-        catalog: Catalog,
         dialect: Dialect,
+        catalog: Catalog,
         automatic: Mapping[TableName, Automatic],
     ) -> None:
         self.plan = plan
@@ -93,8 +93,9 @@ class Layout:
         }
         self._lazy = {n: o for n, o in self.orders.items() if n.startswith(LINEAGE)}
         self.loader = Loader(plan, hidden, comparisons, dialect)
-        self.tables = plan.tables | catalog.related.keys()
+        self.tables: frozenset[TableName] = plan.tables | catalog.related.keys()
         """The tables of which a change concerns the view, partitions and the like included."""
+        self._stored = catalog.stored(plan)
         self.columns = Columns(
             plan,
             comparisons,
@@ -103,6 +104,20 @@ class Layout:
         )
         for table in self.coarse.keys() - plan.coarse.keys():
             log_coarse(plan, table, self.coarse[table])
+
+    def renew(self, catalog: Catalog, automatic: Mapping[TableName, Automatic]) -> None:
+        """Take in what the catalog says after DDL: partitions and triggers come and go.
+
+        :raises ViewDefinitionError: if columns of the view are stored otherwise.
+        """
+        if catalog.stored(self.plan) != self._stored:
+            raise ViewDefinitionError(
+                f"view {self.plan.name}: columns of its tables are stored otherwise than when it "
+                "was first used; until the application is started again, the database answers"
+            )
+        self.tables = self.plan.tables | catalog.related.keys()
+        self.automatic = automatic
+        self.concerns = self._concerns(self.followed)
 
     def _index_orders(self) -> tuple[dict[str, tuple[tuple[str, ...], int]], list[str]]:
         """Return the orders of the key and the indexes, and the hidden columns they need."""

@@ -44,6 +44,7 @@ from sqlalchemy.types import NullType
 from .analysis import ViewPlan
 from .comparison import Comparison, to_utc
 from .exc import TableCacheError, UnsuitableEngine
+from .readers import EveryScope
 
 log = logging.getLogger(__name__)
 
@@ -232,7 +233,7 @@ class Loader:
 
     def statement(self, *criteria: ColumnElement[bool]) -> Any:
         """Return the SELECT that reads the records that meet the criteria."""
-        return select(*self._stored).where(*criteria)
+        return select(*self._stored).where(*criteria).options(EveryScope(self.plan.view))
 
     def _noting_zone(self, name: str) -> Callable[[Any], Any]:
         """Return what brings datetimes to UTC and remembers where they came from."""

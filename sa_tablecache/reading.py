@@ -36,7 +36,7 @@ from .layout import Layout
 from .options import BypassCache
 from .orders import Record
 from .planner import Candidate, Question, ask
-from .scopes import database_reason
+from .scopes import database_reason, in_own_scope
 from .scores import MAX, MIN, NULLS_LAST, Interval, IntervalSet
 from .shapes import Shape, shape_of, view_of
 from .table import CachedTable, State
@@ -106,10 +106,12 @@ def answer(
     :param fetch: whether refreshing and fetching gaps is allowed. Without it the caller tries
         whether the cache alone can answer, and nothing is noted if not.
     :raises CriteriaError: if the criteria use a table that the statement does not join.
+    :raises UnscopedRead: if the view is read by scope, and the session has none.
     """
     view = view_of(statement)
     assert view is not None
     table = cache.table(view)
+    statement = in_own_scope(session, statement, view)
     try:
         shape, parameters = shape_of(statement)
         for option in shape.options:
@@ -117,7 +119,7 @@ def answer(
                 raise Inexact("bypass_cache()")
         if not fetch and not session._is_clean():
             return None
-        reason = database_reason(session, cache, table)
+        reason = database_reason(session, cache, table, statement)
         if reason is not None:
             raise Inexact(reason)
         for _ in range(ATTEMPTS):
@@ -438,15 +440,10 @@ def _database_key(session: Session, layout: Layout, read: RangeRead) -> tuple[An
     if hidden:
         key = zip(layout.plan.key, layout.plan.key_tuple(read.after), strict=True)
         columns = read.by.view.__table__.c
-        row = (
-            session.connection()
-            .execute(
-                select(*(layout.plan.column(name).clause for name in hidden)).where(
-                    *(columns[name] == value for name, value in key)
-                )
-            )
-            .first()
+        scores = select(*(layout.plan.column(name).clause for name in hidden)).where(
+            *(columns[name] == value for name, value in key)
         )
+        row = session.execute(scores, execution_options={SKIP: True}).first()
         if row is None:
             raise CriteriaError(
                 f"after={read.after!r} is no record of {layout.plan.name} any more, so that its "

@@ -1,28 +1,128 @@
 """Whether a session may read from the cache, or its own SQL could see something else.
 
-In: a session and a table. Out: a reason to ask the database, or none: the session's transaction
-wrote a table of the view, asked for an isolation level, ran SET, is bound to another database or
-schema, or (where the database's default isolation is a snapshot) began before the view changed.
+In: a session and a table. Out: a reason to ask the database, or none. The application listens where
+it could change what is read, the session's transaction wrote a table of the view, asked for an
+isolation level, ran SET, is bound to another database or schema, or (where the database's default
+isolation is a snapshot) began before the view changed.
+
+And the scope in which a session reads the views that declare one.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, Select, select
 from sqlalchemy.orm import Session
 
 from .cache import BaseTableCache
 from .commits import KEY, Transaction
-from .events import TAINTED, root_of
+from .events import TAINTED, Watcher, root_of
+from .exc import UnscopedRead
+from .readers import in_scope
 from .table import CachedTable
+from .view import CachedView
 
 CONNECTIONS: Final = "sa_tablecache.connections"
 """In ``Session.info``: the connections of its transaction."""
 
 _ASKED_ON_ENGINE: Final = "an isolation level was asked for on the engine"
 _ASKED: Final = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
+
+
+Scope: TypeAlias = Callable[[Session], Any]
+"""Says the scope of a session; ``None`` or a ``LookupError`` if it has none."""
+
+
+class Attachment(NamedTuple):
+    """How a cache is attached to sessions; it hangs on the listeners that do it."""
+
+    cache: BaseTableCache
+    scope: Scope | None
+
+
+def attachment_of(listener: Any) -> Attachment | None:
+    """Return the attachment of a listener; ``None`` if it is the application's."""
+    return getattr(listener, "_sa_tablecache", None)
+
+
+def scope_of(session: Session, view: type[CachedView]) -> Any:
+    """Return the value of a view's scope column in the records that a session may see.
+
+    :raises UnscopedRead: if nobody says.
+    """
+    for attachment in map(attachment_of, session.dispatch.do_orm_execute):
+        if attachment is None or attachment.scope is None or view not in attachment.cache.views:
+            continue
+        try:
+            value = attachment.scope(session)
+        except LookupError as error:
+            raise UnscopedRead(
+                f"{view.__name__} is read by its scope, {view.__scope__}, and the session has "
+                f"none: looking it up raised {error!r}"
+            ) from error
+        if value is not None:
+            return value
+    raise UnscopedRead(
+        f"{view.__name__} is read by its scope, {view.__scope__}, and the session has none: attach "
+        "it with scope=, a function that says for a session which"
+    )
+
+
+def in_own_scope(session: Session, statement: Select[Any], view: type[CachedView]) -> Select[Any]:
+    """Return a SELECT of a view, kept to the session's scope if the view has scopes.
+
+    :raises UnscopedRead: if it has, and the session has none.
+    """
+    if view.__scope__ is None:
+        return statement
+    return statement.where(in_scope(view, view.__table__, value=scope_of(session, view)))
+
+
+# -- the application's own listeners -----------------------------------------------------------
+
+L = TypeVar("L", bound=Callable[..., Any])
+
+
+def harmless(listener: L) -> L:
+    """Say that a listener of the application does not change what is read; a decorator.
+
+    A read that is answered from memory runs no listeners. So the database answers all reads of
+    sessions of which the application listens to ``do_orm_execute`` or ``after_begin``, and of
+    engines of which it listens to ``begin`` or ``engine_connect``: there it could add criteria or
+    SET what they depend on. A listener that only watches is marked with this::
+
+        @event.listens_for(Session, "after_begin")
+        @harmless
+        def log_begin(session, transaction, connection):
+            log.debug("begin")
+    """
+    listener._sa_tablecache_harmless = True  # type: ignore[attr-defined]
+    return listener
+
+
+def may_change_reads(listener: Any) -> bool:
+    """Whether a listener is the application's, and not known to be harmless."""
+    return not getattr(listener, "_sa_tablecache_harmless", False)
+
+
+harmless(Watcher.begin)
+harmless(Watcher.engine_connect)
+
+
+def _listening_reason(session: Session, bind: Any) -> str | None:
+    """Return where the application could SET what its SQL depends on, when a transaction begins."""
+    dispatch = bind.dispatch
+    for listeners in (session.dispatch.after_begin, dispatch.begin, dispatch.engine_connect):
+        for listener in listeners:
+            if may_change_reads(listener):
+                return f"the application listens to {listeners.name}, and may SET something there"
+    return None
+
+
+# -- the session and its connections -----------------------------------------------------------
 
 
 def flush_pending(session: Session) -> None:
@@ -32,17 +132,26 @@ def flush_pending(session: Session) -> None:
         session.flush()
 
 
-def database_reason(session: Session, cache: BaseTableCache, table: CachedTable) -> str | None:
-    """Return why a session has to read the database, or ``None`` if it may use the cache."""
+def database_reason(
+    session: Session, cache: BaseTableCache, table: CachedTable, statement: Any = None
+) -> str | None:
+    """Return why a session has to read the database, or ``None`` if it may use the cache.
+
+    :param statement: what it reads, where the session may choose its bind by that.
+    """
     flush_pending(session)
     engine = cache.engine
     bind = session.bind
-    if bind is not engine or not _plain_bind(type(session)):
-        reason = _foreign_bind(session, engine)
+    if bind is not engine or session.__dict__.get("_Session__binds") or overrides(session):
+        clause = select(table.view) if statement is None else statement
+        reason = _foreign_bind(session, engine, clause)
         if reason is not None:
             return reason
     if isolation_asked_for(engine):
         return _ASKED_ON_ENGINE
+    reason = _listening_reason(session, bind or engine)
+    if reason is not None:
+        return reason
     if not isinstance(bind, Connection) and not session.in_transaction():
         return None
     connections = list(session.info.get(CONNECTIONS, ()))
@@ -57,22 +166,25 @@ def database_reason(session: Session, cache: BaseTableCache, table: CachedTable)
     return None
 
 
-_plain_binds: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+_overrides: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 
 
-def _plain_bind(session_class: type) -> bool:
-    """Whether sessions of a class choose their engine as SQLAlchemy does."""
-    known = _plain_binds.get(session_class)
+def overrides(session: Session) -> bool:
+    """Whether the application's own class of sessions chooses binds or changes what is executed."""
+    class_ = type(session)
+    known = _overrides.get(class_)
     if known is None:
-        module = str(getattr(session_class.get_bind, "__module__", ""))  # type: ignore[attr-defined]
-        known = module.partition(".")[0] in ("sqlalchemy", "sa_tablecache")
-        _plain_binds[session_class] = known
+        modules = {
+            str(getattr(getattr(class_, name), "__module__", "")).partition(".")[0]
+            for name in ("get_bind", "execute", "scalars", "scalar")
+        }
+        known = _overrides[class_] = not modules <= {"sqlalchemy", "sa_tablecache"}
     return known
 
 
-def _foreign_bind(session: Session, engine: Engine) -> str | None:
+def _foreign_bind(session: Session, engine: Engine, clause: Any) -> str | None:
     try:
-        bind = session.get_bind()
+        bind = session.get_bind(clause=clause)
     except Exception:
         return "the session has no bind that the cache could recognise"
     other = bind.engine
@@ -98,10 +210,10 @@ def isolation_asked_for(engine: Engine) -> bool:
     )
     if asked is None and dialect.name == "postgresql":
         # A default other than READ COMMITTED was set by someone: server, database, role. It is
-        # known when the engine has connected.
-        asked = dialect.default_isolation_level
+        # known when the engine has connected; until then it may be any.
+        asked = getattr(dialect, "default_isolation_level", None)
         if asked is None:
-            return False
+            return True
     result = asked in _ASKED
     _isolation[engine] = result
     return result

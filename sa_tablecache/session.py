@@ -10,26 +10,34 @@ a :class:`sqlalchemy.orm.Session`. Two ways lead to the cache, both to ``reading
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Connection, Engine, Select, event, func, select
-from sqlalchemy.engine.result import IteratorResult, Result, SimpleResultMetaData
+from sqlalchemy import Connection, Engine, Exists, Select, event, exists, func, literal, select
+from sqlalchemy.engine.result import Result
+from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import ORMExecuteState, Query, Session, sessionmaker
 from sqlalchemy.orm.scoping import scoped_session
-from sqlalchemy.sql import ColumnElement
-from sqlalchemy.sql.elements import Tuple
-from sqlalchemy.sql.operators import desc_op
-from sqlalchemy.sql.selectable import Alias, FromClause
 
 from . import reading
 from .cache import BaseTableCache
 from .comparison import Inexact
 from .exc import CriteriaError, TableCacheError
 from .explaining import Explanation
-from .orders import Record
+from .readers import reading_as
 from .reading import SKIP, Answer, LastRead, RangeRead
-from .scopes import CONNECTIONS, database_reason
+from .results import result_of, selects_views, with_records, without_row_order
+from .scopes import (
+    CONNECTIONS,
+    Attachment,
+    Scope,
+    database_reason,
+    harmless,
+    in_own_scope,
+    may_change_reads,
+    overrides,
+    scope_of,
+)
 from .shapes import HARMLESS_OPTIONS, view_of
 from .view import CachedView, ViewIndex, ViewMeta, ViewTable
 
@@ -38,105 +46,21 @@ V = TypeVar("V", bound=CachedView)
 OTHER_LISTENERS = "the application listens to do_orm_execute, and may add criteria"
 
 
-# -- results -----------------------------------------------------------------------------------
-
-
-def _result(answer: Answer, statement: Select[Any]) -> Result[Any]:
-    """Wrap what the cache answered as SQLAlchemy wraps what the database answers."""
-    shape = answer.shape
-    if shape.projection is None and not shape.count:
-        return _records_result(shape.view, iter(answer.rows))
-    names = shape.projection or tuple(statement.selected_columns.keys())
-    return IteratorResult(SimpleResultMetaData(names), iter(answer.rows))
-
-
-def _records_result(
-    view: type[CachedView], records: Iterator[Record], raw: Any = None
-) -> Result[Any]:
-    """Wrap records as a result of one entity; closing it closes ``raw``, where they come from."""
-    result: Result[Any] = IteratorResult(
-        SimpleResultMetaData([view.__name__]), records, raw=raw, _source_supports_scalars=True
-    )
-    # Where the ORM marks a result of one entity; Query reads it.
-    result._attributes = result._attributes.union({"is_single_entity": True})
-    return result
-
-
-def _with_records(statement: Any, result: Result[Any], dialect_name: str) -> Result[Any]:
-    """Have rows of the database carry records in the places of whole views."""
-    raw = statement._raw_columns
-    makers: list[tuple[int, Callable[..., Any] | None]] = []
-    names: list[str] = []
-    for element in raw:
-        base: Any = element.element if isinstance(element, Alias) else element
-        if type(base) is ViewTable:
-            make = reading.record_maker(base.view, dialect_name)
-            makers.append((len(base.c), make))
-            names.append(base.view.__name__)
-        elif isinstance(element, ColumnElement):
-            makers.append((1, None))
-            names.append(str(getattr(element, "_proxy_key", None) or f"column_{len(names)}"))
-        elif (entity := element._annotations.get("parententity")) is not None:
-            makers.append((1, None))
-            names.append(entity.class_.__name__)
-        elif isinstance(element, FromClause):
-            makers += [(1, None)] * len(element.c)
-            names += element.c.keys()
-    if len(makers) == 1 and makers[0][1] is not None:
-        only = makers[0][1]
-        return _records_result(view_of_raw(raw[0]), (only(*row) for row in result), result)
-
-    def rows() -> Iterator[tuple[Any, ...]]:
-        for row in result:
-            values, at = [], 0
-            for width, make in makers:
-                part = row[at : at + width]
-                values.append(part[0] if make is None else make(*part))
-                at += width
-            yield tuple(values)
-
-    return IteratorResult(SimpleResultMetaData(names), rows(), raw=cast("Any", result))
-
-
-def view_of_raw(element: Any) -> type[CachedView]:
-    """Return the view of a selected view or alias of one."""
-    base: Any = element.element if isinstance(element, Alias) else element
-    return cast("type[CachedView]", base.view)
-
-
-def _without_row_order(statement: Select[Any]) -> Select[Any]:
-    """Have an index of several scores in ORDER BY said column by column: SQLite needs it."""
-    expanded: list[Any] = []
-    for clause in statement._order_by_clauses:
-        element: Any = clause
-        descending = False
-        while not isinstance(element, Tuple) and hasattr(element, "element"):
-            descending = descending or getattr(element, "modifier", None) is desc_op
-            element = element.element
-        if isinstance(element, Tuple):
-            expanded += [c.desc() if descending else c for c in element.clauses]
-        else:
-            expanded.append(clause)
-    if len(expanded) == len(statement._order_by_clauses):
-        return statement
-    return statement.order_by(None).order_by(*expanded)
-
-
-def _selects_views(statement: Any) -> bool:
-    """Whether a statement selects a whole view (and not only columns of it)."""
-    return isinstance(statement, Select) and any(
-        type(raw) is ViewTable or (isinstance(raw, Alias) and type(raw.element) is ViewTable)
-        for raw in statement._raw_columns
-    )
-
-
 # -- listening ---------------------------------------------------------------------------------
 
 
-def listen(cache: BaseTableCache, target: Any) -> None:
+def listen(cache: BaseTableCache, target: Any, scope: Scope | None = None) -> None:
     """Have sessions answered by the cache: a Session class, a Session, or a factory of them."""
 
     def do_orm_execute(state: ORMExecuteState) -> Result[Any] | None:
+        if scope is None:
+            return answered(state)
+        with reading_as(partial(scope_of, state.session)):
+            # What goes on to the database goes on here, where it is known who reads.
+            result = answered(state)
+            return state.invoke_statement() if result is None else result
+
+    def answered(state: ORMExecuteState) -> Result[Any] | None:
         if state.local_execution_options.get(SKIP):
             return None
         if cache.closed and not isinstance(state.session, CacheSession):
@@ -155,7 +79,7 @@ def listen(cache: BaseTableCache, target: Any) -> None:
             ):
                 answer = reading.answer(cache, state.session, statement)
                 if answer is not None:
-                    return _result(answer, statement)
+                    return result_of(answer, statement)
             else:
                 reading.remember(
                     state.session,
@@ -164,11 +88,11 @@ def listen(cache: BaseTableCache, target: Any) -> None:
                     "parameters or execution options of the call",
                 )
         if view is not None:
-            state.statement = statement = _without_row_order(statement)
-        if _selects_views(statement):
+            state.statement = statement = without_row_order(statement)
+        if selects_views(statement):
             result = state.invoke_statement(execution_options={SKIP: True})
             bind = state.session.get_bind(**state.bind_arguments)
-            return _with_records(statement, result, bind.dialect.name)
+            return with_records(statement, result, bind.dialect.name)
         return None
 
     def after_begin(session: Session, _: Any, connection: Connection) -> None:
@@ -176,7 +100,9 @@ def listen(cache: BaseTableCache, target: Any) -> None:
         known[:] = [c for c in known if not c.closed and c is not connection]
         known.append(connection)
 
-    do_orm_execute._sa_tablecache = True  # type: ignore[attr-defined]
+    listeners: tuple[Any, ...] = (do_orm_execute, after_begin)
+    for listener in listeners:
+        harmless(listener)._sa_tablecache = Attachment(cache, scope)
     event.listen(target, "do_orm_execute", do_orm_execute)
     event.listen(target, "after_begin", after_begin)
     if isinstance(target, Session) and target.in_transaction():
@@ -190,9 +116,7 @@ def listen(cache: BaseTableCache, target: Any) -> None:
 def _others_follow(session: Session, mine: Any) -> bool:
     """Whether listeners of the application, which may add criteria, run after this one."""
     listeners = list(session.dispatch.do_orm_execute)
-    return mine in listeners and not all(
-        getattr(other, "_sa_tablecache", False) for other in listeners[listeners.index(mine) :]
-    )
+    return mine in listeners and any(map(may_change_reads, listeners[listeners.index(mine) :]))
 
 
 def _plain(options: Any) -> bool:
@@ -230,9 +154,21 @@ class CachedQuery(Query[Any]):
                 return int(self.session.execute(counted).scalar_one())
         return super().count()
 
+    def exists(self) -> Exists:
+        """Return ``EXISTS (SELECT 1 FROM ...)``, a clause."""
+        statement = self.statement
+        if view_of(statement) is None or not isinstance(statement, Select):
+            return super().exists()
+        # Of a query that selects no entity, SQLAlchemy would lose the FROM: always true.
+        return exists(statement.with_only_columns(literal(1), maintain_column_froms=True))
+
     def explain(self) -> Explanation:
         """Say how the query would be answered, and why; runs nothing."""
-        return _cache_of(self.session).explain(self.statement)
+        statement: Any = self.statement
+        view = view_of(statement)
+        if view is not None:
+            statement = in_own_scope(self.session, statement, view)
+        return _cache_of(self.session).explain(statement)
 
 
 class CacheSession(Session):
@@ -252,10 +188,12 @@ class CacheSession(Session):
 
     def get_bind(self, mapper: Any = None, **kwargs: Any) -> Any:
         """Return the bind for a statement; that of a view is the cache's engine."""
-        clause = kwargs.get("clause")
-        if self.bind is None and clause is not None and view_of(clause) is not None:
+        try:
+            return super().get_bind(mapper, **kwargs)
+        except UnboundExecutionError:
+            if view_of(kwargs.get("clause")) is None:
+                raise
             return _cache_of(self).engine
-        return super().get_bind(mapper, **kwargs)
 
     # The signatures are those of Session; what they return is typed there.
 
@@ -266,7 +204,7 @@ class CacheSession(Session):
             if params is None and not kwargs:
                 answer = self._from_cache(statement)
                 if answer is not None:
-                    return _result(answer, statement)
+                    return result_of(answer, statement)
             return super().execute(statement, params, **kwargs)
 
         def scalars(self, statement, params=None, **kwargs):
@@ -274,7 +212,7 @@ class CacheSession(Session):
             if params is None and not kwargs:
                 answer = self._from_cache(statement)
                 if answer is not None:
-                    return _result(answer, statement).scalars()
+                    return result_of(answer, statement).scalars()
             return super().scalars(statement, params, **kwargs)
 
         def scalar(self, statement, params=None, **kwargs):
@@ -282,15 +220,16 @@ class CacheSession(Session):
             if params is None and not kwargs:
                 answer = self._from_cache(statement)
                 if answer is not None:
-                    return _result(answer, statement).scalar()
+                    return result_of(answer, statement).scalar()
             return super().scalar(statement, params, **kwargs)
 
     def _is_filtered(self) -> bool:
         """Whether the application listens to what is executed, and may add criteria to it."""
-        for listener in self.dispatch.do_orm_execute:
-            if not getattr(listener, "_sa_tablecache", False):
-                return True
-        return False
+        return any(map(may_change_reads, self.dispatch.do_orm_execute))
+
+    def _reads_by_statement(self, view: type[CachedView]) -> bool:
+        """Whether a read has to be a SELECT: the session's class or the scope adds to it."""
+        return view.__scope__ is not None or overrides(self)
 
     def _from_cache(self, statement: Any) -> Answer | None:
         """Answer a statement from memory alone; ``None`` sends it on its usual way."""
@@ -335,7 +274,7 @@ class CacheSession(Session):
     def _get_stored(self, table: Any, key: tuple[Any, ...]) -> Any:
         """Return a stored record, if the cache may be used: it was read whole by any index."""
         layout = table.layout
-        if table.current is None or layout is None or self._is_filtered():
+        if table.current is None or layout is None or self._is_filtered() or overrides(self):
             return None
         comparisons = layout.columns.comparisons
         try:
@@ -353,10 +292,24 @@ class CacheSession(Session):
         if state is None:
             return None
         found = state.storage.get(exact)
-        if found is None or state.is_stale("", (layout.orders[""].prefix(exact),)):
+        if found is None or not self._may_see(table, found[0]):
+            return None
+        if state.is_stale("", (layout.orders[""].prefix(exact),)):
             return None
         reading.remember(self, table, "hit")
         return layout.given([found[0]])[0]
+
+    def _may_see(self, table: Any, record: Any) -> bool:
+        """Whether a stored record is known to be in the session's scope."""
+        name = table.view.__scope__
+        if name is None:
+            return True
+        how = table.layout.columns.comparisons[name]
+        try:
+            value = how.parameter(scope_of(self, table.view))
+        except Inexact:
+            return False
+        return bool(how.equality and getattr(record, name) == value)
 
     def range(
         self,
@@ -388,20 +341,23 @@ class CacheSession(Session):
         :param after: go on after this record, the last of the page before.
         :returns: a new list. Records of equal scores are sorted by primary key.
         :raises CriteriaError: if there are more values than the index has scores.
+        :raises UnscopedRead: if the view is read by scope, and the session has none.
 
         From memory in O(log n + records) and without SQL if the range is covered; else one SELECT.
         """
         _check_range(index, len(prefix), (ge, gt, le, lt), limit)
         read = RangeRead(index, prefix, ge, gt, le, lt, descending, limit, after)
         cache = _cache_of(self)
+        if self._reads_by_statement(index.view):
+            statement = reading.range_statement(self, cache.table(index.view), read)
+            return list(self.execute(statement).scalars())
         records = None
         if self._is_filtered():
             reading.remember(self, cache.table(index.view), "bypass", OTHER_LISTENERS)
         else:
             records = reading.range_from_cache(cache, self, read)
         if records is None:
-            table = cache.table(index.view)
-            statement = reading.range_statement(self, table, read)
+            statement = reading.range_statement(self, cache.table(index.view), read)
             records = reading.fetch_records(self, index.view, statement)
         return records
 
@@ -459,9 +415,12 @@ class TableCache(BaseTableCache):
     :raises UnsuitableEngine: if all connections of the engine's pool are one.
     """
 
-    def sessionmaker(self, **options: Any) -> sessionmaker[CacheSession]:
+    def sessionmaker(
+        self, *, scope: Scope | None = None, **options: Any
+    ) -> sessionmaker[CacheSession]:
         """Return a factory of sessions that read from the cache, bound to its engine.
 
+        :param scope: see :meth:`attach`.
         :param options: as for :class:`sqlalchemy.orm.sessionmaker`; ``class_`` has to be a
             subclass of :class:`CacheSession`.
         """
@@ -469,16 +428,24 @@ class TableCache(BaseTableCache):
         class_ = type(class_.__name__, (class_,), {"cache": self, "__module__": class_.__module__})
         options.setdefault("bind", self.engine)
         factory = sessionmaker(class_=class_, **options)
-        listen(self, factory)
+        listen(self, factory, scope)
         return factory
 
-    def attach(self, target: Any) -> None:
+    def attach(self, target: Any, *, scope: Scope | None = None) -> None:
         """Have an application's own engine or sessions work with the cache.
 
         :param target: an :class:`~sqlalchemy.Engine`, whose commits invalidate from now on; or a
             ``sessionmaker``, ``scoped_session``, ``Session`` class or ``Session``, whose
             ``select(View)`` is answered by the cache, and whose bound engine is attached.
+        :param scope: for views with ``__scope__``: a function that takes a session and returns the
+            value of that column in the records that the session may see. It is asked at each read;
+            ``None`` or a ``LookupError`` say that there is none, and the read is an
+            :class:`.UnscopedRead`.
         :raises TableCacheError: for anything else.
+
+        ::
+
+            cache.attach(Session, scope=lambda session: session.info["tenant_id"])
         """
         if isinstance(target, Engine):
             self._watch(target)
@@ -497,4 +464,4 @@ class TableCache(BaseTableCache):
             )
         if bind is not None:
             self._watch(bind.engine)
-        listen(self, target)
+        listen(self, target, scope)

@@ -88,6 +88,8 @@ class Writes:
 
 NOTHING: Final = Writes()
 ANYTHING: Final = Writes(anything=True, opaque=True)
+CALLS: Final = Writes(anything=True, opaque=True, sets=True)
+"""What calls a function that is not known, which may call ``set_config`` itself."""
 ROLLBACK: Final = Writes(rolls_back=True)
 
 _by_compiled: WeakKeyDictionary[Any, Writes] = WeakKeyDictionary()
@@ -196,12 +198,12 @@ def _read(compiled: Any, text: str) -> Writes:
     if isinstance(statement, Insert | Update | Delete) and isinstance(statement.table, Table):
         inside = _reading(statement, inside_of=statement)
         if inside is None:
-            return ANYTHING
+            return CALLS
         return replace(_dml(statement, compiled), tables=inside)
     if isinstance(statement, SelectBase):
         inside = _reading(statement, inside_of=None)
         if inside is None:
-            return ANYTHING
+            return CALLS
         return Writes(tables=inside, sets="set_config" in text.lower())
     return ANYTHING
 
@@ -417,6 +419,11 @@ _QUIET: Final = frozenset(
 _READS: Final = frozenset("select values table with explain".split())
 _ENDS: Final = frozenset("commit end prepare".split())
 _SETS: Final = frozenset("set reset use".split())
+#: First words of statements that write, and set nothing if the functions that they call do not.
+_WRITES: Final = frozenset("insert update delete merge replace".split())
+_DEFINES: Final = frozenset("create alter drop truncate copy comment grant revoke refresh".split())
+#: A table with its columns, which is no function with its arguments.
+_INTO: Final = re.compile(r"\binto\s+[\w.]+\s*\(")
 
 
 def _only_reads(text: str) -> bool:
@@ -426,7 +433,21 @@ def _only_reads(text: str) -> bool:
     bare = _LOCKS.sub(" ", _bare(text))
     if _WRITING.search(bare) or ";" in bare.strip().rstrip(";"):
         return False
+    return _calls_only_known(bare)
+
+
+def _calls_only_known(bare: str) -> bool:
+    """Whether text calls no function that might do anything."""
     return all(name.lower() in READING_FUNCTIONS for name in _CALLS.findall(bare))
+
+
+def _sets_nothing(first: str, bare: str) -> bool:
+    """Whether a single statement, by its first word, cannot change what the connection sees."""
+    if first in _DEFINES:
+        return "select" not in bare
+    if "set_config" in bare:
+        return False
+    return first in _WRITES and _calls_only_known(_INTO.sub(" ", bare))
 
 
 _TARGET = re.compile(
@@ -458,15 +479,19 @@ def _text(text: str) -> Writes:
         first = word.group() if word else ""
         single = ";" not in bare.rstrip(";").rstrip() and "\\" not in text and "/*!" not in text
         if single and first in _QUIET:
-            known = Writes(sets=first in _SETS, rolls_back=first == "rollback")
+            known = Writes(
+                sets=first in _SETS or "isolation" in bare, rolls_back=first == "rollback"
+            )
         elif first in _READS and _only_reads(text):
             known = Writes(sets="set_config" in bare)
         elif single and first in _ENDS:
             known = Writes(opaque=True)
         elif single and (target := _target(bare)) is not None:
-            known = Writes(table=target, kind="text")
+            known = Writes(table=target, kind="text", sets="set_config" in bare)
+        elif single and _sets_nothing(first, bare):
+            known = ANYTHING
         else:
-            known = Writes(anything=True, opaque=True)
+            known = CALLS
         if len(_by_text) > 1_000:
             _by_text.clear()
         _by_text[text] = known

@@ -36,7 +36,7 @@ from threading import Lock
 from typing import Any, NamedTuple, cast
 
 from .analysis import TableName, ViewPlan, table_label
-from .catalog import probe
+from .catalog import Catalog, probe
 from .changes import VIEW, AnyMark, ChangeSet, Mark, Marks, in_place, marks_of
 from .coverage import Coverage
 from .deltas import Touched, read_coverage, read_touched
@@ -50,7 +50,7 @@ from .orders import Hidden, Record
 from .scores import Interval, IntervalSet
 from .stale import StaleRecords
 from .storage import Storage
-from .triggers import automatic
+from .triggers import Automatic, automatic
 from .turns import Turn, new_future, wait_for
 from .usage import base_tables
 
@@ -88,6 +88,8 @@ class CachedTable:
         self._refreshing = Turn(in_task=self._in_task)
         self._ready: Future[Any] = new_future()
         self._setting_up = Turn(in_task=self._in_task)
+        self.doubtful = False
+        """Whether DDL ran, or what may have been, since the catalog was asked."""
         self.layout: Layout | None = None
         """How records lie in memory; ``None`` until the database was asked."""
 
@@ -105,14 +107,29 @@ class CachedTable:
         if self.layout is None:
             with self._setting_up:
                 if self.layout is None:
-                    with self._snapshots.open() as connection:
-                        catalog = probe(connection, self.plan)
-                        by_itself = automatic(connection, self.plan)
-                    layout = Layout(self.plan, catalog, self._snapshots.dialect, by_itself)
+                    layout = Layout(self.plan, self._snapshots.dialect, *self._probed())
                     with self._lock:
                         self._set_state(State(layout.build(layout.no_rows()), Coverage()))
                         self.layout = layout
         return self.layout
+
+    def _renewed(self) -> Layout:
+        """Ask again, before reading, if what is stored may have been defined otherwise."""
+        layout = self.set_up()
+        if self.doubtful:
+            with self._setting_up:
+                if self.doubtful:
+                    try:
+                        layout.renew(*self._probed())
+                    except BaseException:
+                        self.doubtful = True
+                        raise
+        return layout
+
+    def _probed(self) -> tuple[Catalog, dict[TableName, Automatic]]:
+        self.doubtful = False  # before: DDL that ends meanwhile is another doubt
+        with self._snapshots.open() as connection:
+            return probe(connection, self.plan), automatic(connection, self.plan)
 
     @property
     def _key_is_proven(self) -> bool:
@@ -247,7 +264,7 @@ class CachedTable:
 
         Only the difference is fetched and expired. A load that fails leaves everything as it was.
         """
-        layout = self.set_up()
+        layout = self._renewed()
         started = time.monotonic()
         with self._loading:
             token = self._begin()
@@ -394,7 +411,7 @@ class CachedTable:
 
     def _refresh(self) -> None:
         started = time.monotonic()
-        layout = self.set_up()
+        layout = self._renewed()
         token = self._begin()
         try:
             while True:

@@ -308,6 +308,11 @@ class CachedView(metaclass=ViewMeta):
     ``__immutable_functions__``
         names of SQL functions in the select, not known to sa_tablecache, whose result depends on
         their arguments alone.
+    ``__scope__``
+        the name of a column that says whose a record is. Every read through a session is kept to
+        the records of the session's own scope, see :meth:`.TableCache.attach`.
+    ``__row_security__``
+        ``"ignore"`` if every reader may see every row of tables under row-level security.
     ``__abstract__``
         ``True`` for a base class that is no view itself.
 
@@ -318,6 +323,8 @@ class CachedView(metaclass=ViewMeta):
     __abstract__: ClassVar[bool] = True
     __primary_key__: ClassVar[tuple[str, ...] | None] = None
     __immutable_functions__: ClassVar[tuple[str, ...]] = ()
+    __scope__: ClassVar[str | None] = None
+    __row_security__: ClassVar[str | None] = None
 
     if TYPE_CHECKING:
         __select__: ClassVar[Any]
@@ -443,6 +450,11 @@ def _resolve(view: Any, declared: Any) -> None:
                     f"{view.__name__}.__primary_key__ names {name!r}, but the select has no "
                     f"column of that name; it has: {known}"
                 )
+    if view.__scope__ is not None and view.__scope__ not in names:
+        raise ViewDefinitionError(
+            f"{view.__name__}.__scope__ is {view.__scope__!r}, but the select has no column of "
+            f"that name; it has: {known}"
+        )
     table = ViewTable(view, _sql_name(view), *(column(n, t) for n, t in columns if n))
     view.__statement__ = statement
     view.__table__ = table

@@ -89,7 +89,7 @@ ROWS: list[Any] = [
 
 def columns(dialect: Any = None) -> Columns:
     """What is known of the view on a dialect, when the catalog says nothing."""
-    return Layout(plan_of(View), Catalog(), dialect or sqlite.dialect(), {}).columns
+    return Layout(plan_of(View), dialect or sqlite.dialect(), Catalog(), {}).columns
 
 
 COLUMNS = columns()

@@ -1,0 +1,110 @@
+"""What the cache answers, as SQLAlchemy wraps what a database answers.
+
+In: an :class:`.Answer`, or rows of the database. Out: a :class:`~sqlalchemy.Result` with records in
+the places of views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from sqlalchemy import Select
+from sqlalchemy.engine.result import IteratorResult, Result, SimpleResultMetaData
+from sqlalchemy.sql import ColumnElement
+from sqlalchemy.sql.elements import Tuple
+from sqlalchemy.sql.operators import desc_op
+from sqlalchemy.sql.selectable import Alias, FromClause
+
+from .orders import Record
+from .reading import Answer, record_maker
+from .view import CachedView, ViewTable
+
+
+def result_of(answer: Answer, statement: Select[Any]) -> Result[Any]:
+    """Wrap what the cache answered as SQLAlchemy wraps what the database answers."""
+    shape = answer.shape
+    if shape.projection is None and not shape.count:
+        return _records_result(shape.view, iter(answer.rows))
+    names = shape.projection or tuple(statement.selected_columns.keys())
+    return IteratorResult(SimpleResultMetaData(names), iter(answer.rows))
+
+
+def _records_result(
+    view: type[CachedView], records: Iterator[Record], raw: Any = None
+) -> Result[Any]:
+    """Wrap records as a result of one entity; closing it closes ``raw``, where they come from."""
+    result: Result[Any] = IteratorResult(
+        SimpleResultMetaData([view.__name__]), records, raw=raw, _source_supports_scalars=True
+    )
+    # Where the ORM marks a result of one entity; Query reads it.
+    result._attributes = result._attributes.union({"is_single_entity": True})
+    return result
+
+
+def with_records(statement: Any, result: Result[Any], dialect_name: str) -> Result[Any]:
+    """Have rows of the database carry records in the places of whole views."""
+    raw = statement._raw_columns
+    makers: list[tuple[int, Callable[..., Any] | None]] = []
+    names: list[str] = []
+    for element in raw:
+        base: Any = element.element if isinstance(element, Alias) else element
+        if type(base) is ViewTable:
+            make = record_maker(base.view, dialect_name)
+            makers.append((len(base.c), make))
+            names.append(base.view.__name__)
+        elif isinstance(element, ColumnElement):
+            makers.append((1, None))
+            names.append(str(getattr(element, "_proxy_key", None) or f"column_{len(names)}"))
+        elif (entity := element._annotations.get("parententity")) is not None:
+            makers.append((1, None))
+            names.append(entity.class_.__name__)
+        elif isinstance(element, FromClause):
+            makers += [(1, None)] * len(element.c)
+            names += element.c.keys()
+    if len(makers) == 1 and makers[0][1] is not None:
+        only = makers[0][1]
+        return _records_result(_view_of(raw[0]), (only(*row) for row in result), result)
+
+    def rows() -> Iterator[tuple[Any, ...]]:
+        for row in result:
+            values, at = [], 0
+            for width, make in makers:
+                part = row[at : at + width]
+                values.append(part[0] if make is None else make(*part))
+                at += width
+            yield tuple(values)
+
+    return IteratorResult(SimpleResultMetaData(names), rows(), raw=cast("Any", result))
+
+
+def _view_of(element: Any) -> type[CachedView]:
+    """Return the view of a selected view or alias of one."""
+    base: Any = element.element if isinstance(element, Alias) else element
+    return cast("type[CachedView]", base.view)
+
+
+def without_row_order(statement: Select[Any]) -> Select[Any]:
+    """Have an index of several scores in ORDER BY said column by column: SQLite needs it."""
+    expanded: list[Any] = []
+    for clause in statement._order_by_clauses:
+        element: Any = clause
+        descending = False
+        while not isinstance(element, Tuple) and hasattr(element, "element"):
+            descending = descending or getattr(element, "modifier", None) is desc_op
+            element = element.element
+        if isinstance(element, Tuple):
+            expanded += [c.desc() if descending else c for c in element.clauses]
+        else:
+            expanded.append(clause)
+    if len(expanded) == len(statement._order_by_clauses):
+        return statement
+    return statement.order_by(None).order_by(*expanded)
+
+
+def selects_views(statement: Any) -> bool:
+    """Whether a statement selects a whole view (and not only columns of it)."""
+    return isinstance(statement, Select) and any(
+        type(raw) is ViewTable or (isinstance(raw, Alias) and type(raw.element) is ViewTable)
+        for raw in statement._raw_columns
+    )
