@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sa20 test-python lint format docs bench clean
+.PHONY: help demo test test-sa20 test-python stress lint format docs bench clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET"
@@ -43,6 +43,9 @@ test-python:  ## all tests on another Python: make test-python PYTHON=python3.13
 	@version=$$($(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])') && \
 	$(MAKE) --no-print-directory VENV=.venv-$$version .venv-$$version/.ready-test && \
 	$(call PYTEST,.venv-$$version)
+
+stress: $(VENV)/.ready-test  ## many writers and readers at once, by the hour: make stress ARGS='--minutes 60'
+	$(BIN)/python -m tests.stress $(ARGS)
 
 lint: $(VENV)/.ready-test  ## ruff, mypy, and the test that imports point one way
 	$(BIN)/ruff check

@@ -12,7 +12,7 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from sqlalchemy import Connection, Engine, func, select, text
+from sqlalchemy import Connection, Engine, func, insert, select, text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
@@ -37,6 +37,7 @@ from tests.stress.world import (
     Owner,
     Peers,
     Shown,
+    Slow,
     Watched,
     account,
     committed,
@@ -49,6 +50,9 @@ Operation = tuple[str, Any, int, dict[str, Any]]
 
 COMMITTED = "tests.stress.committed"
 """In the info of a connection: what to call when its next COMMIT has returned."""
+
+CUT = "tests.stress.cut"
+"""In the info of a connection: that it breaks while its next COMMIT is under way."""
 
 READ_ERRORS = (DBAPIError,)
 WRITE_ERRORS = (DBAPIError, StaleDataError, InvalidRequestError)
@@ -149,6 +153,7 @@ class Actor:
             if self.scene.two_phase:
                 shells = (*shells, writes.two_phase)
             shell = rng.choice(shells)
+            transaction.quiet = shell is writes.raw_connection
             self.log.append(f"    {shell.__name__} {[(o[0], o[2], o[3]) for o in operations]}")
             done = self.scene.conductor.attempt(
                 partial(self._transact, shell, job, transaction, pids), rng
@@ -273,6 +278,9 @@ class Actor:
         transaction: Transaction,
         pids: set[int],
     ) -> writes.Job:
+        slow = self.scene.kills and self.rng.random() < 0.15 and len(operations) > 1
+        cut = slow and self.rng.random() < 0.4
+
         def commits() -> None:
             if transaction.committing == NEVER:
                 self.scene.ledger.commits(transaction)
@@ -281,6 +289,8 @@ class Actor:
             if self.scene.engine.dialect.name == "sqlite":
                 # To release a savepoint may be to commit: the driver begins late.
                 commits()
+            if slow:
+                target.execute(insert(Slow.__table__))
             for what, model, key, values in operations:
                 match what:
                     case "insert":
@@ -289,11 +299,12 @@ class Actor:
                         self.hand.update(target, model, key, **values)
                     case _:
                         self.hand.delete(target, model, key)
-            if isinstance(target, Session) and self.rng.random() < 0.3:
+            if hasattr(target, "last_read") and self.rng.random() < 0.3:
                 self._see_own(target, names, transaction)
 
         def connected(connection: Any) -> None:
             pids.update(_pid_of(connection))
+            connection.info[CUT] = cut
             connection.info[COMMITTED] = lambda: self.scene.ledger.acknowledge(transaction)
 
         return writes.Job(

@@ -5,11 +5,13 @@ asyncio extension does, and waits there by ``await_only``.
 """
 
 import asyncio
+import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from random import Random
 from types import TracebackType
 from typing import Any, Protocol
@@ -30,6 +32,9 @@ class Conductor(Protocol):
 
     def pause(self, seconds: float) -> None:
         """Let others go on."""
+
+    def cut(self, connection: Any, seconds: float) -> None:
+        """Break a connection of a driver to its server after a while."""
 
     def attempt(self, work: Work, rng: Random) -> bool:
         """Run something that may be cancelled in the middle; say whether it came to its end."""
@@ -68,6 +73,16 @@ class Threads:
     def pause(self, seconds: float) -> None:
         """Sleep."""
         time.sleep(seconds)
+
+    def cut(self, connection: Any, seconds: float) -> None:
+        """Shut its socket down, which psycopg takes for the end of the server."""
+        copy = socket.socket(fileno=os.dup(connection.fileno()))
+
+        def shut() -> None:
+            with copy, suppress(OSError):
+                copy.shutdown(socket.SHUT_RDWR)
+
+        threading.Timer(seconds, shut).start()
 
     def attempt(self, work: Work, rng: Random) -> bool:
         """Nobody cancels a thread."""
@@ -124,6 +139,10 @@ class Tasks:
     def pause(self, seconds: float) -> None:
         """Let other tasks go on."""
         await_only(asyncio.sleep(seconds))
+
+    def cut(self, connection: Any, seconds: float) -> None:
+        """Abort the transport of asyncpg."""
+        asyncio.get_running_loop().call_later(seconds, connection._transport.abort)
 
     def attempt(self, work: Work, rng: Random) -> bool:
         """Run it in a task of its own, and cancel that after a while, now and then."""

@@ -41,6 +41,8 @@ class Transaction:
     committing: float = NEVER
     acknowledged: float = NEVER
     dead: bool = False
+    quiet: bool = False
+    """Whether the cache only hears of it when it is acknowledged, so that it may be seen before."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +157,8 @@ class Ledger:
         for version in shown.values():
             # What one has seen, nobody may miss any more.
             transaction = version.transaction
-            transaction.acknowledged = min(transaction.acknowledged, ended)
+            if not transaction.quiet:
+                transaction.acknowledged = min(transaction.acknowledged, ended)
 
     def _check_moment(self, began: int, shown: Mapping[Entity, Version]) -> None:
         """Check that one moment, not before the read began, has all these versions."""

@@ -19,12 +19,13 @@ from sa_tablecache import AsyncTableCache, TableCache
 from tests.integration.checking import Checker
 from tests.integration.databases import Database
 from tests.integration.rows import fill as fill_zoo
-from tests.stress.actors import COMMITTED, Actor, Scene
+from tests.stress.actors import COMMITTED, CUT, Actor, Scene
 from tests.stress.conductors import Conductor, Tasks, Threads
 from tests.stress.ledger import Impossible, Ledger
 from tests.stress.world import (
     ACCOUNTS,
     OWNERS,
+    SLOW_COMMITS,
     VIEWS,
     Base,
     account,
@@ -75,6 +76,8 @@ class Run:
             with bystanders.connect() as connection:
                 Base.metadata.drop_all(connection)
                 Base.metadata.create_all(connection)
+                if connection.dialect.name == "postgresql":
+                    connection.exec_driver_sql(SLOW_COMMITS)
             engine, bound = self._engines(conductor)
             try:
                 for number in numbers:
@@ -154,6 +157,9 @@ class Run:
         options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT", "pool_size": 20}
         if self.database.dialect == "postgresql":
             options["connect_args"] = {"application_name": "bystander"}
+        elif self.asynchronous:
+            # A bystander blocks the event loop, of which whoever has the lock is in need.
+            options["connect_args"] = {"timeout": 0.02}
         engine = self.database.engine(**options)
         try:
             yield engine
@@ -262,6 +268,8 @@ def _watch_commits(engine: Engine, conductor: Conductor, rng: Random, *, slow: b
     def commit(connection: Any) -> None:
         if slow and rng.random() < 0.3:
             conductor.pause(rng.random() * 0.005)
+        if connection.info.pop(CUT, False):
+            conductor.cut(connection.driver_connection, rng.random() * 0.02)
         do_commit(connection)
         committed = connection.info.pop(COMMITTED, None)
         if committed is not None:
@@ -274,3 +282,4 @@ def _watch_commits(engine: Engine, conductor: Conductor, rng: Random, *, slow: b
     @event.listens_for(engine, "checkin")
     def forget(_dbapi_connection: Any, record: Any) -> None:
         record.info.pop(COMMITTED, None)
+        record.info.pop(CUT, None)

@@ -62,6 +62,14 @@ class Mirror(Base):
     version: Mapped[int]
 
 
+class Slow(Base):
+    """No view has it: on PostgreSQL its rows make COMMIT take a while."""
+
+    __tablename__ = "stress_slow"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
 class Board(CachedView):
     """An inner and an outer join."""
 
@@ -173,6 +181,14 @@ class AccountState(NamedTuple):
     amount: int
     peer: int
     owner: int | None
+
+
+SLOW_COMMITS = """
+CREATE OR REPLACE FUNCTION stress_sleep() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN PERFORM pg_sleep(0.03 * random()); RETURN NULL; END $$;
+CREATE CONSTRAINT TRIGGER stress_sleep AFTER INSERT ON stress_slow
+    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION stress_sleep()
+"""
 
 
 def account(name: int) -> Entity:

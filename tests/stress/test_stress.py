@@ -1,0 +1,122 @@
+"""The stress test in its short form, and the proof that it notices broken rules.
+
+By the hour: ``make stress ARGS='--minutes 60'``.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import URL
+
+from sa_tablecache import changes, freshness, table
+from tests.integration.databases import Database
+from tests.stress.actors import Actor
+from tests.stress.run import Run
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Killed connections, and refreshes that fail because of them, are in the game."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture
+def database(database_url: URL) -> Database:
+    """A database of each kind, with the tables of the zoo."""
+    database = Database(database_url)
+    database.create()
+    return database
+
+
+@pytest.fixture
+def sqlite(sqlite_url: URL) -> Database:
+    """The same on SQLite only."""
+    database = Database(sqlite_url)
+    database.create()
+    return database
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["threads", "tasks"])
+# What is killed or cancelled may leave a connection to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")
+def test_no_answer_is_wrong(database: Database, asynchronous: bool) -> None:
+    """Whatever is written, moved, killed and cancelled at once, every answer is possible."""
+    run = Run(database, seed=11, asynchronous=asynchronous)
+    run.rounds(range(4))
+    assert run.counts["rounds"] == 4
+    assert run.counts["transactions"] > 50
+    assert run.counts["hit"] > 100, "the cache was of use"
+
+
+def _clears_all_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refresh forgets marks that came while it read."""
+
+    def apply(self: Any, token: int, cleared: Any) -> None:
+        if cleared:
+            self.forget()
+
+    monkeypatch.setattr(freshness.Freshness, "apply", apply)
+
+
+def _marks_the_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers in the keys of changed rows are off by one."""
+    add_rows = changes.ChangeSet.add_rows
+
+    def off_by_one(self: Any, name: Any, keys: Any, *arguments: Any) -> None:
+        wrong = [tuple(part + 1 if isinstance(part, int) else part for part in k) for k in keys]
+        add_rows(self, name, wrong, *arguments)
+
+    monkeypatch.setattr(changes.ChangeSet, "add_rows", off_by_one)
+
+
+def _takes_moves_for_changes_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that come, go and move are marked as if they stayed where they are."""
+    marks_of = table.marks_of
+
+    def in_place(*arguments: Any) -> Any:
+        marks = marks_of(*arguments)
+        return frozenset(m._replace(moves=False) if _is_of_a_row(m) else m for m in marks)
+
+    def _is_of_a_row(mark: Any) -> bool:
+        return isinstance(mark, changes.Mark) and mark != changes.VIEW
+
+    monkeypatch.setattr(table, "marks_of", in_place)
+
+
+@pytest.mark.parametrize(
+    "mutation", [_clears_all_marks, _marks_the_wrong_rows, _takes_moves_for_changes_in_place]
+)
+def test_a_broken_rule_is_noticed(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch, mutation: Callable[..., None]
+) -> None:
+    """Without a rule of the protocol some answer of a few rounds is wrong, and the report says
+    how to see it again.
+    """
+    mutation(monkeypatch)
+    with pytest.raises(AssertionError) as caught:
+        Run(sqlite, seed=1).rounds(range(10))
+    notes = "\n".join(caught.value.__notes__)
+    assert "seed 1, round" in notes
+    assert "actor 5:" in notes
+
+
+def test_a_round_is_replayable(sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One actor does the same again: seed and round decide on all operations."""
+    logs: list[list[str]] = []
+    take = Actor.run
+
+    def run(self: Actor, steps: int) -> None:
+        take(self, steps)
+        logs.append([*self.log, *self.writer.log])
+
+    monkeypatch.setattr(Actor, "run", run)
+    for first in (3, 4, 3):
+        Run(sqlite, seed=5, actors=1, steps=20).rounds(range(first, first + 1))
+    assert logs[0] == logs[2] != logs[1]
