@@ -7,6 +7,7 @@ events tell of commits.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from sqlalchemy.sql import ColumnElement
 
 from .analysis import TableName, plan_of, table_label, table_name
 from .answering import covered_candidate
+from .cascades import all_cascades
 from .changes import VIEW, ChangeSet, Marks
 from .commits import Backend
 from .comparison import Inexact
@@ -31,9 +33,11 @@ from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
-from .statements import cascades, exact_value
+from .statements import exact_value
 from .table import CachedTable
 from .view import CachedView, ViewMeta
+
+log = logging.getLogger(__name__)
 
 ORPHAN_CHECK_SECONDS = 0.2
 
@@ -291,7 +295,10 @@ class BaseTableCache:
                         f"{key!r} is no primary key of {table.fullname}, which is "
                         f"({', '.join(c.name for c in columns)})"
                     )
-                exact = tuple(map(exact_value, columns, values))
+                dialect = self.engine.dialect.name
+                exact = tuple(
+                    exact_value(c, v, dialect) for c, v in zip(columns, values, strict=True)
+                )
                 if None in exact:
                     changes.add_table(table_name(table))
                 else:
@@ -317,7 +324,7 @@ class BaseTableCache:
         targets: set[TableName] = set()
         for model in writes:
             for table in tables_of(model):
-                targets |= {table_name(table), *cascades(table, deleted=True, columns=None)}
+                targets |= {table_name(table), *all_cascades(table)}
         for table in tables_of(source):
             name = table_name(table)
             self._side_effects[name] = self._side_effects.get(name, frozenset()) | targets
@@ -411,12 +418,38 @@ class BaseTableCache:
         known = [columns for columns in found if columns is not None]
         return frozenset().union(*known) if known else None
 
+    def keys(self, table: str) -> set[tuple[str, ...]]:
+        """Return the primary keys, by column names, by which rows of a table are followed."""
+        layouts = [t.layout for t in list(self._tables.values()) if t.layout is not None]
+        return {key for layout in layouts for key in layout.keys.get(table, ())}
+
+    def acts(self, table: str, *, unexplained: bool = False) -> bool:
+        """Whether the database may do something by itself when a table is written.
+
+        :param unexplained: whether :meth:`side_effects` says nothing about it.
+        """
+        if any(name == table for _, name in list(self._side_effects)):
+            return not unexplained
+        layouts = [t.layout for t in list(self._tables.values()) if t.layout is not None]
+        return any(
+            what.triggers
+            for layout in layouts
+            for (_, name), what in layout.automatic.items()
+            if name == table
+        )
+
     def tables_named(self, name: str) -> list[Table]:
         """Return the tables of the views' metadata with a name, in any schema and case."""
         metadatas = {t.metadata for table in list(self._tables.values()) for t in table.base_tables}
         return [
             t for metadata in metadatas for t in metadata.tables.values() if t.name.lower() == name
         ]
+
+    @property
+    def at_once(self) -> frozenset[TableName]:
+        """The tables whose rows are visible when they are written, and stay."""
+        layouts = [table.layout for table in list(self._tables.values())]
+        return frozenset[TableName]().union(*(lay.at_once for lay in layouts if lay is not None))
 
     def lease(self, changes: ChangeSet) -> _Lease:
         """Take a lease on what the changes of a commit will mark."""
@@ -453,7 +486,12 @@ class BaseTableCache:
             for orphan in due:
                 orphan.checked = now
         for orphan in due:
-            if self._has_ended(orphan):
+            try:
+                ended = self._has_ended(orphan)
+            except Exception as error:
+                log.warning("whether a COMMIT has ended cannot be found out: %s", error)
+                ended = False
+            if ended:
                 with self._lock:
                     if orphan not in self._orphans:
                         continue
@@ -466,13 +504,16 @@ class BaseTableCache:
             # Whether the server process holds the lock that a writing transaction holds on itself.
             "postgresql": "SELECT count(*) FROM pg_locks WHERE pid = :pid "
             "AND locktype IN ('transactionid', 'virtualxid') AND mode = 'ExclusiveLock'",
-            "mysql": "SELECT count(*) FROM information_schema.innodb_trx "
-            "WHERE trx_mysql_thread_id = :pid",
+            # Not innodb_trx: that is served from a cache, and takes a privilege.
+            "mysql": "SELECT count(*) FROM information_schema.processlist WHERE id = :pid",
         }.get(self._snapshots.engine.dialect.name.replace("mariadb", "mysql"))
         if self._snapshots.dialect.name == "sqlite":
             return self._snapshots.nobody_writes()
         if orphan.backend is None or query is None:
             return False
+        mine, its = (engine.url.username for engine in (self.load_engine, self.engine))
+        if mine != its and "processlist" in query:
+            return False  # which shows everybody their own
         with self._snapshots.open() as connection:
             return not connection.scalar(text(query), {"pid": orphan.backend.pid})
 

@@ -32,6 +32,12 @@ class Catalog:
     related: dict[TableName, TableName] = field(default_factory=dict)
     """Partitions, inheritance children and database views, by name, and a table behind each."""
 
+    at_once: frozenset[TableName] = frozenset()
+    """Tables whose rows are visible when they are written, and stay: they have no transactions."""
+
+    unfollowed: dict[TableName, str] = field(default_factory=dict)
+    """Tables whose rows may get other keys than were sent, and why."""
+
     def stored(self, plan: ViewPlan) -> dict[tuple[TableName, str], StoredColumn]:
         """Return how the columns that a view uses are stored."""
         used = [column.source for column in plan.columns + plan.hidden]
@@ -102,13 +108,25 @@ _POSTGRESQL_RELATED = text(
 
 _MYSQL_COLUMNS = text(
     """
-    SELECT t.table_type AS kind, c.column_name AS name, c.data_type AS type,
-           c.collation_name AS collation
+    SELECT t.table_name, t.table_type AS kind, t.engine, c.column_name AS name,
+           c.data_type AS type, c.collation_name AS collation
     FROM information_schema.tables t
     JOIN information_schema.columns c USING (table_schema, table_name)
     WHERE t.table_name = :name AND t.table_schema = coalesce(:schema, database())
     """
 )
+
+_MYSQL_VIEWS = text(
+    """
+    SELECT table_schema AS "schema", table_name AS name, view_definition AS definition
+    FROM information_schema.views
+    WHERE is_updatable = 'YES' AND table_schema NOT IN ('mysql', 'sys')
+    """.replace('"', "`")
+)
+
+_MYSQL_TRANSACTIONAL = ("innodb", "rocksdb", "tokudb", "ndbcluster")
+_MYSQL_AT_ONCE = ("myisam", "aria")
+#: Others are empty after a restart, or show rows of other tables.
 
 #: Collations of MariaDB and MySQL that compare code points, and pad nothing.
 _MYSQL_BYTEWISE = ("utf8mb4_nopad_bin", "utf8mb4_0900_bin")
@@ -123,6 +141,7 @@ _MYSQL_TYPES = {
 def probe(connection: Connection, plan: ViewPlan) -> Catalog:
     """Look up how the tables of a view are stored: one statement for each table.
 
+    MariaDB and MySQL are asked for the mode of the session and for database views, too.
     A view with computed columns costs one more on PostgreSQL, MariaDB and MySQL.
 
     :raises ViewDefinitionError: if one of them is a database view, a foreign table, or under row
@@ -132,6 +151,8 @@ def probe(connection: Connection, plan: ViewPlan) -> Catalog:
     dialect = connection.dialect.name
     columns: dict[tuple[TableName, str], StoredColumn] = {}
     related: dict[TableName, TableName] = {}
+    at_once: set[TableName] = set()
+    unfollowed: dict[TableName, str] = {}
     if dialect == "postgresql":
         for table in sorted(plan.tables, key=table_label):
             columns.update(_probe_postgresql(connection, plan, table))
@@ -143,14 +164,22 @@ def probe(connection: Connection, plan: ViewPlan) -> Catalog:
         for table in sorted(plan.tables, key=table_label):
             columns.update(_probe_sqlite(connection, plan, table))
     elif dialect in ("mysql", "mariadb"):
+        strict = "STRICT" in str(connection.scalar(text("SELECT @@sql_mode")))
         for table in sorted(plan.tables, key=table_label):
-            columns.update(_probe_mysql(connection, plan, table))
+            engine = _probe_mysql(connection, plan, table, columns)
+            if engine in _MYSQL_AT_ONCE:
+                at_once.add(table)
+                unfollowed[table] = f"{engine} has no transactions"
+            elif not strict:
+                unfollowed[table] = "without a strict sql_mode keys that do not fit are changed"
+        related.update(_mysql_views(connection, plan))
     # A writer may leave out the default schema where the view says it, and the other way round.
     default = "main" if dialect == "sqlite" else connection.dialect.default_schema_name
     for (schema, name), table in [*related.items(), *((t, t) for t in plan.tables)]:
         if schema == default and (None, name) not in plan.tables:
             related[None, name] = table
-    return Catalog(columns, _computed(connection, plan), related)
+    computed = _computed(connection, plan)
+    return Catalog(columns, computed, related, frozenset(at_once), unfollowed)
 
 
 def _translated(connection: Connection, table: TableName) -> TableName:
@@ -205,17 +234,63 @@ def _probe_postgresql(
 
 
 def _probe_mysql(
-    connection: Connection, plan: ViewPlan, table: TableName
-) -> Iterator[tuple[tuple[TableName, str], StoredColumn]]:
+    connection: Connection,
+    plan: ViewPlan,
+    table: TableName,
+    columns: dict[tuple[TableName, str], StoredColumn],
+) -> str:
+    """Add the columns of a table, and return the name of its storage engine."""
     schema, name = _translated(connection, table)
-    for row in connection.execute(_MYSQL_COLUMNS, {"name": name, "schema": schema}):
-        if row.kind != "BASE TABLE":
+    rows = connection.execute(_MYSQL_COLUMNS, {"name": name, "schema": schema}).all()
+    # Where names are told apart by case, information_schema may not do so.
+    rows = [row for row in rows if row.table_name == name] or rows
+    declared = {c.name.lower(): c.name for c in _sources(plan, table)}
+    engine = ""
+    for row in rows:
+        engine = str(row.engine).lower()
+        if row.kind not in ("BASE TABLE", "SYSTEM VERSIONED"):
             raise _not_a_table(plan, table, str(row.kind).lower())
+        if engine not in (*_MYSQL_TRANSACTIONAL, *_MYSQL_AT_ONCE):
+            raise _not_a_table(plan, table, f"table of the engine {row.engine}")
         bytewise = row.collation in _MYSQL_BYTEWISE
-        yield (
-            (table, row.name),
-            StoredColumn(row.type.lower(), bytewise, bytewise, collation=row.collation),
+        columns[table, declared.get(row.name.lower(), row.name)] = StoredColumn(
+            row.type.lower(), bytewise, bytewise, collation=row.collation
         )
+    return engine
+
+
+def _mysql_views(connection: Connection, plan: ViewPlan) -> dict[TableName, TableName]:
+    """Return the database views through which the tables of a view can be written."""
+    default = str(connection.dialect.default_schema_name)
+    quote = connection.dialect.identifier_preparer.quote_identifier
+    behind: dict[str, TableName] = {}
+    for table in plan.tables:
+        schema, name = _translated(connection, table)
+        behind[f"{quote(schema or default)}.{quote(name)}"] = table
+    views = list(connection.execute(_MYSQL_VIEWS))
+    found: dict[TableName, TableName] = {}
+    while True:
+        more = {
+            (row.schema, row.name): table
+            for row in views
+            for known, table in behind.items()
+            # Whoever may not see what a view shows, may not know that it shows something else.
+            if (row.schema, row.name) not in found and known in (row.definition or known)
+        }
+        if not more:
+            return found
+        found |= more
+        behind |= {f"{quote(schema)}.{quote(name)}": t for (schema, name), t in more.items()}
+
+
+def _sources(plan: ViewPlan, table: TableName) -> list[Any]:
+    """Return the columns of a table that a view selects, sorts by or compares."""
+    sources = [column.source for column in plan.columns + plan.hidden]
+    return [
+        source
+        for source in (*sources, *plan.compared_text)
+        if source is not None and (source.table.schema, source.table.name) == table
+    ]
 
 
 def _probe_sqlite(
@@ -237,11 +312,9 @@ def _probe_sqlite(
     binary = all(collation.upper() == "BINARY" for collation in collations)
     # Text in UTF-16 is compared by its bytes, which is not the order of code points.
     bytewise = binary and connection.exec_driver_sql("PRAGMA encoding").scalar() == "UTF-8"
-    sources = [column.source for column in plan.columns + plan.hidden]
-    for source in (*sources, *plan.compared_text):
-        if source is not None and (source.table.schema, source.table.name) == table:
-            written = source.server_default is not None or source.server_onupdate is not None
-            yield (table, source.name), StoredColumn(None, binary, bytewise, written)
+    for source in _sources(plan, table):
+        written = source.server_default is not None or source.server_onupdate is not None
+        yield (table, source.name), StoredColumn(None, binary, bytewise, written)
 
 
 def _computed(connection: Connection, plan: ViewPlan) -> dict[str, StoredColumn]:

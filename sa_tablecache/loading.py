@@ -125,6 +125,10 @@ class Snapshots:
                 if dialect == "postgresql":
                     options["postgresql_readonly"] = True
                 connection = connection.execution_options(**options)
+                if dialect in ("mysql", "mariadb"):
+                    connection.exec_driver_sql(
+                        "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY"
+                    )
                 if dialect == "postgresql" and "sa_tablecache.primary" not in connection.info:
                     if connection.scalar(text("SELECT pg_is_in_recovery()")):
                         raise UnsuitableEngine(

@@ -56,6 +56,9 @@ from .usage import base_tables
 
 log = logging.getLogger(__name__)
 
+RESTARTS = 3
+"""How often a refresh starts again because the coverage changed under it."""
+
 
 class State(NamedTuple):
     """What readers see: records and what is known to be among them."""
@@ -402,6 +405,7 @@ class CachedTable:
         It emits one SELECT for each base table that has marks, and one for the touched anchors
         that those did not return (or for the touched groups); or one SELECT of all that is covered
         if the view is marked.
+        Where loads change the coverage again and again meanwhile, it gives up; the marks stay.
         """
         if not self._freshness.pending:
             return
@@ -414,13 +418,15 @@ class CachedTable:
         layout = self._renewed()
         token = self._begin()
         try:
-            while True:
+            for _ in range(RESTARTS):
                 with self._lock:
                     marks = dict(self._freshness.pending)
                     state = self._state
                 touched, read = self._read_marked(layout, state, marks)
                 if self._replace(layout, token, state.coverage, marks, touched, read):
                     break
+            else:
+                return
         finally:
             self._end(token)
         self.counts["refreshes"] += 1
