@@ -55,6 +55,8 @@ class Comparison:
     """For text: the name of its collation."""
     alone: bool = False
     """Whether row values that it is a part of are left to the database."""
+    none_is_null: bool = True
+    """Whether ``None`` in Python is NULL in the database, and the other way round."""
     type: types.TypeEngine[Any] | None = field(default=None, compare=False)
     """The type of the column."""
 
@@ -203,6 +205,15 @@ EXACT_FLOATS: Final = 2**53
 _UNKNOWN: Final = Comparison(False, False, reason="of a type that is not known to be exact")
 
 
+#: Types of which ``None`` is NULL: not JSON, which has a null of its own, nor what one's own
+#: TypeDecorator makes of values.
+_NULLABLE: Final = (
+    types.Boolean, types.Integer, types.Numeric, types.Float, types.String, types.Date,
+    types.DateTime, types.Time, types.Interval, types.LargeBinary, types.VARBINARY, types.Uuid,
+    types.ARRAY,
+)  # fmt: skip
+
+
 def is_sortable(type_: types.TypeEngine[Any]) -> bool:
     """Whether Python can sort the values of a type at all, in whatever order."""
     if isinstance(type_, types.TypeDecorator | types.NullType):
@@ -223,6 +234,8 @@ def comparison(
     """
     name = dialect.name if dialect.name != "mariadb" else "mysql"
     given, type_ = type_, type_._variant_mapping.get(dialect.name, type_)
+    if not isinstance(type_, _NULLABLE):
+        return Comparison(False, False, reason=_UNKNOWN.reason, none_is_null=False)
     if name not in ("postgresql", "sqlite", "mysql") or isinstance(type_, types.TypeDecorator):
         return _UNKNOWN
     stored_name = stored.type_name if stored is not None else None

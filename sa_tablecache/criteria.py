@@ -324,6 +324,10 @@ def bind(
             values, type_ = list(raw[node.parameter]), types[node.parameter]
             some = frozenset(how.parameter(value, type_) for value in values) - {None}
             bound[node.parameter] = (some, None in values, not values)
+        case IsNull():
+            known = comparisons.get(node.column)
+            if known is None or not known.none_is_null:
+                raise Inexact(f"{node.column} may be None without being NULL")
         case Truth():
             if bool not in usable(node.column).accepts:
                 raise Inexact(f"{node.column} is no truth value")

@@ -270,6 +270,25 @@ def test_no_nan_is_compared(value: Decimal) -> None:
         comparison(types.Numeric(), DIALECTS["postgresql"], UNKNOWN).parameter(value)
 
 
+@pytest.mark.parametrize(
+    ("type_", "is_null"),
+    [
+        (types.Integer(), True),
+        (types.REAL(), True),
+        (types.Interval(), True),
+        (types.CHAR(3), True),
+        (types.JSON(), False),
+        (types.PickleType(), False),
+        (Folded(), False),
+        (types.NullType(), False),
+    ],
+)
+def test_none_is_not_always_null(type_: Any, is_null: bool) -> None:
+    """JSON has a null of its own, and a TypeDecorator may make None of anything."""
+    for dialect in DIALECTS.values():
+        assert comparison(type_, dialect, UNKNOWN).none_is_null is is_null
+
+
 def test_infinity_is_refused_by_mysql() -> None:
     """Drivers of MariaDB refuse infinity, so that a cache does not answer for it either."""
     with pytest.raises(Inexact):
