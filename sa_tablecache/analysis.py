@@ -285,15 +285,15 @@ class _Analysis:
         declared = declared.add_columns(*extra)
         columns = self._columns()
         leaves, anchor, one_row = self._lineage(hidden, extra)
-        paths, coarse = self._paths(hidden, extra)
-        if extra:
-            statement = statement.add_columns(*extra)
         derived = self.view.__primary_key__ is None
         key = (
             derived_key(self.expressions, self.joins, self.visible)
             if derived
             else tuple(self.view.__primary_key__)
         )
+        paths, coarse = self._paths(key, hidden, extra)
+        if extra:
+            statement = statement.add_columns(*extra)
         return ViewPlan(
             view=self.view,
             statement=statement,
@@ -434,12 +434,14 @@ class _Analysis:
         return result
 
     def _paths(
-        self, hidden: list[ViewColumn], extra: list[Any]
+        self, key: tuple[str, ...], hidden: list[ViewColumn], extra: list[Any]
     ) -> tuple[tuple[GroupPath, ...], dict[TableName, str]]:
         """Return how changed rows lead to groups, and the tables of which they do not."""
         if self.by is not None:
+            # Of the key, so that no group can have moved away from a record with the same key.
             names = [self.visible.get(column) for column in self.by]
-            ways = list(paths_to(self.joins, self.by, [(n, n) if n else None for n in names]))
+            shown = [(n, n) if n is not None and n in key else None for n in names]
+            ways = list(paths_to(self.joins, self.by, shown))
         else:
             ways = [
                 way

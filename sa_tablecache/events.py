@@ -46,6 +46,7 @@ from .returning import (
     returning_suffix,
     suffixed_rows,
     tells_keys,
+    was_asked,
 )
 from .statements import ANYTHING, NOTHING, Writes, cascades, rows_of, writes_of
 
@@ -58,6 +59,8 @@ TAINTED: Final = "sa_tablecache.tainted"
 It stays when the connection returns to its pool: a reset of the pool ends transactions, and not
 what was set for the session.
 """
+MOVED: Final = "sa_tablecache.moved"
+"""In the connection's info: USE or the like ran, and names without a schema mean other tables."""
 _ticks = count(1)
 
 
@@ -136,6 +139,10 @@ class Watcher:
         writes = writes_of(context, statement)
         if writes.sets:
             connection.info[TAINTED] = True
+        if writes.moves:
+            connection.info[MOVED] = True
+        if writes.locks:
+            transaction_of(connection.info).locks = True
         if writes.rolls_back and KEY in connection.info:
             transaction_of(connection.info).changes.forget_before()
         declared = None if context is None else context.execution_options.get(WRITES)
@@ -146,8 +153,12 @@ class Watcher:
         if writes.kind == "text":
             writes = self._resolved(writes)
         transaction = transaction_of(connection.info)
+        if transaction.ending:
+            return statement, parameters
+        if connection.info.get(MOVED) and any(schema is None for schema, _ in _tables(writes)):
+            writes = replace(writes, anything=True)
         transaction.opaque = transaction.opaque or writes.opaque
-        keys = rows_of(writes, context)
+        keys = rows_of(writes, context) if _keeps_keys(connection) else None
         suffix = ""
         if writes.unnamed and writes.table is not None and declared is None:
             if self._wanted(writes.table[1]) is not None:
@@ -157,10 +168,10 @@ class Watcher:
             writes,
             {table: _names(table, connection) for table in _tables(writes)},
             keys,
-            asks=keys is None and tells_keys(writes, context),
+            asks=(keys is None or was_asked(context)) and tells_keys(writes, context),
             suffixed=bool(suffix),
         )
-        if _autocommits(connection):
+        if _autocommits(connection) or self._at_once(transaction):
             # The rows are not known yet: the lease is on what they could be.
             changes, transaction.changes = transaction.changes, ChangeSet()
             underway = dict(transaction.underway)
@@ -211,6 +222,8 @@ class Watcher:
         executed = transaction.underway.get(id(context))
         if executed is not None:
             rows = read_rows(executed.writes, context, statement, result)
+            if executed.writes.kind == "insert" and not _keeps_keys(connection):
+                rows = None
             transaction.wrote(executed, rows, any_row=rows is None or bool(rows.keys))
             self._publish_if_over(connection, transaction, executed.writes)
 
@@ -222,10 +235,17 @@ class Watcher:
             connection.dialect.name == "sqlite" and not _in_transaction(connection)
         ):
             publish(self.subscribers, transaction)
-            transaction.changes = ChangeSet()
+            if _knows_transactions(connection):
+                transaction.changes = ChangeSet()
+        elif self._at_once(transaction):
+            publish(self.subscribers, transaction)
         elif writes.opaque:
             for subscriber in list(self.subscribers):
                 subscriber.publish(transaction.changes, None)
+
+    def _at_once(self, transaction: Transaction) -> bool:
+        """Whether it wrote tables that have no transactions."""
+        return any(s.at_once and transaction.touches(s.at_once) for s in self.subscribers)
 
     def handle_error(self, context: Any) -> None:
         """Publish what a failed statement may have written where each statement commits."""
@@ -385,9 +405,38 @@ def _autocommits(connection: Connection) -> bool:
     driver: Any = connection.connection.driver_connection
     if connection.dialect.name == "sqlite":
         return driver.isolation_level is None and not driver.in_transaction
+    status = _server_status(driver)
+    if status is not None:
+        return status & _IN_TRANSACTION_OR_AUTOCOMMIT == _AUTOCOMMIT
     if connection._is_autocommit_isolation():
         return not _began_by_hand(driver)
     return getattr(connection.connection.dbapi_connection, "autocommit", False) is True
+
+
+_AUTOCOMMIT: Final = 2
+_IN_TRANSACTION_OR_AUTOCOMMIT: Final = 3
+
+
+def _server_status(driver: Any) -> int | None:
+    """Return what a MariaDB server said last of its session, where the driver keeps it.
+
+    Only statements without rows bring it up to date. Those that begin a transaction, end it, or
+    set ``autocommit`` are such.
+    """
+    status = getattr(driver, "server_status", None)
+    return status if isinstance(status, int) else None
+
+
+def _knows_transactions(connection: Connection) -> bool:
+    """Whether it is known if a transaction was begun by hand on a connection in AUTOCOMMIT."""
+    return connection.dialect.name not in ("mysql", "mariadb") or (
+        _server_status(connection.connection.driver_connection) is not None
+    )
+
+
+def _keeps_keys(connection: Connection) -> bool:
+    """Whether keys are stored as they are written: no SET has changed ``sql_mode``, say."""
+    return connection.dialect.name not in ("mysql", "mariadb") or TAINTED not in connection.info
 
 
 def _began_by_hand(driver: Any) -> bool:

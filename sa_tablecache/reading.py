@@ -119,11 +119,13 @@ def answer(
                 raise Inexact("bypass_cache()")
         if not fetch and not session._is_clean():
             return None
-        reason = database_reason(session, cache, table, statement)
-        if reason is not None:
-            raise Inexact(reason)
         for _ in range(ATTEMPTS):
+            # In this order: a transaction that has a snapshot may be answered from this state if
+            # the view has not changed since, and from none that a refresh brings.
             state = table.current
+            reason = database_reason(session, cache, table, statement)
+            if reason is not None:
+                raise Inexact(reason)
             if state is not None:
                 if not state.coverage:
                     if fetch:
@@ -195,7 +197,7 @@ def _partial(
 # -- rows of the database as records -----------------------------------------------------------
 
 
-def record_maker(view: type[CachedView], dialect_name: str) -> Callable[..., Record]:
+def record_maker(view: type[CachedView]) -> Callable[..., Record]:
     """Return what makes a record from the values of a row, in the form that the cache has them."""
     make = view.__record__
     aware = {
@@ -203,16 +205,20 @@ def record_maker(view: type[CachedView], dialect_name: str) -> Callable[..., Rec
         for at, column in enumerate(view.__table__.c)
         if isinstance(column.type, DateTime) and column.type.timezone
     }
-    if not aware or dialect_name != "postgresql":
+    if not aware:
         return make
-    return lambda *values: make(*(to_utc(v) if at in aware else v for at, v in enumerate(values)))
+
+    def normalised(at: int, value: Any) -> Any:
+        # Databases that drop the zone give naive values.
+        return to_utc(value) if at in aware and value is not None and value.tzinfo else value
+
+    return lambda *values: make(*(normalised(at, value) for at, value in enumerate(values)))
 
 
 def fetch_records(session: Session, view: type[CachedView], statement: Select[Any]) -> list[Record]:
     """Have the database answer a SELECT of whole records, in the session's transaction."""
     result = session.execute(statement, execution_options={SKIP: True})
-    bind = session.get_bind(clause=statement)
-    make = record_maker(view, bind.dialect.name)
+    make = record_maker(view)
     return [make(*row) for row in result]
 
 
@@ -241,11 +247,13 @@ def range_from_cache(
     try:
         if not fetch and not session._is_clean():
             return None
-        reason = database_reason(session, cache, table)
-        if reason is not None:
-            raise Inexact(reason)
         for _ in range(ATTEMPTS):
+            # In this order: a transaction that has a snapshot may be answered from this state if
+            # the view has not changed since, and from none that a refresh brings.
             state = table.current
+            reason = database_reason(session, cache, table)
+            if reason is not None:
+                raise Inexact(reason)
             if state is not None:
                 if not state.coverage:
                     if fetch:

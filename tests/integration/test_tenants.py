@@ -315,6 +315,30 @@ def test_a_tenants_records_are_served_from_memory(engine: Engine):
             assert session.get(Notes, 1) is None
 
 
+def test_other_statements_run_as_ever(engine: Engine):
+    """What has nothing to do with views is executed in a scoped session as in any."""
+    with TableCache(engine, views=[Notes]) as cache:
+        cache.load(Notes)
+        with cache.sessionmaker(scope=tenant_of)() as session:
+            row = {"tenant_id": 1, "author_id": 1, "stars": 5}
+            found = session.scalars(
+                insert(Note).returning(Note), [{**row, "id": 6}, {**row, "id": 7}]
+            )
+            assert sorted(note.id for note in found) == [6, 7]
+            session.execute(insert(Note), [{**row, "id": 8}])
+            session.execute(update(Note).where(Note.id == 8).values(stars=6))
+            session.execute(update(Note), [{"id": 7, "stars": 7}])
+            session.execute(text("DELETE FROM tenant_note WHERE id = :id"), {"id": 6})
+            session.bulk_save_objects([Note(id=9, **row)])
+            note = session.get_one(Note, 7)
+            assert (note.stars, session.scalar(select(func.count(Note.id)))) == (7, 8)
+            session.refresh(note)
+            session.delete(note)
+            session.commit()
+            session.info["tenant_id"] = 1
+            assert ids(session.scalars(select(Notes))) == [1, 2, 8, 9]
+
+
 def test_an_own_write_is_read_within_the_scope(engine: Engine):
     """A transaction that wrote sees its own rows, and of them those of its tenant."""
     with TableCache(engine, views=[Notes]) as cache:
@@ -460,6 +484,8 @@ async def test_sessions_of_tasks_have_scopes(async_database_url: URL, engine: En
                     assert ids((await session.scalars(select(Notes))).all()) == MINE[tenant]
                     found = (await session.execute(select(other.c.id))).scalars()
                     assert sorted(found) == MINE[tenant]
+                    stream = await session.stream_scalars(select(Notes))
+                    assert ids(await stream.all()) == MINE[tenant]
                     if not isinstance(session.sync_session, Session) or factory is plain:
                         continue
                     assert ids(await session.range(Notes.by_stars)) == MINE[tenant]

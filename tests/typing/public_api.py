@@ -165,7 +165,7 @@ def a_cache_makes_sessions() -> None:
         cache.clear(FlightBoard)
         assert_type(cache.ready(FlightBoard), bool)
         assert_type(cache.covers(FlightBoard, FlightBoard.time_hour >= since), bool)
-        Session = cache.sessionmaker()
+        Session = cache.sessionmaker(scope=lambda session: session.info["tenant"])
         with Session() as session:
             assert_type(session, CacheSession)
 
