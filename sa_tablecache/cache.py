@@ -20,6 +20,7 @@ from sqlalchemy.sql import ColumnElement
 
 from .analysis import TableName, plan_of, table_label, table_name
 from .answering import covered_candidate
+from .cascades import all_cascades
 from .changes import VIEW, ChangeSet, Marks
 from .commits import Backend
 from .comparison import Inexact
@@ -32,7 +33,7 @@ from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
-from .statements import cascades, exact_value
+from .statements import exact_value
 from .table import CachedTable
 from .view import CachedView, ViewMeta
 
@@ -323,7 +324,7 @@ class BaseTableCache:
         targets: set[TableName] = set()
         for model in writes:
             for table in tables_of(model):
-                targets |= {table_name(table), *cascades(table, deleted=True, columns=None)}
+                targets |= {table_name(table), *all_cascades(table)}
         for table in tables_of(source):
             name = table_name(table)
             self._side_effects[name] = self._side_effects.get(name, frozenset()) | targets
@@ -416,6 +417,26 @@ class BaseTableCache:
         found = [t.wanted(table) for t in list(self._tables.values())]
         known = [columns for columns in found if columns is not None]
         return frozenset().union(*known) if known else None
+
+    def keys(self, table: str) -> set[tuple[str, ...]]:
+        """Return the primary keys, by column names, by which rows of a table are followed."""
+        layouts = [t.layout for t in list(self._tables.values()) if t.layout is not None]
+        return {key for layout in layouts for key in layout.keys.get(table, ())}
+
+    def acts(self, table: str, *, unexplained: bool = False) -> bool:
+        """Whether the database may do something by itself when a table is written.
+
+        :param unexplained: whether :meth:`side_effects` says nothing about it.
+        """
+        if any(name == table for _, name in list(self._side_effects)):
+            return not unexplained
+        layouts = [t.layout for t in list(self._tables.values()) if t.layout is not None]
+        return any(
+            what.triggers
+            for layout in layouts
+            for (_, name), what in layout.automatic.items()
+            if name == table
+        )
 
     def tables_named(self, name: str) -> list[Table]:
         """Return the tables of the views' metadata with a name, in any schema and case."""

@@ -27,9 +27,9 @@ class Written:
     """What one transaction did to one row of a table; by default nothing is known of it."""
 
     columns: frozenset[str] | None = None
-    """The keys of the columns that were set, if all it did were UPDATEs that keep the key."""
+    """The names of the columns that were set, if all it did were UPDATEs that keep the key."""
     before: tuple[Mapping[str, Any], ...] | None = None
-    """What the row was before, by column key, if that is known; empty if it did not exist.
+    """What the row was before, by column name, if that is known; empty if it did not exist.
 
     A mapping may lack columns.
     """
@@ -157,7 +157,7 @@ class Concern:
     """What a view has to do with one of its tables."""
 
     used: frozenset[str]
-    """The keys of the columns that the view's statement uses in any way."""
+    """The names of the columns that the view's statement uses in any way."""
     placing: frozenset[str]
     """Those that decide which records there are, and where in an index."""
     followed: bool = True

@@ -48,6 +48,15 @@ class Subscriber(Protocol):
         ``None`` if nobody asks which of its rows are written.
         """
 
+    def keys(self, table: str) -> Iterable[tuple[str, ...]]:
+        """Return the primary keys, by column names, by which rows of a table are followed."""
+
+    def acts(self, table: str, *, unexplained: bool = False) -> bool:
+        """Whether the database may do something by itself when a table is written.
+
+        :param unexplained: whether nobody said what.
+        """
+
     def tables_named(self, name: str) -> Iterable[Table]:
         """Return the tables of the views' metadata with a name, in any schema and case."""
 

@@ -85,7 +85,7 @@ def read_touched(
 def _groups_of(connection: Connection, path: GroupPath, keys: set[RowKey]) -> set[RowKey] | None:
     """Return the values of the groups that rows of a table are part of now, if they compare."""
     found: set[RowKey] = set()
-    names = [column.key for column in path.columns]
+    names = [column.name for column in path.columns]
     for criterion in _criteria(path.primary_key, keys):
         for row in connection.execute(select(*path.columns).where(criterion).distinct()):
             values = path.values(dict(zip(names, row, strict=True)))

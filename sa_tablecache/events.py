@@ -11,7 +11,6 @@ Savepoints that are rolled back leave superfluous marks; that is harmless.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from itertools import count
 from typing import Any, Final, cast
@@ -22,6 +21,7 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.sql.dml import UpdateBase
 
 from .analysis import TableName, table_name
+from .cascades import all_cascades
 from .changes import ChangeSet
 from .commits import (
     KEY,
@@ -48,11 +48,13 @@ from .returning import (
     tells_keys,
     was_asked,
 )
-from .statements import ANYTHING, NOTHING, Writes, cascades, rows_of, writes_of
+from .statements import ANYTHING, NOTHING, Writes, rows_of, writes_of
 
 SUFFIXED: Final = "_sa_tablecache_suffixed"
 """Attribute of the context of a statement behind which RETURNING was written."""
 RAW: Final = "sa_tablecache.raw"
+CURSOR: Final = "sa_tablecache.cursor"
+"""In the connection's info: its newest cursor, until the engine executes it."""
 TAINTED: Final = "sa_tablecache.tainted"
 """In the connection's info: SET or the like ran, so that it may see what others do not.
 
@@ -80,7 +82,7 @@ class Watcher:
             "after_cursor_execute", "handle_error",
             "begin", "begin_twophase", "commit", "rollback", "rollback_savepoint",
             "prepare_twophase", "commit_twophase", "rollback_twophase",
-            "engine_connect", "checkout", "checkin",
+            "engine_connect", "checkout", "checkin", "close_detached",
         ):  # fmt: skip
             event.listen(engine, name, getattr(self, name))
         for name in ("before_execute", "before_cursor_execute"):
@@ -109,6 +111,23 @@ class Watcher:
         found = [w for w in (s.wanted(table) for s in self.subscribers) if w is not None]
         return frozenset[str]().union(*found) if found else None
 
+    def _knows_key_of(self, writes: Writes) -> bool:
+        """Whether the keys of the rows that a statement tells are what they are followed by."""
+        assert writes.table is not None
+        name, key = writes.table[1], tuple(column.name for column in writes.primary_key)
+        return not any(
+            # Other models may have another key of the same table. A trigger may change a new one.
+            any(known != key for known in subscriber.keys(name))
+            or (writes.kind in ("insert", "upsert") and subscriber.acts(name, unexplained=True))
+            for subscriber in self.subscribers
+        )
+
+    def _acts(self, writes: Writes) -> bool:
+        """Whether the database may write something even if a statement wrote no row."""
+        return writes.table is not None and any(
+            subscriber.acts(writes.table[1]) for subscriber in self.subscribers
+        )
+
     def _resolved(self, writes: Writes) -> Writes:
         """Return what a text writes that names one table: one that is known, or anything."""
         assert writes.table is not None
@@ -123,7 +142,7 @@ class Watcher:
             return ANYTHING
         further = frozenset(table_name(table) for table in tables)
         for table in tables:
-            further |= cascades(table, deleted=True, columns=None)
+            further |= all_cascades(table)
         return replace(writes, further=further)
 
     def before_cursor_execute(
@@ -136,6 +155,8 @@ class Watcher:
         many: Any,
     ) -> tuple[str, Any]:
         """Note what a statement is about to write."""
+        if connection.info.get(CURSOR) is cursor:
+            del connection.info[CURSOR]
         writes = writes_of(context, statement)
         if writes.sets:
             connection.info[TAINTED] = True
@@ -158,6 +179,10 @@ class Watcher:
         if connection.info.get(MOVED) and any(schema is None for schema, _ in _tables(writes)):
             writes = replace(writes, anything=True)
         transaction.opaque = transaction.opaque or writes.opaque
+        if writes.primary_key and not self._knows_key_of(writes):
+            writes = replace(
+                writes, further=writes.further | _tables(writes), key=(), primary_key=()
+            )
         keys = rows_of(writes, context) if _keeps_keys(connection) else None
         suffix = ""
         if writes.unnamed and writes.table is not None and declared is None:
@@ -166,7 +191,7 @@ class Watcher:
         transaction.underway[id(context)] = Underway(
             context,
             writes,
-            {table: _names(table, connection) for table in _tables(writes)},
+            {table: _names(table, connection, context) for table in _tables(writes)},
             keys,
             asks=(keys is None or was_asked(context)) and tells_keys(writes, context),
             suffixed=bool(suffix),
@@ -206,6 +231,8 @@ class Watcher:
                 else executed.writes.kind == "text" and cursor.description is None
             )
             none = quiet and not many and cursor.rowcount == 0
+        if none and self._acts(executed.writes):
+            rows, none = None, False
         transaction.wrote(executed, rows, any_row=not none)
         self._publish_if_over(connection, transaction, executed.writes)
 
@@ -222,7 +249,9 @@ class Watcher:
         executed = transaction.underway.get(id(context))
         if executed is not None:
             rows = read_rows(executed.writes, context, statement, result)
-            if executed.writes.kind == "insert" and not _keeps_keys(connection):
+            if (rows is not None and not rows.keys and self._acts(executed.writes)) or (
+                executed.writes.kind == "insert" and not _keeps_keys(connection)
+            ):
                 rows = None
             transaction.wrote(executed, rows, any_row=rows is None or bool(rows.keys))
             self._publish_if_over(connection, transaction, executed.writes)
@@ -285,6 +314,7 @@ class Watcher:
 
     def commit(self, connection: Connection) -> None:
         """Lease what COMMIT is about to make visible."""
+        _count_unknown(connection.info)
         transaction = transaction_of(connection.info)
         if not transaction.began:  # it began before anybody watched
             transaction.changes.add_everything()
@@ -316,12 +346,15 @@ class Watcher:
         """Forget what is rolled back, unless it may have become durable all the same."""
         if connection.closed or connection.invalidated:
             return  # its info is gone; the checkin has published what it had written
+        _count_unknown(connection.info)
         transaction: Transaction | None = connection.info.pop(KEY, None)
         if transaction is None:
             return
         transaction.settle()
         if transaction.changes and (
-            transaction.opaque or connection.dialect.name in ("mysql", "mariadb")
+            transaction.opaque
+            or connection.dialect.name in ("mysql", "mariadb")
+            or not _is_open(connection)
         ):
             publish(self.subscribers, transaction)
         else:
@@ -341,11 +374,18 @@ class Watcher:
     def engine_connect(self, connection: Connection) -> None:
         """Note that the connection's statements will be seen."""
         connection.info[RAW] = False
+        _watch_cursors(connection)
+
+    def close_detached(self, _dbapi: Any) -> None:
+        """Count on a connection that left its pool to have written unseen."""
+        for subscriber in list(self.subscribers):
+            subscriber.publish(ChangeSet(everything=True), None)
 
     def checkin(self, _dbapi: Any, record: Any) -> None:
         """Publish what was written unseen: by a raw connection, or with its end unknown."""
         if READER in record.info:
             return
+        _count_unknown(record.info)
         transaction: Transaction | None = record.info.pop(KEY, None)
         if record.info.get(RAW):
             record.info[TAINTED] = True  # nobody saw what it SET
@@ -357,7 +397,26 @@ class Watcher:
                 publish(self.subscribers, transaction)
 
 
-def _tables(writes: Writes) -> Iterable[TableName]:
+def _watch_cursors(connection: Connection) -> None:
+    """Notice the cursors that are not the engine's own: it tells of each when it executes it."""
+    fairy: Any = connection.connection
+    info, make = fairy.info, fairy.dbapi_connection.cursor  # no reference to the fairy itself
+
+    def cursor(*args: Any, **kwargs: Any) -> Any:
+        _count_unknown(info)
+        made = info[CURSOR] = make(*args, **kwargs)
+        return made
+
+    fairy.cursor = cursor
+
+
+def _count_unknown(info: dict[Any, Any]) -> None:
+    """Have a cursor that the engine did not execute count as one that wrote anything."""
+    if info.pop(CURSOR, None) is not None:
+        transaction_of(info).changes.add_everything()
+
+
+def _tables(writes: Writes) -> frozenset[TableName]:
     own = frozenset() if writes.table is None else frozenset({writes.table})
     return writes.tables | writes.further | own
 
@@ -386,10 +445,11 @@ def tables_of(target: Any) -> list[Table]:
     return [table for table in mapper.tables if isinstance(table, Table)]
 
 
-def _names(table: TableName, connection: Connection) -> list[TableName]:
+def _names(table: TableName, connection: Connection, context: Any) -> list[TableName]:
     """Return all names under which a view may know a written table."""
     schema, name = table
-    translate = connection.get_execution_options().get("schema_translate_map") or {}
+    options = connection.get_execution_options() if context is None else context.execution_options
+    translate = options.get("schema_translate_map") or {}
     schemas = {schema, translate.get(schema, schema)}
     default = "main" if connection.dialect.name == "sqlite" else None
     default = default or connection.dialect.default_schema_name
@@ -440,13 +500,21 @@ def _keeps_keys(connection: Connection) -> bool:
 
 
 def _began_by_hand(driver: Any) -> bool:
-    """Whether BEGIN was sent as text on a connection in AUTOCOMMIT."""
+    """Whether a transaction is open, by the driver: BEGIN as text on one in AUTOCOMMIT, say."""
     if hasattr(driver, "is_in_transaction"):  # asyncpg
         return bool(driver.is_in_transaction())
     if hasattr(driver, "get_transaction_status"):  # psycopg2
         return driver.get_transaction_status() in (1, 2, 3)
     status = getattr(getattr(driver, "info", None), "transaction_status", 0)  # psycopg
     return int(status) in (1, 2, 3)
+
+
+def _is_open(connection: Connection) -> bool:
+    """Whether the server still has a transaction, and was not told by the driver to commit."""
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.name == "sqlite":
+        return _in_transaction(connection)
+    return _began_by_hand(driver)
 
 
 def _in_transaction(connection: Connection) -> bool:

@@ -62,7 +62,7 @@ class GroupPath:
 
     def of_key(self, key: Sequence[Any]) -> list[tuple[Any, ...]] | None:
         """Return :meth:`values` of the row with a primary key, which has to have them all."""
-        return self.values(dict(zip((c.key for c in self.primary_key), key, strict=True)))
+        return self.values(dict(zip((c.name for c in self.primary_key), key, strict=True)))
 
     def before(
         self, columns: frozenset[str] | None, rows: Iterable[Mapping[str, Any]] | None
@@ -71,10 +71,10 @@ class GroupPath:
 
         Nothing, if they are what they are now: the row itself leads to them.
 
-        :param columns: the keys of all columns that may be others now, if they are known.
+        :param columns: the names of all columns that may be others now, if they are known.
         :param rows: what the row was before, as far as that is known.
         """
-        if columns is not None and columns.isdisjoint(column.key for column in self.columns):
+        if columns is not None and columns.isdisjoint(column.name for column in self.columns):
             return []
         if rows is None:
             return None
@@ -89,12 +89,12 @@ class GroupPath:
     def values(self, row: Mapping[str, Any]) -> list[tuple[Any, ...]] | None:
         """Return the values of the groups that a row is part of, or may leave to others.
 
-        :param row: values by the keys of the table's columns.
+        :param row: values by the names of the table's columns.
         :returns: ``None`` if they are not known, or not as they compare.
         """
         try:
             found = tuple(
-                None if row[column.key] is None else how.parameter(row[column.key])
+                None if row[column.name] is None else how.parameter(row[column.name])
                 for column, how in zip(self.columns, self.comparisons, strict=True)
             )
         except (KeyError, Inexact):
@@ -147,6 +147,8 @@ def read_grouped(selectable: Any) -> Grouped | None:
         at = column_of(element.element if isinstance(element, Label) else element, joins)
         columns[key] = column if at is None else joins.leaves[at.leaf].columns[at.name]
         if at is not None:
+            if columns[key] not in column.base_columns:
+                return None  # the columns are not in the order in which they are selected
             shown.setdefault(at, key)
     if not all(column in shown for column in by):
         return None

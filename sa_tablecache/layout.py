@@ -220,11 +220,19 @@ class Layout:
         self.wanted: dict[str, frozenset[str]] = {}
         """For tables whose changed rows can be followed (their names, whatever the schema), the
         columns whose values lead to groups."""
+        self.keys: dict[str, set[tuple[str, ...]]] = {}
+        """For all base tables (their names, whatever the schema), the columns of their keys."""
+        known = [(leaf.table, leaf.primary_key) for leaf in plan.leaves]
+        known += [(path.table, path.primary_key) for path in self.paths]
+        for (_, name), key in known:
+            self.keys.setdefault(name, set()).add(tuple(column.name for column in key))
         for schema, name in self.followed:
-            keys = {
-                column.key for path in self.concerns[schema, name].paths for column in path.columns
+            if self.automatic.get((schema, name), Automatic()).rules:
+                continue  # a rule may have no RETURNING to give
+            columns = {
+                column.name for path in self.concerns[schema, name].paths for column in path.columns
             }
-            self.wanted[name] = self.wanted.get(name, frozenset()) | keys
+            self.wanted[name] = self.wanted.get(name, frozenset()) | columns
         return hidden
 
     def _concerns(self, followed: frozenset[TableName]) -> dict[TableName, Concern]:

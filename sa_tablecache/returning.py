@@ -23,7 +23,7 @@ from sqlalchemy.engine import cursor as cursors
 from .changes import MOST_KEYS, RowKey
 from .statements import (
     Writes,
-    exact_value,
+    exact_rows,
     inserted_rows,
     pinned,
     replaces,
@@ -56,7 +56,7 @@ def ask_for_keys(
 ) -> Any:
     """Return an INSERT, UPDATE or DELETE that tells which rows it writes, or the same if it does.
 
-    :param wanted: keys of columns whose values are wanted of rows that are deleted.
+    :param wanted: names of columns whose values are wanted of rows that are deleted.
     """
     if statement._returning or statement._return_defaults:
         return statement
@@ -78,7 +78,7 @@ def ask_for_keys(
             return statement
     else:
         deletes = isinstance(statement, Delete)
-        further = tuple(c for c in table.columns if deletes and c.key in wanted and c not in key)
+        further = tuple(c for c in table.columns if deletes and c.name in wanted and c not in key)
         keys = {column.key for column in key}
         if (
             many > 1
@@ -123,7 +123,7 @@ def returning_suffix(writes: Writes, context: Any) -> str:
     ):
         return ""
     quote = dialect.identifier_preparer.quote
-    return " RETURNING " + ", ".join(quote(column.name) for column in writes.primary_key)
+    return "\nRETURNING " + ", ".join(quote(column.name) for column in writes.primary_key)
 
 
 def suffixed_rows(writes: Writes, context: Any, cursor: Any) -> Rows | None:
@@ -131,8 +131,8 @@ def suffixed_rows(writes: Writes, context: Any, cursor: Any) -> Rows | None:
     rows = cursor.fetchall()
     if context._rowcount is not None:  # preserve_rowcount
         context._rowcount = len(rows)
-    keys = [tuple(map(exact_value, writes.primary_key, row)) for row in rows]
-    return None if any(None in key for key in keys) else Rows(keys)
+    keys = exact_rows(writes, rows, context)
+    return None if keys is None else Rows(keys)
 
 
 def hide_rows(context: Any, result: Any) -> None:
@@ -171,6 +171,12 @@ def tells_keys(writes: Writes, context: Any) -> bool:
 
 def read_rows(writes: Writes, context: Any, statement: Any, result: Any) -> Rows | None:
     """Return the rows that an executed statement wrote, or ``None`` if they are not known."""
+    rows = _told_rows(writes, context, statement, result)
+    # An UPDATE of the key tells the new one, and not which row is gone.
+    return None if writes.kind == "update" and writes.columns is None else rows
+
+
+def _told_rows(writes: Writes, context: Any, statement: Any, result: Any) -> Rows | None:
     if context._is_explicit_returning:
         return _callers_rows(writes, context, result)
     further = getattr(statement, _ASKED, None)
@@ -191,7 +197,7 @@ def _asked_rows(writes: Writes, context: Any, further: tuple[Any, ...], result: 
     before = None
     if writes.kind == "delete":
         columns = (*writes.primary_key, *further)
-        before = [{c.key: returned_value(row._mapping[c]) for c in columns} for row in returned]
+        before = [{c.name: returned_value(row._mapping[c]) for c in columns} for row in returned]
     context.returned_default_rows = None
     if not context.isinsert or context._rowcount is not None:
         context._rowcount = len(returned)

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from .cache import BaseTableCache
 from .commits import KEY, Transaction
-from .events import TAINTED, Watcher, root_of
+from .events import CURSOR, TAINTED, Watcher, root_of
 from .exc import UnscopedRead
 from .readers import in_scope
 from .table import CachedTable
@@ -244,6 +244,8 @@ def _connection_reason(
         return "the transaction wrote a table of the view"
     if transaction is not None and transaction.locks:
         return "the transaction has locked tables, for which a refresh could have to wait"
+    if CURSOR in connection.info:
+        return "the transaction used a cursor of the driver"
     if connection.info.get(TAINTED):
         return "the connection ran SET or the like"
     options = connection.get_execution_options()

@@ -15,12 +15,12 @@ from __future__ import annotations
 import datetime as dt
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Column, Delete, Insert, MetaData, Table, Update, types
+from sqlalchemy import Column, Delete, Insert, Table, Update, types
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.ddl import ExecutableDDLElement
 from sqlalchemy.sql.dml import UpdateBase
@@ -37,6 +37,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import SelectBase
 
 from .analysis import TableName, table_name
+from .cascades import all_cascades, cascades
 from .changes import RowKey
 from .comparison import to_utc
 from .functions import READING_FUNCTIONS, function_name
@@ -80,7 +81,7 @@ class Writes:
     key: tuple[KeyColumn, ...] = ()
     """Where the primary key of the rows is found, if the statement names them."""
     columns: frozenset[str] | None = None
-    """The columns that an UPDATE sets, if it keeps the key."""
+    """The names of the columns that an UPDATE sets, if it keeps the key."""
     unnamed: bool = False
     """Whether SQLAlchemy does not fetch the keys of an INSERT: VALUES, SELECT, ON CONFLICT."""
     anything: bool = False
@@ -147,6 +148,11 @@ def inserted_rows(writes: Writes, context: Any) -> list[RowKey] | None:
     rows = context.inserted_primary_key_rows
     if rows is None or len(rows) != len(context.compiled_parameters):
         return None
+    return exact_rows(writes, rows, context)
+
+
+def exact_rows(writes: Writes, rows: Iterable[Any], context: Any) -> list[RowKey] | None:
+    """Return keys as the database will give them back, or ``None`` if that is not sure."""
     dialect = context.dialect.name
     return _all_known(
         tuple(
@@ -169,10 +175,13 @@ def _all_known(keys: Iterable[RowKey]) -> list[RowKey] | None:
 
 
 def returned_value(value: Any) -> Any:
-    """Return a value that the database gave back in the form in which records have it."""
+    """Return a key's value that the database gave back in the form in which records have it.
+
+    ``None`` for one that can be no key in Python: an array.
+    """
     if isinstance(value, dt.datetime) and value.tzinfo is not None:
         return to_utc(value)
-    return value
+    return None if isinstance(value, list | dict | set) else value
 
 
 _EXACT: Final[tuple[tuple[type[types.TypeEngine[Any]], type], ...]] = (
@@ -185,7 +194,7 @@ _EXACT: Final[tuple[tuple[type[types.TypeEngine[Any]], type], ...]] = (
 )
 
 
-def exact_value(column: Column[Any], value: Any, dialect: str = "") -> Any:
+def exact_value(column: Column[Any], value: Any, dialect: str = "postgresql") -> Any:
     """Return a key's value as the database will give it back, or ``None`` if that is not sure."""
     type_ = column.type
     mysql = dialect in MYSQL
@@ -199,7 +208,15 @@ def exact_value(column: Column[Any], value: Any, dialect: str = "") -> Any:
         if isinstance(type_, kind):
             if type(value) is not python:
                 return None
+            if (
+                isinstance(value, str)
+                and isinstance(type_, types.String)
+                and len(value) > (type_.length or len(value))
+            ):
+                return None  # spaces at its end, say, are cut off
             if isinstance(value, dt.datetime) and isinstance(type_, types.DateTime):
+                if type_.timezone and dialect != "postgresql":
+                    return None  # the zone is dropped
                 if (value.tzinfo is not None) is not type_.timezone:
                     return None
                 if value.microsecond and (mysql or getattr(type_, "precision", None) is not None):
@@ -244,7 +261,7 @@ def _reading(statement: Any, dialect: str, *, inside_of: Any) -> frozenset[Table
             if not isinstance(element.table, Table):
                 return None
             tables.add(table_name(element.table))
-            tables |= cascades(element.table, deleted=True, columns=None)
+            tables |= all_cascades(element.table)
         elif isinstance(element, FunctionElement):
             if function_name(element) not in READING_FUNCTIONS:
                 return None
@@ -270,6 +287,8 @@ def _dml(statement: Any, compiled: Any) -> Writes:
             return Writes(table=name, further=others, kind="upsert")
         if statement._post_values_clause is not None or statement._prefixes:
             others = cascades(table, deleted=False, columns=None)
+            if _upsert_moves_key(statement, table):
+                return Writes(table=name, further=others | {name}, kind="upsert")
             return Writes(
                 table=name, further=others, kind="upsert", unnamed=True, primary_key=primary_key
             )
@@ -286,6 +305,9 @@ def _dml(statement: Any, compiled: Any) -> Writes:
     if not deleted:  # MySQL: UPDATE a, b SET b.x = ...
         for other, columns in _other_targets(statement, table).items():
             tables |= {table_name(other)} | cascades(other, deleted=False, columns=columns)
+        if replaces(statement, table):
+            # Rows that are in the way of the new values are deleted.
+            tables |= {name} | cascades(table, deleted=True, columns=None)
     pins = pinned(statement, table)
     keys: list[KeyColumn] = []
     for column in primary_key:
@@ -294,10 +316,10 @@ def _dml(statement: Any, compiled: Any) -> Writes:
             break
         bound = pins[column.key]
         names: tuple[str, ...] = (compiled.bind_names.get(bound, bound.key),)
-        if column.key in written:
+        if column.name in written:
             names = (*names, column.key)
         keys.append(KeyColumn(column, names))
-    moves_key = deleted or any(column.key in written for column in primary_key)
+    moves_key = deleted or any(column.name in written for column in primary_key)
     return Writes(
         table=name,
         further=tables,
@@ -343,7 +365,7 @@ def pinned(statement: Any, table: Table) -> dict[str, BindParameter[Any]]:
 
 
 def replaces(statement: Any, table: Table) -> bool:
-    """Whether an INSERT may delete other rows: REPLACE."""
+    """Whether an INSERT or UPDATE may delete other rows: REPLACE."""
     return _replaces(table) or any(
         "REPLACE" in str(prefix).upper() for prefix, _ in statement._prefixes
     )
@@ -357,6 +379,18 @@ def _replaces(table: Table) -> bool:
         for name, value in element.dialect_kwargs.items()
         if name.startswith("sqlite_on_conflict")
     )
+
+
+def _upsert_moves_key(statement: Any, table: Table) -> bool:
+    """Whether an INSERT may set the primary key of a row that is there, whose old one is not told.
+
+    ON CONFLICT DO UPDATE and ON DUPLICATE KEY UPDATE.
+    """
+    clause = statement._post_values_clause
+    values = getattr(clause, "update_values_to_set", None) or getattr(clause, "update", None) or ()
+    pairs = values.items() if isinstance(values, Mapping) else values
+    names = {str(getattr(column, "key", column)) for column, _ in pairs}
+    return any(not names.isdisjoint((c.key, c.name)) for c in table.primary_key.columns)
 
 
 def _written_columns(statement: Any, table: Table, parameters: Sequence[str]) -> frozenset[str]:
@@ -373,56 +407,8 @@ def _written_columns(statement: Any, table: Table, parameters: Sequence[str]) ->
         or column.server_onupdate is not None
         or column.computed is not None
     )
-    return frozenset(names)
-
-
-_references: WeakKeyDictionary[MetaData, tuple[int, dict[TableName, list[Any]]]] = (
-    WeakKeyDictionary()
-)
-
-
-def cascades(
-    table: Table, *, deleted: bool, columns: frozenset[str] | None
-) -> frozenset[TableName]:
-    """Return the tables that the database itself changes through ON DELETE and ON UPDATE.
-
-    :param columns: for an UPDATE, the columns it sets; ``None`` if any.
-    """
-    seen: set[tuple[TableName, bool]] = set()
-    todo = [(table, deleted, columns)]
-    while todo:
-        parent, gone, changed = todo.pop()
-        for constraint in _constraints_on(parent):
-            action = ((constraint.ondelete if gone else constraint.onupdate) or "").upper()
-            if action in ("", "NO ACTION", "RESTRICT"):
-                continue
-            if not gone and changed is not None:
-                if not changed & {element.column.key for element in constraint.elements}:
-                    continue
-            child = constraint.table
-            # Deleted by a cascade, or changed in the columns of the foreign key.
-            deleted_too = gone and action == "CASCADE"
-            if (table_name(child), deleted_too) in seen:
-                continue
-            seen.add((table_name(child), deleted_too))
-            todo.append((child, deleted_too, frozenset(c.key for c in constraint.columns)))
-    return frozenset(name for name, _ in seen)
-
-
-def _constraints_on(table: Table) -> Iterator[Any]:
-    metadata = table.metadata
-    known = _references.get(metadata)
-    if known is None or known[0] != len(metadata.tables):
-        references: dict[TableName, list[Any]] = {}
-        for child in metadata.tables.values():
-            for constraint in child.foreign_key_constraints:
-                try:
-                    parent = constraint.referred_table
-                except Exception:  # noqa: S112 - a table that is not declared (yet)
-                    continue
-                references.setdefault(table_name(parent), []).append(constraint)
-        known = _references[metadata] = (len(metadata.tables), references)
-    return iter(known[1].get(table_name(table), ()))
+    # Other models may have other keys for the same columns.
+    return frozenset(table.c[name].name if name in table.c else name for name in names)
 
 
 # -- text --------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ _POSTGRESQL: Final = text(
     SELECT tgname::text AS name, true AS acts FROM pg_trigger JOIN tables ON tgrelid = tables.oid
     WHERE NOT tgisinternal
     UNION
-    SELECT rulename::text, true FROM pg_rewrite JOIN tables ON ev_class = tables.oid
+    SELECT rulename::text, NULL FROM pg_rewrite JOIN tables ON ev_class = tables.oid
     WHERE rulename <> '_RETURN'
     UNION
     SELECT attname::text, false FROM pg_attribute JOIN tables ON attrelid = tables.oid
@@ -51,6 +51,8 @@ class Automatic:
 
     triggers: frozenset[str] = frozenset()
     """Triggers and rules, which may write other tables too."""
+    rules: frozenset[str] = frozenset()
+    """Those of them that are rules, which have a statement do something else."""
     columns: frozenset[str] = frozenset()
     """Columns that the database computes."""
 
@@ -68,7 +70,7 @@ def _automatic(connection: Connection, table: TableName) -> Automatic:
     translate = connection.get_execution_options().get("schema_translate_map") or {}
     schema, name = translate.get(table[0], table[0]), table[1]
     quote = connection.dialect.identifier_preparer.quote
-    rows: list[tuple[str, bool]] = []
+    rows: list[tuple[str, bool | None]] = []
     match connection.dialect.name:
         case "postgresql":
             label = ".".join(quote(part) for part in (schema, name) if part)
@@ -88,6 +90,7 @@ def _automatic(connection: Connection, table: TableName) -> Automatic:
                 if column[6] in (2, 3):
                     rows.append((column[1], False))
     return Automatic(
-        frozenset(n for n, acts in rows if acts and not n.startswith(OURS)),
-        frozenset(n for n, acts in rows if not acts),
+        frozenset(n for n, acts in rows if acts is not False and not n.startswith(OURS)),
+        frozenset(n for n, acts in rows if acts is None),
+        frozenset(n for n, acts in rows if acts is False),
     )

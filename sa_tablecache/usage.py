@@ -21,7 +21,7 @@ from sqlalchemy.sql.selectable import Alias
 from .analysis import TableName, ViewPlan, rendered_columns, table_name
 
 Usage = dict[TableName, frozenset[str]]
-"""For each base table, keys of columns."""
+"""For each base table, names of columns."""
 
 
 def base_tables(plan: ViewPlan) -> frozenset[Table]:
@@ -62,7 +62,5 @@ def _columns_in(elements: Iterable[Any]) -> Usage:
             while isinstance(base, Alias):
                 base = base.element
             if isinstance(base, Table):
-                # The column of an alias has the name of the table's, and may have another key.
-                keys = [column.key for column in base.columns if column.name == element.name]
-                found.setdefault(table_name(base), set()).update(keys)
-    return {table: frozenset(keys) for table, keys in found.items()}
+                found.setdefault(table_name(base), set()).add(element.name)
+    return {table: frozenset(names) for table, names in found.items()}

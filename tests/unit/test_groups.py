@@ -247,6 +247,16 @@ def test_other_subqueries_are_coarse(statement: Any) -> None:
     assert all("subquery" in why for why in found.coarse.values())
 
 
+def test_text_that_a_subquery_computes_does_not_tell_rows_apart() -> None:
+    """Nobody knows its collation, so that what it equals need not be the same."""
+    names = select(p.c.x, func.max(p.c.name).label("top")).group_by(p.c.x).subquery()
+    joined = select(p.c.id, names.c.x.label("of")).join(names, names.c.top == p.c.name)
+    found = plan(joined)
+    assert set(found.coarse) == {P}
+    assert "a join by text that a subquery computes" in found.coarse[P]
+    assert not found.key_is_derived
+
+
 def test_a_condition_on_a_subquery_makes_its_tables_coarse() -> None:
     """A NULL-extended row that a condition lets through may take the place of one it drops."""
     totals = TOTALS.subquery()
