@@ -786,6 +786,40 @@ def session_joined(writer: Writer, work: Work) -> None:
                 transaction.rollback()
 
 
+def two_sessions(writer: Writer, work: Work) -> None:
+    """Two sessions on one connection, each in a savepoint of its own; the connection decides."""
+    mode = "create_savepoint"
+    with writer.engine.connect() as connection:
+        transaction = connection.begin()
+        with writer.factory(bind=connection, join_transaction_mode=mode) as first:
+            work(first)
+            _commit_or_roll_back(writer, first)
+        with writer.factory(bind=connection, join_transaction_mode=mode) as second:
+            work(second)
+            _commit_or_roll_back(writer, second)
+        if writer.rng.random() < 0.7:
+            transaction.commit()
+
+
+def savepoints_in_savepoints(writer: Writer, work: Work) -> None:
+    """Savepoints nested at random, each released or rolled back with all that is in it."""
+
+    def nested(session: Session, depth: int) -> None:
+        savepoint = session.begin_nested()
+        work(session)
+        if depth and writer.rng.random() < 0.7:
+            nested(session, depth - 1)
+        if writer.rng.random() < 0.5:
+            savepoint.commit()
+        else:
+            savepoint.rollback()
+
+    with writer.factory() as session:
+        for _ in range(2):
+            nested(session, 2)
+        _commit_or_roll_back(writer, session)
+
+
 def two_phase(writer: Writer, work: Work) -> None:
     """A prepared transaction."""
     with writer.factory(twophase=True) as session:
@@ -925,6 +959,8 @@ SESSION_SHELLS: list[Callable[..., None]] = [
     savepoint_rolled_back,
     session_autocommit,
     session_joined,
+    two_sessions,
+    savepoints_in_savepoints,
     two_phase,
 ]
 CONNECTION_SHELLS: list[Callable[..., None]] = [

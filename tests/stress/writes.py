@@ -510,6 +510,12 @@ def raw_connection(job: Job) -> None:
         cursor.close()
         job.commits()
         raw.commit()
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            # Cancelled. Unlike a Connection it does not know that its state is unknown: the pool
+            # would keep an open transaction, and lend it to others.
+            raw.invalidate(error)
+        raise
     finally:
         raw.close()
 
