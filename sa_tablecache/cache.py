@@ -19,6 +19,7 @@ from sqlalchemy.sql import ColumnElement
 
 from .analysis import TableName, plan_of, table_label, table_name
 from .answering import covered_candidate
+from .cascades import all_cascades
 from .changes import VIEW, ChangeSet, Marks
 from .commits import Backend
 from .comparison import Inexact
@@ -26,13 +27,14 @@ from .events import tables_of, unwatch, watch
 from .exc import Closed, CriteriaError, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
 from .figures import Estimate, Stats, estimate
-from .layout import log_coarse
+from .layout import Layout, log_coarse
 from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
-from .statements import all_cascades, exact_value
+from .statements import exact_value
 from .table import CachedTable
+from .triggers import unexplained
 from .view import CachedView, ViewMeta
 
 ORPHAN_CHECK_SECONDS = 0.2
@@ -291,9 +293,9 @@ class BaseTableCache:
                         f"{key!r} is no primary key of {table.fullname}, which is "
                         f"({', '.join(c.name for c in columns)})"
                     )
-                dialect = self.engine.dialect.name
                 exact = tuple(
-                    exact_value(c, v, dialect) for c, v in zip(columns, values, strict=True)
+                    exact_value(c, v, self.engine.dialect.name)
+                    for c, v in zip(columns, values, strict=True)
                 )
                 if None in exact:
                     changes.add_table(table_name(table))
@@ -371,7 +373,8 @@ class BaseTableCache:
                 )
                 for name, why in sorted(table.coarse.items(), key=lambda item: item[0][1])
             ]
-            problems += self._unseen(view, table)
+            said = unexplained(table.set_up().automatic, self._side_effects)
+            problems += [Problem(view.__name__, what) for what in said]
             for index in view.__indexes__.values():
                 for name in index.column_names:
                     how = columns.comparisons[name]
@@ -386,19 +389,6 @@ class BaseTableCache:
                         )
         return problems
 
-    def _unseen(self, view: type[CachedView], table: CachedTable) -> list[Problem]:
-        """Return what writes tables in ways that nobody told the cache."""
-        return [
-            Problem(
-                view.__name__,
-                f"{table_label(name)} has triggers or rules, {', '.join(sorted(what.triggers))}, "
-                "and what they write is not seen: say it with cache.side_effects(Model, "
-                "writes=[...]), empty if they write no table of a view",
-            )
-            for name, what in sorted(table.set_up().automatic.items(), key=str)
-            if what.triggers and name not in self._side_effects
-        ]
-
     def explain(self, statement: Any) -> Explanation:
         """Say how a SELECT of a view would be answered now, and why. Runs nothing."""
         view = view_of(statement)
@@ -410,29 +400,20 @@ class BaseTableCache:
 
     def wanted(self, table: str) -> frozenset[str] | None:
         """Return which columns of deleted rows of a table are wanted, if anything of it is."""
-        found = [t.wanted(table) for t in list(self._tables.values())]
-        known = [columns for columns in found if columns is not None]
+        known = [layout.wanted[table] for layout in self._layouts() if table in layout.wanted]
         return frozenset().union(*known) if known else None
 
     def keys(self, table: str) -> set[tuple[str, ...]]:
         """Return the primary keys, by column names, by which rows of a table are followed."""
-        layouts = [t.layout for t in list(self._tables.values()) if t.layout is not None]
-        return {key for layout in layouts for key in layout.keys.get(table, ())}
+        return {key for layout in self._layouts() for key in layout.keys.get(table, ())}
 
     def acts(self, table: str, *, unexplained: bool = False) -> bool:
-        """Whether the database may do something by itself when a table is written.
+        """Whether a table acts by itself when written, perhaps with nobody having said how."""
+        explained = any(name == table for _, name in list(self._side_effects))
+        return not unexplained if explained else any(table in lo.acting for lo in self._layouts())
 
-        :param unexplained: whether :meth:`side_effects` says nothing about it.
-        """
-        if any(name == table for _, name in list(self._side_effects)):
-            return not unexplained
-        layouts = [t.layout for t in list(self._tables.values()) if t.layout is not None]
-        return any(
-            what.triggers
-            for layout in layouts
-            for (_, name), what in layout.automatic.items()
-            if name == table
-        )
+    def _layouts(self) -> list[Layout]:
+        return [t.layout for t in list(self._tables.values()) if t.layout is not None]
 
     def tables_named(self, name: str) -> list[Table]:
         """Return the tables of the views' metadata with a name, in any schema and case."""

@@ -21,6 +21,7 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.sql.dml import UpdateBase
 
 from .analysis import TableName, table_name
+from .cascades import all_cascades
 from .changes import ChangeSet
 from .commits import (
     KEY,
@@ -47,7 +48,7 @@ from .returning import (
     tells_keys,
     was_asked,
 )
-from .statements import ANYTHING, NOTHING, Writes, all_cascades, rows_of, writes_of
+from .statements import ANYTHING, NOTHING, Writes, rows_of, writes_of
 
 SUFFIXED: Final = "_sa_tablecache_suffixed"
 """Attribute of the context of a statement behind which RETURNING was written."""
@@ -322,7 +323,7 @@ class Watcher:
             transaction.began = transaction.began or tick()
         self.commit(connection)
 
-    def rollback(self, connection: Connection) -> None:
+    def rollback(self, connection: Connection, *, is_open: bool = False) -> None:
         """Forget what is rolled back, unless it may have become durable all the same."""
         if connection.closed or connection.invalidated:
             return  # its info is gone; the checkin has published what it had written
@@ -334,7 +335,7 @@ class Watcher:
         if transaction.changes and (
             transaction.opaque
             or connection.dialect.name in ("mysql", "mariadb")
-            or not _is_open(connection)
+            or not (is_open or _is_open(connection))
         ):
             publish(self.subscribers, transaction)
         else:
@@ -343,7 +344,7 @@ class Watcher:
     def rollback_twophase(self, connection: Connection, xid: Any, _prepared: Any) -> None:
         """Forget what is rolled back."""
         self.prepared.pop(xid, None)
-        self.rollback(connection)
+        self.rollback(connection, is_open=True)
 
     # -- connections ----------------------------------------------------------------------------
 

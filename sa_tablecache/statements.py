@@ -15,12 +15,12 @@ from __future__ import annotations
 import datetime as dt
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Column, Delete, Insert, MetaData, Table, Update, types
+from sqlalchemy import Column, Delete, Insert, Table, Update, types
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.ddl import ExecutableDDLElement
 from sqlalchemy.sql.dml import UpdateBase
@@ -37,6 +37,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import SelectBase
 
 from .analysis import TableName, table_name
+from .cascades import all_cascades, cascades
 from .changes import RowKey
 from .comparison import to_utc
 from .functions import READING_FUNCTIONS, function_name
@@ -376,62 +377,6 @@ def _written_columns(statement: Any, table: Table, parameters: Sequence[str]) ->
     )
     # Other models may have other keys for the same columns.
     return frozenset(table.c[name].name if name in table.c else name for name in names)
-
-
-_references: WeakKeyDictionary[MetaData, tuple[int, dict[TableName, list[Any]]]] = (
-    WeakKeyDictionary()
-)
-
-
-def cascades(
-    table: Table, *, deleted: bool, columns: frozenset[str] | None
-) -> frozenset[TableName]:
-    """Return the tables that the database itself changes through ON DELETE and ON UPDATE.
-
-    :param columns: for an UPDATE, the columns it sets; ``None`` if any.
-    """
-    seen: set[tuple[TableName, bool]] = set()
-    todo = [(table, deleted, columns)]
-    while todo:
-        parent, gone, changed = todo.pop()
-        for constraint in _constraints_on(parent):
-            action = ((constraint.ondelete if gone else constraint.onupdate) or "").upper()
-            if action in ("", "NO ACTION", "RESTRICT"):
-                continue
-            if not gone and changed is not None:
-                if not changed & {element.column.name for element in constraint.elements}:
-                    continue
-            child = constraint.table
-            # Deleted by a cascade, or changed in the columns of the foreign key.
-            deleted_too = gone and action == "CASCADE"
-            if (table_name(child), deleted_too) in seen:
-                continue
-            seen.add((table_name(child), deleted_too))
-            todo.append((child, deleted_too, frozenset(c.name for c in constraint.columns)))
-    return frozenset(name for name, _ in seen)
-
-
-def all_cascades(table: Table) -> frozenset[TableName]:
-    """Return the tables that the database itself changes when anything is done to a table."""
-    return cascades(table, deleted=True, columns=None) | cascades(
-        table, deleted=False, columns=None
-    )
-
-
-def _constraints_on(table: Table) -> Iterator[Any]:
-    metadata = table.metadata
-    known = _references.get(metadata)
-    if known is None or known[0] != len(metadata.tables):
-        references: dict[TableName, list[Any]] = {}
-        for child in metadata.tables.values():
-            for constraint in child.foreign_key_constraints:
-                try:
-                    parent = constraint.referred_table
-                except Exception:  # noqa: S112 - a table that is not declared (yet)
-                    continue
-                references.setdefault(table_name(parent), []).append(constraint)
-        known = _references[metadata] = (len(metadata.tables), references)
-    return iter(known[1].get(table_name(table), ()))
 
 
 # -- text --------------------------------------------------------------------------------------

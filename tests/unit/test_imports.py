@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "sa_tablecache"
 ORDER = """
     exc scores comparison criteria options turns functions view readers expressions joins groups
     keys analysis orders storage coverage clauses loading shapes planner changes usage triggers
-    layout stale freshness deltas statements returning commits events figures table policies
+    layout stale freshness deltas cascades statements returning commits events figures table policies
     answering explaining cache scopes reading results session asyncio transactions feed migrations
     metrics testing __init__
 """.split()
