@@ -33,7 +33,7 @@ from sqlalchemy.sql.selectable import Alias, CompoundSelect, SelectBase
 
 from .expressions import GROUPING, Expressions, obstacles
 from .groups import GroupPath, column_of, grouped_by, paths_to, read_grouped
-from .joins import Grouped, Joins, LeafColumn, closure, is_column
+from .joins import Grouped, Joins, LeafColumn, closure, is_column, is_stored
 from .keys import derived_key
 from .view import Analysis, CachedView, ViewTable
 
@@ -300,7 +300,7 @@ class _Analysis:
             columns=columns,
             hidden=tuple(hidden),
             key=key,
-            key_is_derived=derived,
+            key_is_derived=derived and all(map(is_stored, self._compared_text())),
             leaves=leaves,
             anchor=anchor,
             one_row_per_anchor=one_row,
@@ -309,11 +309,7 @@ class _Analysis:
             extensions=self._extensions(),
             grouped=self.by is not None,
             paths=paths,
-            compared_text=tuple(
-                joins.leaves[c.leaf].columns[c.name]
-                for joins in (self.joins, *(g.joins for _, g in self._subqueries()))
-                for c in sorted(joins.text)
-            ),
+            compared_text=tuple(column for column in self._compared_text() if is_stored(column)),
             functions=functions,
         )
 
@@ -329,6 +325,9 @@ class _Analysis:
         ]
         if any(join.full for join, _, _ in self.joins.joins):
             reasons.append("FULL JOIN")
+        if not all(map(is_stored, self._compared_text())):
+            # Under which collation it compares is not known, nor whether equal is the same.
+            reasons.append("a join by text that a subquery computes")
         if self.statement._group_by_clauses:
             by = grouped_by(self.statement, self.joins)
             if by is None:
@@ -337,6 +336,13 @@ class _Analysis:
                 self.by = by
                 return
         self.reasons += reasons
+
+    def _compared_text(self) -> list[Any]:
+        return [
+            joins.leaves[c.leaf].columns[c.name]
+            for joins in (self.joins, *(grouped.joins for _, grouped in self._subqueries()))
+            for c in sorted(joins.text)
+        ]
 
     def _subqueries(self) -> list[tuple[int, Grouped]]:
         """Return the subqueries with GROUP BY among the leaves, with their numbers."""
@@ -365,7 +371,7 @@ class _Analysis:
     def _source(self, at: LeafColumn) -> Column[Any] | None:
         """Return the base table's column that a leaf's column is."""
         column = self.joins.leaves[at.leaf].columns[at.name]
-        return column if is_column(column) and isinstance(column.table, Table) else None
+        return column if is_stored(column) else None
 
     def _is_nullable(self, at: LeafColumn) -> bool:
         leaf = self.joins.leaves[at.leaf]

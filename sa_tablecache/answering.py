@@ -6,6 +6,7 @@ cache may be asked at all is decided in ``reading.py``, and no SQL is run.
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any, cast
@@ -53,6 +54,8 @@ def partial_candidate(
     """Return the index of which storage holds most of the answer, and what is missing."""
     best: tuple[Candidate, IntervalSet] | None = None
     most = 0
+    if not all(map(layout.knows_zone, question.shape.projection or ())):
+        return None
     for candidate in question.candidates:
         missing = state.coverage.missing(candidate.index, candidate.intervals)
         present = candidate.intervals - missing
@@ -130,9 +133,22 @@ def finished(
     if shape.projection is None:
         return records
     values = attrgetter(*shape.projection)
+    rows: list[Any]
     if len(shape.projection) == 1:
-        return [(values(record),) for record in records]
-    return list(map(values, records))
+        rows = [(values(record),) for record in records]
+    else:
+        rows = list(map(values, records))
+    # Records have datetimes in UTC, but a column has them as the driver gives them.
+    zones = [layout.loader.zones.get(name) for name in shape.projection]
+    if not all(zone is None or zone is dt.UTC for zone in zones):
+        rows = [
+            tuple(
+                value if zone is None or value is None else value.astimezone(zone)
+                for value, zone in zip(row, zones, strict=True)
+            )
+            for row in rows
+        ]
+    return rows
 
 
 # -- order -------------------------------------------------------------------------------------

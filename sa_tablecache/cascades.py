@@ -1,7 +1,7 @@
-"""What the database itself changes through foreign keys: ON DELETE and ON UPDATE.
+"""What the database itself writes when a row is deleted or changed: ON DELETE and ON UPDATE.
 
-In: a table, and what was done to it. Out: the tables that follow, several levels deep, by the
-foreign keys that the models declare.
+In: a table, and what was done to a row of it. Out: the tables that follow from the foreign keys in
+its metadata, as many levels deep as they go. Pure.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from sqlalchemy import and_, false, literal, or_, true
 from sqlalchemy.sql import ColumnElement
 from sqlalchemy.sql.elements import ColumnClause
 
-from .scores import MAX, MIN, NULLS_FIRST, NULLS_LAST, Interval, IntervalSet
+from .scores import MAX, MIN, NULLS_FIRST, NULLS_LAST, Extreme, Interval, IntervalSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,12 @@ def _interval_clause(columns: Sequence[ScoreColumn], interval: Interval) -> Colu
 def _equals(column: ColumnClause[Any], value: Any) -> ColumnElement[bool]:
     if value is NULLS_FIRST or value is NULLS_LAST:
         return column.is_(None)
-    return column == literal(value, column.type)
+    return column == _literal(value, column)
+
+
+def _literal(value: Any, column: ColumnClause[Any]) -> ColumnElement[Any]:
+    """Return a score as SQL; that of a NaN stands in keys for where the database sorts it."""
+    return literal(float("nan") if isinstance(value, Extreme) else value, column.type)
 
 
 def _beyond(
@@ -76,7 +81,7 @@ def _beyond(
         if whole:
             return or_(strictly, column.is_(None)) if inclusive else strictly
     else:
-        bound = literal(value, column.type)
+        bound = _literal(value, column)
         compare = (
             (column >= bound if above else column <= bound)
             if whole and inclusive

@@ -69,6 +69,10 @@ class Subscriber(Protocol):
     def orphan(self, lease: Any, backend: Backend | None) -> None:
         """Keep a lease of which nobody knows how its COMMIT ended."""
 
+    @property
+    def at_once(self) -> frozenset[TableName]:
+        """The tables whose rows are visible when they are written, and stay: no transactions."""
+
 
 @dataclass(frozen=True, slots=True)
 class Backend:
@@ -106,6 +110,10 @@ class Transaction:
     """Those to tell of its end who had no lease: a list that may grow."""
     backend: Backend | None = None
     opaque: bool = False
+    ending: bool = False
+    """Whether SQLAlchemy itself is sending the statements that end it."""
+    locks: bool = False
+    """Whether others may have to wait for what it has locked."""
 
     def touches(self, tables: frozenset[TableName]) -> bool:
         """Whether it wrote one of the tables."""
@@ -222,9 +230,11 @@ def wrap_commit(dialect: Any) -> None:
 
     def commit_twophase(connection: Connection, *args: Any, **kwargs: Any) -> None:
         transaction = connection.info.get(KEY)
-        if transaction is None:
+        if transaction is None or kwargs.get("recover"):
+            # Nobody was told of it, and nobody knows what it wrote: its text says as much.
             do_commit_twophase(connection, *args, **kwargs)
         else:
+            transaction.ending = True
             _commit(
                 dialect,
                 transaction,
@@ -274,13 +284,16 @@ def _server_refused(error: BaseException) -> bool:
     if state:
         return not str(state).startswith(("08", "57P"))
     arguments: tuple[Any, ...] = error.args
-    lost = (2006, 2013, 2014, 2055, 4031)
     return (
-        type(error).__module__.partition(".")[0] in ("pymysql", "MySQLdb", "mysql", "mariadb")
+        type(error).__module__.partition(".")[0] in _MYSQL_DRIVERS
         and bool(arguments)
         and isinstance(arguments[0], int)
-        and arguments[0] not in lost
+        and arguments[0] > 0
+        and not 2000 <= arguments[0] < 3000  # what the client says by itself
     )
+
+
+_MYSQL_DRIVERS: Final = ("pymysql", "MySQLdb", "mysql", "mariadb", "asyncmy")
 
 
 def backend_of(dbapi_connection: Any) -> Backend | None:
@@ -291,4 +304,5 @@ def backend_of(dbapi_connection: Any) -> Backend | None:
         if callable(ask):
             return Backend(int(ask()))
     pid = getattr(getattr(driver, "info", None), "backend_pid", None)
+    pid = getattr(driver, "connection_id", None) if pid is None else pid
     return None if pid is None else Backend(int(pid))

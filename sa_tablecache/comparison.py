@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+import sys
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Final
 
@@ -32,6 +33,8 @@ class StoredColumn:
     """Whether text sorts by code points."""
     by_database: bool = False
     """Whether SQLite itself may have written values, in a format of its own."""
+    collation: str | None = None
+    """The name of the collation of text: databases refuse to compare text of two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +46,80 @@ class Comparison:
     accepts: tuple[type, ...] = ()
     """The exact types of parameters for which that is true."""
     reason: str = ""
-    bounds: tuple[int, int] | None = None
-    """For integers: what the column can hold. Other parameters are the database's to refuse."""
+    bounds: tuple[float, float] | None = None
+    """Of numbers: what the column can hold. Other parameters are the database's to refuse."""
     nan_is_greatest: bool = False
     normalise: Callable[[Any], Any] | None = None
     """Applied to stored values and to parameters alike."""
+    collation: str | None = None
+    """For text: the name of its collation."""
+    type: types.TypeEngine[Any] | None = field(default=None, compare=False)
+    """The type of the column."""
 
-    def parameter(self, value: Any) -> Any:
-        """Return a parameter in the form in which it compares, or raise :class:`Inexact`."""
+    def parameter(self, value: Any, type_: types.TypeEngine[Any] | None = None) -> Any:
+        """Return a parameter in the form in which it compares, or raise :class:`Inexact`.
+
+        :param type_: as what type the parameter is sent; ``None`` for the column's own.
+        """
         kind = type(value)
+        if type_ is not None and type_ is not self.type:
+            self._check_sent_as(type_, value)
+        if value is None:
+            return None
         if kind is int and float in self.accepts and abs(value) <= EXACT_FLOATS:
             return float(value)
+        if kind is int and Decimal in self.accepts:
+            return Decimal(value)
         if kind not in self.accepts:
             raise Inexact(f"a {kind.__name__} is not what this column holds")
+        if kind is float or kind is Decimal:
+            # A signalling NaN cannot even be compared with itself.
+            if value.is_nan() if kind is Decimal else value != value:  # noqa: PLR0124
+                raise Inexact("NaN")
         if self.bounds is not None and not self.bounds[0] <= value <= self.bounds[1]:
             raise Inexact("the number is out of the column's range")
-        if value != value:  # noqa: PLR0124 - only NaN differs from itself
-            raise Inexact("NaN")
         if kind is dt.datetime and (value.tzinfo is None) is not (self.normalise is None):
             raise Inexact("a time zone on one side only")
-        if kind is str and "\x00" in value:
-            raise Inexact("a NUL character")
+        if kind is str and not _is_storable(value):
+            raise Inexact("a character that databases refuse")
         return value if self.normalise is None else self.normalise(value)
+
+    def _check_sent_as(self, type_: types.TypeEngine[Any], value: Any) -> None:
+        """Raise :class:`Inexact` if the database gets the value as of another type.
+
+        ``Float.in_([1, 2.5])`` says that both are integers, and PostgreSQL casts what it gets.
+        """
+        mine = self.type
+        if mine is None or type_._static_cache_key == mine._static_cache_key:
+            return
+        if isinstance(mine, types.Integer) and isinstance(type_, types.Integer):
+            low, high = _integer_bounds(type_)
+            if type(value) is int and low <= value <= high:
+                return
+        elif isinstance(mine, types.Numeric | types.Float) and type(type_) is types.Integer:
+            if type(value) is int and abs(value) < 2**31:
+                return
+        elif type(type_) in _SENT_ALIKE.get(_kind(mine), ()):
+            return
+        raise Inexact(f"a parameter of type {type_!r}")
+
+    def compares_with(self, other: Comparison) -> bool:
+        """Whether values of two columns compare with each other as among themselves."""
+        return (
+            self.accepts == other.accepts
+            and self.normalise is other.normalise
+            and self.collation == other.collation
+            # One may be a type of the database's own, and the other text.
+            and not isinstance(self.type, types.Enum)
+        )
+
+
+def _is_storable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\x00" not in text
 
 
 class Inexact(Exception):
@@ -84,6 +139,11 @@ _INTEGERS: Final = {
     types.Integer: (-(2**31), 2**31 - 1),
 }
 
+
+def _integer_bounds(type_: Any) -> tuple[int, int]:
+    return next(bounds for base, bounds in _INTEGERS.items() if isinstance(type_, base))
+
+
 #: PostgreSQL's names of the types whose values compare as described below.
 _POSTGRESQL_NAMES: Final[dict[type, tuple[str, ...]]] = {
     types.Integer: ("int2", "int4", "int8"),
@@ -98,8 +158,42 @@ _POSTGRESQL_NAMES: Final[dict[type, tuple[str, ...]]] = {
     types.LargeBinary: ("bytea",),
 }
 
+#: The same for MariaDB and MySQL. FLOAT is compared in single precision, CHAR is padded, and what
+#: TIMESTAMP shows depends on the session's time zone.
+_MYSQL_NAMES: Final[dict[type, tuple[str, ...]]] = {
+    types.Boolean: ("tinyint", "int", "bigint"),  # the latter two are what comparisons give
+    types.Integer: ("tinyint", "smallint", "mediumint", "int", "bigint"),
+    types.Float: ("double",),
+    types.String: ("varchar", "tinytext", "text", "mediumtext", "longtext"),
+    types.DateTime: ("datetime",),
+    types.Date: ("date",),
+    types.Uuid: ("uuid", "char"),
+    types.LargeBinary: ("varbinary", "tinyblob", "blob", "mediumblob", "longblob"),
+    types.VARBINARY: ("varbinary", "tinyblob", "blob", "mediumblob", "longblob"),
+}
+
 #: Python types whose values sort among themselves.
 _SORTABLE: Final = (int, float, str, bytes, dt.date, dt.time, dt.timedelta, uuid.UUID, Decimal)
+
+#: Types of parameters that drivers send alike.
+_SENT_ALIKE: Final[dict[type, tuple[type, ...]]] = {
+    types.Float: (types.Float, types.Double, types.FLOAT, types.DOUBLE),
+    types.Numeric: (types.Numeric, types.NUMERIC, types.DECIMAL),
+    types.String: (types.String, types.Text, types.VARCHAR, types.TEXT),
+    types.Boolean: (types.Boolean, types.BOOLEAN),
+    types.Date: (types.Date, types.DATE),
+    types.Time: (types.Time, types.TIME),
+    types.LargeBinary: (types.LargeBinary, types.BLOB, types.VARBINARY),
+    types.VARBINARY: (types.LargeBinary, types.BLOB, types.VARBINARY),
+}
+
+
+def _kind(type_: types.TypeEngine[Any]) -> type:
+    """Return the base class of a type, as a key of the tables above."""
+    if isinstance(type_, types.Enum | types.CHAR):
+        return type(type_)
+    return next((base for base in _SENT_ALIKE if isinstance(type_, base)), type(type_))
+
 
 EXACT_FLOATS: Final = 2**53
 """Integers up to this are doubles without rounding."""
@@ -126,47 +220,51 @@ def comparison(
     :param stored: what the catalog says of the column; ``None`` for an expression.
     """
     name = dialect.name if dialect.name != "mariadb" else "mysql"
+    given, type_ = type_, type_._variant_mapping.get(dialect.name, type_)
     if name not in ("postgresql", "sqlite", "mysql") or isinstance(type_, types.TypeDecorator):
         return _UNKNOWN
     stored_name = stored.type_name if stored is not None else None
-    if name == "postgresql" and stored_name is not None:
-        for base, names in _POSTGRESQL_NAMES.items():
-            if isinstance(type_, base) and not (
-                base is types.Numeric and isinstance(type_, types.Float)
-            ):
+    stored_names = {"postgresql": _POSTGRESQL_NAMES, "mysql": _MYSQL_NAMES}.get(name, {})
+    if stored_name is not None:
+        for base, names in stored_names.items():
+            if isinstance(type_, base):
                 if stored_name not in names and not isinstance(type_, types.Enum):
                     return Comparison(False, False, reason=f"stored as {stored_name}")
                 break
-    return _by_type(type_, name, stored)
+    return replace(_by_type(type_, name, stored), type=given)
 
 
 def _by_type(type_: types.TypeEngine[Any], dialect: str, stored: StoredColumn | None) -> Comparison:
-    details: Any = type_  # the match narrows type_ to more than is true of subclasses
     match type_:
         case types.Boolean():
             return Comparison(True, False, (bool,), "a truth value")
         case types.Integer():
-            bounds = next(b for base, b in _INTEGERS.items() if isinstance(details, base))
-            if stored is None or dialect == "sqlite":
+            # PostgreSQL casts a parameter to the type that the model says, whatever is stored.
+            bounds = _integer_bounds(type_)
+            if dialect == "sqlite":
                 bounds = _INTEGERS[types.BigInteger]
-            elif stored.type_name is not None:
-                bounds = {
-                    "int2": _INTEGERS[types.SmallInteger],
-                    "int8": _INTEGERS[types.BigInteger],
-                }.get(stored.type_name, bounds)
+            elif stored is not None and stored.type_name == "int2":
+                bounds = _INTEGERS[types.SmallInteger]
             return Comparison(True, True, (int,), bounds=bounds)
         case types.REAL():
             return Comparison(False, False, reason="REAL is compared in single precision")
         case types.Float(asdecimal=True):
             return _UNKNOWN
         case types.Float():
-            return Comparison(True, True, (float,), nan_is_greatest=dialect == "postgresql")
+            if stored is None and dialect == "mysql":
+                return Comparison(False, False, reason="a number of a precision nobody knows")
+            finite = (-sys.float_info.max, sys.float_info.max) if dialect == "mysql" else None
+            return Comparison(
+                True, True, (float,), bounds=finite, nan_is_greatest=dialect == "postgresql"
+            )
         case types.Numeric(asdecimal=True) if dialect == "postgresql":
             return Comparison(True, True, (Decimal,), nan_is_greatest=True)
         case types.Numeric():
             return Comparison(False, False, reason="a decimal that is not compared as one")
         case types.Enum():
             kind: type | None = type_.enum_class
+            if stored is not None and stored.deterministic is False:
+                return Comparison(False, False, reason="an Enum under a collation that folds")
             if kind is None or not issubclass(kind, enum.Enum) or dialect == "mysql":
                 return Comparison(False, False, reason="an Enum of strings")
             return Comparison(True, False, (kind,), "an Enum, sorted by the database's own order")
@@ -190,7 +288,7 @@ def _by_type(type_: types.TypeEngine[Any], dialect: str, stored: StoredColumn | 
             if not type_.as_uuid:
                 return Comparison(False, False, reason="a UUID read as text")
             return Comparison(True, dialect != "mysql", (uuid.UUID,))
-        case types.LargeBinary():
+        case types.LargeBinary() | types.VARBINARY():
             return Comparison(True, True, (bytes,))
     return _UNKNOWN
 
@@ -198,12 +296,27 @@ def _by_type(type_: types.TypeEngine[Any], dialect: str, stored: StoredColumn | 
 def _text(type_: types.String, dialect: str, stored: StoredColumn | None) -> Comparison:
     if isinstance(type_, types.CHAR | CITEXT):
         return Comparison(False, False, reason=f"{type(type_).__name__} pads or folds its values")
-    if type_.collation is not None or stored is None:
+    if stored is None or stored.deterministic is None:
         return Comparison(False, False, reason="text under a collation that was not looked up")
-    if dialect == "mysql":
-        return Comparison(False, False, reason="text under a collation that folds or pads")
+    name = f"collation {stored.collation}" if stored.collation else "a collation"
+    way_out = _WAYS_OUT[dialect]
     if not stored.deterministic:
-        return Comparison(False, False, reason="text under a collation that folds")
+        how = "folds or pads" if dialect == "mysql" else "folds"
+        return Comparison(False, False, reason=f"text under {name}, which {how} ({way_out})")
     if not stored.bytewise:
-        return Comparison(True, False, (str,), "text under a collation that is not bytewise")
-    return Comparison(True, True, (str,))
+        return Comparison(
+            True,
+            False,
+            (str,),
+            f"text under {name}, which is not bytewise ({way_out})",
+            collation=stored.collation,
+        )
+    return Comparison(True, True, (str,), collation=stored.collation)
+
+
+#: How a column is declared so that its text compares as in Python.
+_WAYS_OUT: Final = {
+    "postgresql": 'declare the column with collation="C"',
+    "sqlite": "declare the table without COLLATE",
+    "mysql": 'declare the column with collation="utf8mb4_nopad_bin"',
+}

@@ -236,6 +236,8 @@ class Reader:
         if isinstance(left, Tuple) and isinstance(right, Tuple):
             columns = tuple(map(self._column, left.clauses))
             parameters = tuple(map(self._parameter, right.clauses))
+            if len(columns) != len(parameters):
+                raise Inexact("row values of different lengths")
             pairs = zip(columns, parameters, strict=True)
             if op == "==":
                 return And(tuple(Compare(c, op, p) for c, p in pairs))
@@ -273,11 +275,16 @@ def _ungrouped(element: Any) -> Any:
 
 
 def bind(
-    node: Node, raw: Sequence[Any], bound: list[Any], comparisons: Mapping[str, Comparison]
+    node: Node,
+    raw: Sequence[Any],
+    bound: list[Any],
+    comparisons: Mapping[str, Comparison],
+    types: Sequence[Any],
 ) -> None:
     """Put each parameter into the form in which it compares, or raise :class:`.Inexact`.
 
-    A list becomes a pair: the set of its values other than NULL, and whether NULL is among them.
+    ``types`` are those as which the parameters are sent. A list becomes a pair: the set of its
+    values other than NULL, and whether NULL is among them.
     """
 
     def usable(column: str, op: str = "==") -> Comparison:
@@ -291,21 +298,21 @@ def bind(
     match node:
         case And() | Or():
             for inner in node.nodes:
-                bind(inner, raw, bound, comparisons)
+                bind(inner, raw, bound, comparisons, types)
         case Compare():
             how = usable(node.column, node.op)
-            value = raw[node.parameter]
-            bound[node.parameter] = None if value is None else how.parameter(value)
+            value, type_ = raw[node.parameter], types[node.parameter]
+            bound[node.parameter] = how.parameter(value, type_)
         case CompareColumns():
             left, right = usable(node.left, node.op), usable(node.right, node.op)
-            if left.accepts != right.accepts:
+            if not left.compares_with(right):
                 raise Inexact(f"{node.left} and {node.right} are of different types")
             if left.nan_is_greatest:
                 raise Inexact("columns in which NaN may occur")
         case In():
             how = usable(node.column)
-            values = list(raw[node.parameter])
-            some = frozenset(how.parameter(value) for value in values if value is not None)
+            values, type_ = list(raw[node.parameter]), types[node.parameter]
+            some = frozenset(how.parameter(value, type_) for value in values) - {None}
             bound[node.parameter] = (some, None in values, not values)
         case Truth():
             if bool not in usable(node.column).accepts:
@@ -313,16 +320,17 @@ def bind(
         case RowIn():
             hows = [usable(column) for column in node.columns]
             rows = [tuple(row) for row in raw[node.parameter]]
-            bound[node.parameter] = frozenset(
-                tuple(how.parameter(v) for how, v in zip(hows, row, strict=True))
-                for row in rows
-                if None not in row
-            )
+            kinds = types[node.parameter].types
+            if any(len(row) != len(hows) for row in (*rows, kinds)):
+                raise Inexact("row values of different lengths")
+            usable_rows = [tuple(map(Comparison.parameter, hows, row, kinds)) for row in rows]
+            bound[node.parameter] = frozenset(row for row in usable_rows if None not in row)
         case RowCompare():
             for column, parameter in zip(node.columns, node.parameters, strict=True):
                 how, value = usable(column, node.op), raw[parameter]
                 usable(column)
-                bound[parameter] = None if value is None else how.parameter(value)
+                type_ = types[parameter]
+                bound[parameter] = how.parameter(value, type_)
 
 
 # -- evaluation --------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import count
-from typing import Any, Final, cast
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, Table, event, inspect
@@ -35,6 +35,15 @@ from .commits import (
     transaction_of,
     wrap_commit,
 )
+from .drivers import (
+    CURSOR,
+    autocommits,
+    count_unknown,
+    in_transaction,
+    is_open,
+    knows_transactions,
+    watch_cursors,
+)
 from .exc import CriteriaError
 from .loading import READER
 from .returning import (
@@ -53,14 +62,14 @@ from .statements import ANYTHING, NOTHING, Writes, rows_of, writes_of
 SUFFIXED: Final = "_sa_tablecache_suffixed"
 """Attribute of the context of a statement behind which RETURNING was written."""
 RAW: Final = "sa_tablecache.raw"
-CURSOR: Final = "sa_tablecache.cursor"
-"""In the connection's info: its newest cursor, until the engine executes it."""
 TAINTED: Final = "sa_tablecache.tainted"
 """In the connection's info: SET or the like ran, so that it may see what others do not.
 
 It stays when the connection returns to its pool: a reset of the pool ends transactions, and not
 what was set for the session.
 """
+MOVED: Final = "sa_tablecache.moved"
+"""In the connection's info: USE or the like ran, and names without a schema mean other tables."""
 _ticks = count(1)
 
 
@@ -158,6 +167,10 @@ class Watcher:
         writes = writes_of(context, statement)
         if writes.sets:
             connection.info[TAINTED] = True
+        if writes.moves:
+            connection.info[MOVED] = True
+        if writes.locks:
+            transaction_of(connection.info).locks = True
         if writes.rolls_back and KEY in connection.info:
             transaction_of(connection.info).changes.forget_before()
         declared = None if context is None else context.execution_options.get(WRITES)
@@ -168,12 +181,16 @@ class Watcher:
         if writes.kind == "text":
             writes = self._resolved(writes)
         transaction = transaction_of(connection.info)
+        if transaction.ending:
+            return statement, parameters
+        if connection.info.get(MOVED) and any(schema is None for schema, _ in _tables(writes)):
+            writes = replace(writes, anything=True)
         transaction.opaque = transaction.opaque or writes.opaque
         if writes.primary_key and not self._knows_key_of(writes):
             writes = replace(
                 writes, further=writes.further | _tables(writes), key=(), primary_key=()
             )
-        keys = rows_of(writes, context)
+        keys = rows_of(writes, context) if _keeps_keys(connection) else None
         suffix = ""
         if writes.unnamed and writes.table is not None and declared is None:
             if self._wanted(writes.table[1]) is not None:
@@ -186,7 +203,7 @@ class Watcher:
             asks=(keys is None or was_asked(context)) and tells_keys(writes, context),
             suffixed=bool(suffix),
         )
-        if _autocommits(connection):
+        if autocommits(connection) or self._at_once(transaction):
             # The rows are not known yet: the lease is on what they could be.
             changes, transaction.changes = transaction.changes, ChangeSet()
             underway = dict(transaction.underway)
@@ -241,6 +258,8 @@ class Watcher:
             rows = read_rows(executed.writes, context, statement, result)
             if rows is not None and not rows.keys and self._acts(executed.writes):
                 rows = None
+            if executed.writes.kind == "insert" and not _keeps_keys(connection):
+                rows = None
             transaction.wrote(executed, rows, any_row=rows is None or bool(rows.keys))
             self._publish_if_over(connection, transaction, executed.writes)
 
@@ -248,14 +267,21 @@ class Watcher:
         self, connection: Connection, transaction: Transaction, writes: Writes
     ) -> None:
         """Publish at once what no COMMIT will follow: AUTOCOMMIT, and what text may have ended."""
-        if _autocommits(connection) or (
-            connection.dialect.name == "sqlite" and not _in_transaction(connection)
+        if autocommits(connection) or (
+            connection.dialect.name == "sqlite" and not in_transaction(connection)
         ):
             publish(self.subscribers, transaction)
-            transaction.changes = ChangeSet()
+            if knows_transactions(connection):
+                transaction.changes = ChangeSet()
+        elif self._at_once(transaction):
+            publish(self.subscribers, transaction)
         elif writes.opaque:
             for subscriber in list(self.subscribers):
                 subscriber.publish(transaction.changes, None)
+
+    def _at_once(self, transaction: Transaction) -> bool:
+        """Whether it wrote tables that have no transactions."""
+        return any(s.at_once and transaction.touches(s.at_once) for s in self.subscribers)
 
     def handle_error(self, context: Any) -> None:
         """Publish what a failed statement may have written where each statement commits."""
@@ -295,7 +321,7 @@ class Watcher:
 
     def commit(self, connection: Connection) -> None:
         """Lease what COMMIT is about to make visible."""
-        _count_unknown(connection.info)
+        count_unknown(connection.info)
         transaction = transaction_of(connection.info)
         if not transaction.began:  # it began before anybody watched
             transaction.changes.add_everything()
@@ -323,11 +349,11 @@ class Watcher:
             transaction.began = transaction.began or tick()
         self.commit(connection)
 
-    def rollback(self, connection: Connection, *, is_open: bool = False) -> None:
+    def rollback(self, connection: Connection, *, known: bool = False) -> None:
         """Forget what is rolled back, unless it may have become durable all the same."""
         if connection.closed or connection.invalidated:
             return  # its info is gone; the checkin has published what it had written
-        _count_unknown(connection.info)
+        count_unknown(connection.info)
         transaction: Transaction | None = connection.info.pop(KEY, None)
         if transaction is None:
             return
@@ -335,7 +361,7 @@ class Watcher:
         if transaction.changes and (
             transaction.opaque
             or connection.dialect.name in ("mysql", "mariadb")
-            or not (is_open or _is_open(connection))
+            or not (known or is_open(connection))
         ):
             publish(self.subscribers, transaction)
         else:
@@ -344,7 +370,7 @@ class Watcher:
     def rollback_twophase(self, connection: Connection, xid: Any, _prepared: Any) -> None:
         """Forget what is rolled back."""
         self.prepared.pop(xid, None)
-        self.rollback(connection, is_open=True)
+        self.rollback(connection, known=True)
 
     # -- connections ----------------------------------------------------------------------------
 
@@ -355,7 +381,7 @@ class Watcher:
     def engine_connect(self, connection: Connection) -> None:
         """Note that the connection's statements will be seen."""
         connection.info[RAW] = False
-        _watch_cursors(connection)
+        watch_cursors(connection)
 
     def close_detached(self, _dbapi: Any) -> None:
         """Count on a connection that left its pool to have written unseen."""
@@ -366,7 +392,7 @@ class Watcher:
         """Publish what was written unseen: by a raw connection, or with its end unknown."""
         if READER in record.info:
             return
-        _count_unknown(record.info)
+        count_unknown(record.info)
         transaction: Transaction | None = record.info.pop(KEY, None)
         if record.info.get(RAW):
             record.info[TAINTED] = True  # nobody saw what it SET
@@ -376,25 +402,6 @@ class Watcher:
             transaction.settle()
             if transaction.changes or transaction.leases is not None:
                 publish(self.subscribers, transaction)
-
-
-def _watch_cursors(connection: Connection) -> None:
-    """Notice the cursors that are not the engine's own: it tells of each when it executes it."""
-    fairy: Any = connection.connection
-    info, make = fairy.info, fairy.dbapi_connection.cursor  # no reference to the fairy itself
-
-    def cursor(*args: Any, **kwargs: Any) -> Any:
-        _count_unknown(info)
-        made = info[CURSOR] = make(*args, **kwargs)
-        return made
-
-    fairy.cursor = cursor
-
-
-def _count_unknown(info: dict[Any, Any]) -> None:
-    """Have a cursor that the engine did not execute count as one that wrote anything."""
-    if info.pop(CURSOR, None) is not None:
-        transaction_of(info).changes.add_everything()
 
 
 def _tables(writes: Writes) -> frozenset[TableName]:
@@ -441,36 +448,9 @@ def _names(table: TableName, connection: Connection, context: Any) -> list[Table
     return [(s, name) for s in schemas]
 
 
-def _autocommits(connection: Connection) -> bool:
-    """Whether each statement of a connection commits by itself."""
-    driver: Any = connection.connection.driver_connection
-    if connection.dialect.name == "sqlite":
-        return driver.isolation_level is None and not driver.in_transaction
-    if connection._is_autocommit_isolation():
-        return not _began_by_hand(driver)
-    return getattr(connection.connection.dbapi_connection, "autocommit", False) is True
-
-
-def _began_by_hand(driver: Any) -> bool:
-    """Whether a transaction is open, by the driver: BEGIN as text on one in AUTOCOMMIT, say."""
-    if hasattr(driver, "is_in_transaction"):  # asyncpg
-        return bool(driver.is_in_transaction())
-    if hasattr(driver, "get_transaction_status"):  # psycopg2
-        return driver.get_transaction_status() in (1, 2, 3)
-    status = getattr(getattr(driver, "info", None), "transaction_status", 0)  # psycopg
-    return int(status) in (1, 2, 3)
-
-
-def _is_open(connection: Connection) -> bool:
-    """Whether the server still has a transaction, and was not told by the driver to commit."""
-    driver: Any = connection.connection.driver_connection
-    if connection.dialect.name == "sqlite":
-        return _in_transaction(connection)
-    return _began_by_hand(driver)
-
-
-def _in_transaction(connection: Connection) -> bool:
-    return bool(cast("Any", connection.connection.driver_connection).in_transaction)
+def _keeps_keys(connection: Connection) -> bool:
+    """Whether keys are stored as they are written: no SET has changed ``sql_mode``, say."""
+    return connection.dialect.name not in ("mysql", "mariadb") or TAINTED not in connection.info
 
 
 _watchers: WeakKeyDictionary[Engine, Watcher] = WeakKeyDictionary()

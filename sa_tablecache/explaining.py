@@ -73,8 +73,10 @@ def _explained(
     shape, parameters = shape_of(statement)
     if any(isinstance(option, BypassCache) for option in shape.options):
         raise Inexact("bypass_cache()")
-    question = ask(shape, parameters, columns)
     state = table.state
+    if not state.coverage:
+        return Explanation("miss", name, "nothing is loaded", coarse=coarse)
+    question = ask(shape, parameters, columns)
     reason = ""
     candidate, missing, kind = covered_candidate(layout, question, state), NOTHING, "hit"
     if candidate is None:

@@ -147,6 +147,8 @@ def read_grouped(selectable: Any) -> Grouped | None:
         at = column_of(element.element if isinstance(element, Label) else element, joins)
         columns[key] = column if at is None else joins.leaves[at.leaf].columns[at.name]
         if at is not None:
+            if columns[key] not in column.base_columns:
+                return None  # the columns are not in the order in which they are selected
             shown.setdefault(at, key)
     if not all(column in shown for column in by):
         return None

@@ -49,6 +49,11 @@ def is_column(element: Any) -> bool:
     return isinstance(element, Column) and element.table is not None
 
 
+def is_stored(element: Any) -> bool:
+    """Whether a leaf's column is that of a table, rather than what a subquery computes."""
+    return is_column(element) and isinstance(element.table, Table)
+
+
 def closure(
     start: Iterable[LeafColumn],
     dependencies: list[tuple[frozenset[LeafColumn], frozenset[LeafColumn]]],

@@ -22,13 +22,14 @@ from sqlalchemy.sql import ColumnElement
 from sqlalchemy.types import NullType
 
 from .analysis import Leaf, TableName, ViewPlan, table_label
+from .catalog import Catalog
 from .changes import Concern
 from .clauses import ScoreColumn, intervals_clause
 from .comparison import Comparison, is_sortable
 from .coverage import Coverage
 from .exc import ViewDefinitionError
 from .groups import GroupPath
-from .loading import Catalog, Loader, Rows
+from .loading import Loader, Rows
 from .orders import Hidden, Order, Part, Record
 from .planner import Columns
 from .scores import Extreme, IntervalSet
@@ -93,9 +94,11 @@ class Layout:
             for name, (columns, scores) in wanted.items()
         }
         self._lazy = {n: o for n, o in self.orders.items() if n.startswith(LINEAGE)}
-        self.loader = Loader(plan, hidden, comparisons)
+        self.loader = Loader(plan, hidden, comparisons, dialect)
         self.tables: frozenset[TableName] = plan.tables | catalog.related.keys()
         """The tables of which a change concerns the view, partitions and the like included."""
+        self.at_once = catalog.at_once
+        """Those of them that have no transactions."""
         self._stored = catalog.stored(plan)
         self.columns = Columns(
             plan,
@@ -164,7 +167,8 @@ class Layout:
         plan = self.plan
         hidden: list[str] = []
         followed: set[TableName] = set()
-        lost: set[TableName] = set()
+        self.coarse |= {t: why for t, why in catalog.unfollowed.items() if t not in self.coarse}
+        lost: set[TableName] = set(catalog.unfollowed)
 
         def usable(name: str) -> bool:
             return comparisons[name].equality and is_sortable(plan.column(name).clause.type)
@@ -370,6 +374,10 @@ class Layout:
         for clause in clauses[1:]:
             result = result | clause
         return [result]
+
+    def knows_zone(self, name: str) -> bool:
+        """Whether a column has no aware datetimes, or their time zone was seen."""
+        return self.columns.comparisons[name].normalise is None or name in self.loader.zones
 
     # -- records for readers ---------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Reading the database: snapshots, the catalog, and rows into records.
+"""Reading the database: snapshots, and rows into records.
 
 In: a plan and the criteria of what to read. Out: :class:`Rows`, records with their hidden values.
 
@@ -8,17 +8,20 @@ cache's own: on the application's pool it could starve behind the very readers t
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import tzinfo
 from typing import Any, cast
 
 from sqlalchemy import (
+    VARBINARY,
     Boolean,
     Connection,
     Date,
     DateTime,
+    Dialect,
     Engine,
     Enum,
     Float,
@@ -31,15 +34,19 @@ from sqlalchemy import (
     Uuid,
     select,
     text,
+    type_coerce,
 )
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from sqlalchemy.sql import ColumnElement
+from sqlalchemy.types import NullType
 
-from .analysis import TableName, ViewPlan, table_label, table_name
-from .comparison import Comparison, StoredColumn, comparison
-from .exc import UnsuitableEngine, ViewDefinitionError
+from .analysis import ViewPlan
+from .comparison import Comparison, to_utc
+from .exc import TableCacheError, UnsuitableEngine
 from .readers import EveryScope
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int], object]
 """Called now and then during a load with the number of records read so far."""
@@ -47,12 +54,15 @@ Progress = Callable[[int], object]
 PARTITION = 1_000
 """Rows fetched at a time: few enough to be made into records while they are in the CPU's cache."""
 
+MOST_KNOWN = 10_000
+"""So many conversions of stored values are remembered for each column."""
+
 #: Marks a pooled connection as one of ours, for listeners that the pool was copied with.
 READER = "sa_tablecache.reader"
 
 _IMMUTABLE = (
     Boolean, Date, DateTime, Enum, Float, Integer, Interval, LargeBinary, Numeric, String, Time,
-    Uuid,
+    Uuid, VARBINARY,
 )  # fmt: skip
 _SHARED = (Date, DateTime, Enum, Float, Integer, LargeBinary, String, Time, Uuid)
 
@@ -115,6 +125,10 @@ class Snapshots:
                 if dialect == "postgresql":
                     options["postgresql_readonly"] = True
                 connection = connection.execution_options(**options)
+                if dialect in ("mysql", "mariadb"):
+                    connection.exec_driver_sql(
+                        "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY"
+                    )
                 if dialect == "postgresql" and "sa_tablecache.primary" not in connection.info:
                     if connection.scalar(text("SELECT pg_is_in_recovery()")):
                         raise UnsuitableEngine(
@@ -144,191 +158,6 @@ class Snapshots:
             self._engine.dispose()
 
 
-@dataclass(frozen=True)
-class Catalog:
-    """What the database says of the tables of one view."""
-
-    columns: dict[tuple[TableName, str], StoredColumn] = field(default_factory=dict)
-
-    related: dict[TableName, TableName] = field(default_factory=dict)
-    """Partitions, inheritance children and database views, by name, and a table behind each."""
-
-    def stored(self, plan: ViewPlan) -> dict[tuple[TableName, str], StoredColumn]:
-        """Return how the columns that a view uses are stored."""
-        used = [column.source for column in plan.columns + plan.hidden]
-        keys = {
-            (table_name(c.table), c.name) for c in (*used, *plan.compared_text) if c is not None
-        }
-        return {key: column for key, column in self.columns.items() if key in keys}
-
-    def tells_apart(self, column: Any, dialect: Any) -> bool:
-        """Whether equal text of a stored column is the same text."""
-        if column.type.collation is not None:
-            return False
-        table = column.table
-        stored = self.columns.get(((table.schema, table.name), column.name), StoredColumn())
-        return comparison(String(), dialect, stored).equality
-
-    def comparison(self, plan: ViewPlan, name: str, connection_dialect: Any) -> Comparison:
-        """Return how the values of a view's column compare."""
-        column = plan.column(name)
-        stored = None
-        if column.source is not None:
-            table = column.source.table
-            stored = self.columns.get(
-                ((table.schema, table.name), column.source.name), StoredColumn()
-            )
-        return comparison(column.clause.type, connection_dialect, stored)
-
-
-_POSTGRESQL_COLUMNS = text(
-    """
-    SELECT c.relkind::text AS kind, c.relrowsecurity AS row_security, a.attname AS column,
-           t.typname AS type, co.collname AS collation, co.collprovider::text AS provider,
-           co.collcollate AS locale, co.collisdeterministic AS deterministic,
-           to_jsonb(d) ->> 'datlocprovider' AS database_provider, d.datcollate AS database_locale,
-           coalesce(to_jsonb(d) ->> 'datlocale', to_jsonb(d) ->> 'daticulocale') AS builtin_locale
-    FROM pg_class c
-    JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-    JOIN pg_type t ON t.oid = a.atttypid
-    LEFT JOIN pg_collation co ON co.oid = a.attcollation
-    JOIN pg_database d ON d.datname = current_database()
-    WHERE c.oid = to_regclass(:name)
-    """
-)
-
-
-_POSTGRESQL_RELATED = text(
-    """
-    WITH RECURSIVE edge (parent, child) AS (
-        SELECT inhparent, inhrelid FROM pg_inherits
-        UNION
-        SELECT d.refobjid, r.ev_class
-        FROM pg_rewrite r
-        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
-        WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid <> r.ev_class
-    ), related (oid) AS (
-        SELECT to_regclass(:name)::oid
-        UNION
-        SELECT edge.child FROM edge JOIN related ON edge.parent = related.oid
-    )
-    SELECT n.nspname AS schema, c.relname AS name
-    FROM related
-    JOIN pg_class c ON c.oid = related.oid
-    JOIN pg_namespace n ON n.oid = c.relnamespace
-    WHERE c.oid <> to_regclass(:name)
-    """
-)
-
-
-def probe(connection: Connection, plan: ViewPlan) -> Catalog:
-    """Look up how the tables of a view are stored: one statement for each table.
-
-    :raises ViewDefinitionError: if one of them is a database view, a foreign table, or under row
-        security, so that a change of what the cache read could go unnoticed or a cached answer
-        show what the reader may not see.
-    """
-    dialect = connection.dialect.name
-    columns: dict[tuple[TableName, str], StoredColumn] = {}
-    related: dict[TableName, TableName] = {}
-    if dialect == "postgresql":
-        for table in sorted(plan.tables, key=table_label):
-            columns.update(_probe_postgresql(connection, plan, table))
-            for row in connection.execute(
-                _POSTGRESQL_RELATED, {"name": _postgresql_name(connection, table)}
-            ):
-                related[row.schema, row.name] = table
-    elif dialect == "sqlite":
-        for table in sorted(plan.tables, key=table_label):
-            columns.update(_probe_sqlite(connection, plan, table))
-    elif dialect in ("mysql", "mariadb"):
-        for table in sorted(plan.tables, key=table_label):
-            kind = connection.scalar(
-                text(
-                    "SELECT table_type FROM information_schema.tables "
-                    "WHERE table_name = :name AND table_schema = coalesce(:schema, database())"
-                ),
-                {"name": table[1], "schema": _translated(connection, table)[0]},
-            )
-            if kind is not None and kind != "BASE TABLE":
-                raise _not_a_table(plan, table, str(kind).lower())
-    # A writer may leave out the default schema where the view says it, and the other way round.
-    default = "main" if dialect == "sqlite" else connection.dialect.default_schema_name
-    for (schema, name), table in [*related.items(), *((t, t) for t in plan.tables)]:
-        if schema == default and (None, name) not in plan.tables:
-            related[None, name] = table
-    return Catalog(columns, related)
-
-
-def _translated(connection: Connection, table: TableName) -> TableName:
-    """Return a table's name after ``schema_translate_map``."""
-    translate = connection.get_execution_options().get("schema_translate_map") or {}
-    return translate.get(table[0], table[0]), table[1]
-
-
-def _not_a_table(plan: ViewPlan, table: TableName, kind: str) -> ViewDefinitionError:
-    return ViewDefinitionError(
-        f"view {plan.name}: {table_label(table)} is a {kind}, so that changes of what feeds it "
-        "would not be noticed; select from the tables behind it"
-    )
-
-
-def _postgresql_name(connection: Connection, table: TableName) -> str:
-    quote = connection.dialect.identifier_preparer.quote
-    return ".".join(quote(part) for part in _translated(connection, table) if part)
-
-
-def _probe_postgresql(
-    connection: Connection, plan: ViewPlan, table: TableName
-) -> Iterator[tuple[tuple[TableName, str], StoredColumn]]:
-    name = _postgresql_name(connection, table)
-    kinds = {"v": "view", "m": "materialized view", "f": "foreign table"}
-    for row in connection.execute(_POSTGRESQL_COLUMNS, {"name": name}):
-        if row.kind in kinds:
-            raise _not_a_table(plan, table, kinds[row.kind])
-        if row.row_security and plan.view.__row_security__ != "ignore":
-            raise ViewDefinitionError(
-                f"view {plan.name}: {table_label(table)} is under row-level security, which a "
-                "cache shared by all cannot apply; say __row_security__ = 'ignore' if every "
-                "reader of the view may see every row of it"
-            )
-        provider, locale = row.provider, row.locale
-        if row.collation == "default":
-            provider = row.database_provider or "c"
-            locale = row.builtin_locale if provider == "b" else row.database_locale
-        bytewise = row.collation in ("C", "POSIX", "ucs_basic", "pg_c_utf8") or (
-            provider in ("c", "b") and str(locale).lower() in ("c", "posix", "c.utf-8", "c.utf8")
-        )
-        yield (
-            (table, row.column),
-            StoredColumn(row.type, row.deterministic is not False, bytewise),
-        )
-
-
-def _probe_sqlite(
-    connection: Connection, plan: ViewPlan, table: TableName
-) -> Iterator[tuple[tuple[TableName, str], StoredColumn]]:
-    schema, name = _translated(connection, table)
-    quote = connection.dialect.identifier_preparer.quote
-    master = f"{quote(schema)}.sqlite_master" if schema else "sqlite_master"
-    row = connection.exec_driver_sql(
-        f"SELECT type, sql FROM {master} WHERE lower(name) = lower(?)",
-        (name,),
-    ).first()
-    if row is None:
-        return
-    if row[0] != "table" or re.match(r"\s*CREATE\s+VIRTUAL", row[1] or "", re.IGNORECASE):
-        raise _not_a_table(plan, table, row[0] if row[0] != "table" else "virtual table")
-    collations = re.findall(r"\bCOLLATE\s+\W?(\w+)", row[1] or "", re.IGNORECASE)
-    # Which column a COLLATE belongs to is the database's to parse: one makes all text coarse.
-    bytewise = all(collation.upper() == "BINARY" for collation in collations)
-    sources = [column.source for column in plan.columns + plan.hidden]
-    for source in (*sources, *plan.compared_text):
-        if source is not None and (source.table.schema, source.table.name) == table:
-            written = source.server_default is not None or source.server_onupdate is not None
-            yield (table, source.name), StoredColumn(None, bytewise, bytewise, written)
-
-
 @dataclass(slots=True)
 class Rows:
     """Records, and beside each its hidden values if the view keeps any."""
@@ -349,10 +178,20 @@ class Loader:
     Equal values of a column are shared between records: that makes a record of the flights view
     three times smaller. Each column has a pool of its own, since ``1 == 1.0 == True``; one that
     turns out not to repeat itself is given up.
+
+    SQLite stores any value in any column, and a truth value is a number on MariaDB, too. A column
+    that holds what SQLAlchemy would not have stored (2 for true, a datetime without microseconds)
+    does not compare in Python as it does there: from then on it is left to the database.
+
+    :param comparisons: how columns compare; changed when such a value is found.
     """
 
     def __init__(
-        self, plan: ViewPlan, hidden: Sequence[str], comparisons: dict[str, Comparison]
+        self,
+        plan: ViewPlan,
+        hidden: Sequence[str],
+        comparisons: dict[str, Comparison],
+        dialect: Dialect,
     ) -> None:
         self.plan = plan
         self.hidden = tuple(hidden)
@@ -362,14 +201,105 @@ class Loader:
             c.name for c in plan.columns if not isinstance(c.clause.type, _IMMUTABLE)
         )
         """Columns whose values a reader could change; copied for each reader."""
-        self._normalise = [
-            comparisons[name].normalise if name in comparisons else None for name in self.columns
+        self._comparisons = comparisons
+        self._normalise: list[Callable[[Any], Any] | None] = [
+            comparisons[name].normalise for name in self.columns
         ]
+        self.zones: dict[str, tzinfo] = {}
+        """The time zones in which the driver gives aware datetimes, by column."""
+        self._stored: list[Any] = list(self.clauses)
+        """What is selected: of some columns the stored values, to be converted here."""
+        self._unsorted: dict[int, str] = {}
+        """Columns of text and bytes, and which values MariaDB does not sort as it compares."""
+        self._types: list[tuple[type, ...]] = [()] * len(self.columns)
+        """The types that values may have, where a column may hold any; empty elsewhere."""
+        sqlite = dialect.name == "sqlite"
+        for at, (name, clause) in enumerate(zip(self.columns, self.clauses, strict=True)):
+            if self._normalise[at] is to_utc:
+                self._normalise[at] = self._noting_zone(name)
+            converted = (Boolean, DateTime, Date, Time, Uuid) if sqlite else (Boolean,)
+            if not comparisons[name].equality or dialect.name == "postgresql":
+                continue
+            if not sqlite and comparisons[name].order and str in comparisons[name].accepts:
+                self._unsorted[at] = "len({0}) > 256 or '\\x00' in {0}"
+            elif not sqlite and comparisons[name].order and bytes in comparisons[name].accepts:
+                self._unsorted[at] = "len({0}) > 1024"
+            if isinstance(clause.type, converted):
+                self._stored[at] = type_coerce(clause, NullType())
+                self._normalise[at] = self._converter(name, clause.type, dialect)
+            elif sqlite and isinstance(
+                clause.type, Integer | Float | String | LargeBinary | VARBINARY
+            ):
+                accepts = comparisons[name].accepts
+                if not isinstance(clause.type, Enum):
+                    self._types[at] = (*accepts, int) if float in accepts else accepts
         self._makers: dict[tuple[bool, ...], Callable[..., None]] = {}
 
     def statement(self, *criteria: ColumnElement[bool]) -> Any:
         """Return the SELECT that reads the records that meet the criteria."""
-        return select(*self.clauses).where(*criteria).options(EveryScope(self.plan.view))
+        return select(*self._stored).where(*criteria).options(EveryScope(self.plan.view))
+
+    def _noting_zone(self, name: str) -> Callable[[Any], Any]:
+        """Return what brings datetimes to UTC and remembers where they came from."""
+        zones = self.zones
+
+        def in_utc(value: Any) -> Any:
+            if value is not None:
+                zones[name] = value.tzinfo
+            return to_utc(value)
+
+        return in_utc
+
+    def _converter(self, name: str, type_: Any, dialect: Dialect) -> Callable[[Any], Any]:
+        """Return what makes a value of a stored one, and notices one stored in another form."""
+        convert = type_.dialect_impl(dialect).result_processor(dialect, None)
+        store = type_.dialect_impl(dialect).bind_processor(dialect)
+        known: dict[Any, Any] = {None: None}
+
+        def converted(stored: Any) -> Any:
+            try:
+                return known[stored]
+            except KeyError:
+                value = convert(stored) if convert is not None else stored
+                if (store(value) if store is not None else value) != stored:
+                    self._odd(name, stored)
+                if len(known) > MOST_KNOWN:
+                    known.clear()
+                    known[None] = None
+                known[stored] = value
+                return value
+
+        return converted
+
+    def _odd(self, name: str, value: Any) -> None:
+        """Leave a column to the database, because of a value that it holds."""
+        plan, how = self.plan, self._comparisons[name]
+        reason = f"it holds {value!r}, which is not how {how.type!r} is stored"
+        lineage = {n for leaf in plan.leaves for n in (*leaf.hidden, *(leaf.visible or ()))}
+        groups = {n for path in plan.paths for n in (*path.names, *path.stored)}
+        if name in lineage | groups or name in plan.key:
+            raise TableCacheError(
+                f"view {plan.name}: {name} identifies rows, but {reason}: correct the value"
+            )
+        if how.equality or how.order:
+            log.warning("view %s: %s is left to the database: %s", plan.name, name, reason)
+            self._comparisons[name] = Comparison(False, False, reason=reason)
+
+    def _long(self, name: str, value: Any) -> None:
+        """Leave sorting by a column to MariaDB: it looks at max_sort_length bytes, not at NULs."""
+        how = self._comparisons[name]
+        if how.order:
+            reason = f"MariaDB does not sort values such as {value[:40]!r} as it compares them"
+            log.warning("view %s: %s is not sorted: %s", self.plan.name, name, reason)
+            self._comparisons[name] = replace(how, order=False, reason=reason)
+
+    def _missing(self, *values: tuple[str, Any]) -> None:
+        """Refuse a row that has a NULL where the model says that there is none."""
+        names = ", ".join(name for name, value in values if value is None)
+        raise TableCacheError(
+            f"view {self.plan.name}: {names} is NULL in a row, although the model declares it NOT "
+            "NULL: correct the model, or the row"
+        )
 
     def read(
         self,
@@ -422,13 +352,32 @@ class Loader:
         for at, name in enumerate(names):
             if self._normalise[at] is not None:
                 body.append(f"{name} = normalise{at}({name})")
+            if self._types[at]:
+                kinds = " and ".join(f"type({name}) is not {t.__name__}" for t in self._types[at])
+                body.append(f"if {kinds} and {name} is not None: odd({self.columns[at]!r}, {name})")
+            if at in self._unsorted:
+                test = self._unsorted[at].format(name)
+                body.append(f"if {name} and ({test}): long({self.columns[at]!r}, {name})")
             if not shared[at]:
                 continue
-            if isinstance(self.clauses[at].type, Float):
+            if self._types[at]:  # and so 1 and 1.0 may both occur
+                kind = self._types[at][0].__name__
+                body.append(
+                    f"if {name} and {name} == {name} and type({name}) is {kind}: "
+                    f"{name} = share{at}({name}, {name})"
+                )
+            elif isinstance(self.clauses[at].type, Float):
                 # Neither 0.0 and -0.0, which are equal, nor a NaN may be exchanged.
                 body.append(f"if {name} and {name} == {name}: {name} = share{at}({name}, {name})")
             else:
                 body.append(f"{name} = share{at}({name}, {name})")
+        required = [
+            at for at, name in enumerate(self.columns) if not self.plan.column(name).nullable
+        ]
+        if required:
+            nulls = " or ".join(f"{names[at]} is None" for at in required)
+            values = "".join(f"({self.columns[at]!r}, {names[at]}), " for at in required)
+            body.append(f"if {nulls}: missing({values})")
         body.append(f"add(Record({', '.join(names[:public])}))")
         if self.hidden:
             body.append(f"add_hidden(({', '.join(names[public:])},))")
@@ -438,6 +387,9 @@ class Loader:
         )
         scope: dict[str, Any] = {
             "Record": self.plan.view.__record__,
+            "odd": self._odd,
+            "missing": self._missing,
+            "long": self._long,
             **{f"normalise{at}": f for at, f in enumerate(self._normalise) if f is not None},
         }
         exec(source, scope)  # noqa: S102 - built from numbers and our own words only

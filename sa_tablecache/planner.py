@@ -95,7 +95,8 @@ def ask(shape: Shape, parameters: Sequence[BindParameter[Any]], columns: Columns
         if isinstance(parameter.type, TypeDecorator):
             raise Inexact("a parameter that its type changes")
     bound: list[Any] = [False] * len(raw)
-    criteria.bind(shape.where, raw, bound, columns.comparisons)
+    types = [parameter.type for parameter in parameters]
+    criteria.bind(shape.where, raw, bound, columns.comparisons, types)
     limit = offset = None
     if shape.limit is not None:
         limit = _row_count(raw[shape.limit])
@@ -109,8 +110,8 @@ def ask(shape: Shape, parameters: Sequence[BindParameter[Any]], columns: Columns
 
 
 def _row_count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise Inexact("a LIMIT that is no natural number is left to the database")
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise Inexact("a LIMIT that is no number of rows is left to the database")
     return value
 
 

@@ -119,11 +119,13 @@ def answer(
                 raise Inexact("bypass_cache()")
         if not fetch and not session._is_clean():
             return None
-        reason = database_reason(session, cache, table, statement)
-        if reason is not None:
-            raise Inexact(reason)
         for _ in range(ATTEMPTS):
+            # In this order: a transaction that has a snapshot may be answered from this state if
+            # the view has not changed since, and from none that a refresh brings.
             state = table.current
+            reason = database_reason(session, cache, table, statement)
+            if reason is not None:
+                raise Inexact(reason)
             if state is not None:
                 if not state.coverage:
                     if fetch:
@@ -245,11 +247,13 @@ def range_from_cache(
     try:
         if not fetch and not session._is_clean():
             return None
-        reason = database_reason(session, cache, table)
-        if reason is not None:
-            raise Inexact(reason)
         for _ in range(ATTEMPTS):
+            # In this order: a transaction that has a snapshot may be answered from this state if
+            # the view has not changed since, and from none that a refresh brings.
             state = table.current
+            reason = database_reason(session, cache, table)
+            if reason is not None:
+                raise Inexact(reason)
             if state is not None:
                 if not state.coverage:
                     if fetch:

@@ -19,7 +19,8 @@ from sqlalchemy.orm import Session
 
 from .cache import BaseTableCache
 from .commits import KEY, Transaction
-from .events import CURSOR, TAINTED, Watcher, root_of
+from .drivers import CURSOR
+from .events import TAINTED, Watcher, root_of
 from .exc import UnscopedRead
 from .readers import in_scope
 from .table import CachedTable
@@ -225,6 +226,12 @@ def isolation_asked_for(engine: Engine) -> bool:
         asked = getattr(dialect, "default_isolation_level", None)
         if asked is None:
             return True
+    if asked is None and dialect.name in ("mysql", "mariadb"):
+        # There REPEATABLE READ is what everybody gets who asks for nothing.
+        default = getattr(dialect, "default_isolation_level", None)
+        if default is None:
+            return True
+        asked = None if default == "REPEATABLE READ" else default
     result = asked in _ASKED
     _isolation[engine] = result
     return result
@@ -238,6 +245,8 @@ def _connection_reason(
         return "the transaction wrote a table of the view"
     if CURSOR in connection.info:
         return "the transaction used a cursor of the driver"
+    if transaction is not None and transaction.locks:
+        return "the transaction has locked tables, for which a refresh could have to wait"
     if connection.info.get(TAINTED):
         return "the connection ran SET or the like"
     options = connection.get_execution_options()

@@ -42,6 +42,16 @@ from .changes import RowKey
 from .comparison import to_utc
 from .functions import READING_FUNCTIONS, function_name
 from .joins import conjuncts
+from .wording import (
+    MOVES,
+    MYSQL,
+    TEMPORARY,
+    UNKNOWN_NAME,
+    bare,
+    calls_only_known,
+    hides,
+    only_reads,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +91,10 @@ class Writes:
     """Whether it may have changed what the connection sees (SET and the like)."""
     rolls_back: bool = False
     """Whether it rolls back to a savepoint."""
+    moves: bool = False
+    """Whether a name without a schema may mean another table from now on."""
+    locks: bool = False
+    """Whether others may have to wait, to read what it locks, until the transaction ends."""
     primary_key: tuple[Column[Any], ...] = field(default=(), compare=False)
 
     def __bool__(self) -> bool:
@@ -94,7 +108,7 @@ CALLS: Final = Writes(anything=True, opaque=True, sets=True)
 ROLLBACK: Final = Writes(rolls_back=True)
 
 _by_compiled: WeakKeyDictionary[Any, Writes] = WeakKeyDictionary()
-_by_text: dict[str, Writes] = {}
+_by_text: dict[tuple[str, str], Writes] = {}
 
 
 def writes_of(context: Any, statement: str) -> Writes:
@@ -102,7 +116,7 @@ def writes_of(context: Any, statement: str) -> Writes:
     compiled = None if context is None else context.compiled
     if compiled is None or (context.is_crud and statement.startswith("SELECT")):
         # The second asks for the default of a column, in the context of the INSERT.
-        return _text(statement)
+        return _text(statement, "" if context is None else context.dialect.name)
     known = _by_compiled.get(compiled)
     if known is None:
         known = _by_compiled[compiled] = _read(compiled, statement)
@@ -180,29 +194,27 @@ _EXACT: Final[tuple[tuple[type[types.TypeEngine[Any]], type], ...]] = (
 )
 
 
-def exact_value(column: Column[Any], value: Any, dialect: str = "postgresql") -> Any:
+def exact_value(column: Column[Any], value: Any, dialect: str = "") -> Any:
     """Return a key's value as the database will give it back, or ``None`` if that is not sure."""
     type_ = column.type
+    mysql = dialect in MYSQL
     if value is None or isinstance(type_, types.Enum | types.CHAR):
         return None
+    if mysql and value == 0 and column is column.table._autoincrement_column:
+        return None  # it is given the next number instead
+    if type(value) is str and value.endswith(" "):
+        return None  # VARCHAR(n) cuts off the spaces that do not fit
     for kind, python in _EXACT:
         if isinstance(type_, kind):
             if type(value) is not python:
                 return None
-            if (
-                isinstance(value, str)
-                and isinstance(type_, types.String)
-                and len(value) > (type_.length or len(value))
-            ):
-                return None  # spaces at its end, say, are cut off
             if isinstance(value, dt.datetime) and isinstance(type_, types.DateTime):
-                if type_.timezone and dialect != "postgresql":
+                if type_.timezone and dialect not in ("postgresql", ""):
                     return None  # the zone is dropped
-                precise = getattr(type_, "precision", None) is None
-                if value.microsecond and (not precise or dialect in ("mysql", "mariadb")):
-                    return None  # it may be rounded
                 if (value.tzinfo is not None) is not type_.timezone:
                     return None
+                if value.microsecond and (mysql or getattr(type_, "precision", None) is not None):
+                    return None  # it may be cut off
                 return to_utc(value) if type_.timezone else value
             return value
     return None
@@ -213,28 +225,29 @@ def exact_value(column: Column[Any], value: Any, dialect: str = "postgresql") ->
 
 def _read(compiled: Any, text: str) -> Writes:
     statement = compiled.statement
+    dialect = compiled.dialect.name
     if isinstance(statement, RollbackToSavepointClause):
         return ROLLBACK
     if isinstance(statement, SavepointClause | ReleaseSavepointClause):
         return NOTHING
     if isinstance(statement, TextClause):
-        return _text(text)
+        return _text(text, dialect)
     if isinstance(statement, ExecutableDDLElement):
-        return ANYTHING
+        return replace(ANYTHING, sets=TEMPORARY.search(text) is not None)
     if isinstance(statement, Insert | Update | Delete) and isinstance(statement.table, Table):
-        inside = _reading(statement, inside_of=statement)
+        inside = _reading(statement, dialect, inside_of=statement)
         if inside is None:
             return CALLS
         return replace(_dml(statement, compiled), tables=inside)
     if isinstance(statement, SelectBase):
-        inside = _reading(statement, inside_of=None)
+        inside = _reading(statement, dialect, inside_of=None)
         if inside is None:
             return CALLS
         return Writes(tables=inside, sets="set_config" in text.lower())
     return ANYTHING
 
 
-def _reading(statement: Any, *, inside_of: Any) -> frozenset[TableName] | None:
+def _reading(statement: Any, dialect: str, *, inside_of: Any) -> frozenset[TableName] | None:
     """Return the tables written by parts of a statement (CTEs); ``None`` if it may do anything."""
     tables: set[TableName] = set()
     for element in visitors.iterate(statement):
@@ -246,10 +259,10 @@ def _reading(statement: Any, *, inside_of: Any) -> frozenset[TableName] | None:
         elif isinstance(element, FunctionElement):
             if function_name(element) not in READING_FUNCTIONS:
                 return None
-        elif isinstance(element, TextClause) and not _only_reads(element.text):
+        elif isinstance(element, TextClause) and not only_reads(element.text, dialect):
             return None
         elif isinstance(element, ColumnClause) and element.is_literal:
-            if not _only_reads(element.name):
+            if not only_reads(element.name, dialect):
                 return None
     return frozenset(tables)
 
@@ -284,8 +297,8 @@ def _dml(statement: Any, compiled: Any) -> Writes:
     )
     tables = cascades(table, deleted=deleted, columns=written)
     if not deleted:  # MySQL: UPDATE a, b SET b.x = ...
-        targets = {getattr(column, "table", None) for column in statement._values or ()}
-        tables |= {table_name(t) for t in targets if isinstance(t, Table)} - {name}
+        for other, columns in _other_targets(statement, table).items():
+            tables |= {table_name(other)} | cascades(other, deleted=False, columns=columns)
         if replaces(statement, table):
             # Rows that are in the way of the new values are deleted.
             tables |= {name} | cascades(table, deleted=True, columns=None)
@@ -309,6 +322,23 @@ def _dml(statement: Any, compiled: Any) -> Writes:
         columns=None if moves_key else written,
         primary_key=primary_key,
     )
+
+
+def _other_targets(statement: Update, table: Table) -> dict[Table, frozenset[str]]:
+    """Return the columns that an UPDATE sets in other tables than its own."""
+    result: dict[Table, frozenset[str]] = {}
+    for column in _set_columns(statement):
+        other = getattr(column, "table", None)
+        if isinstance(other, Table) and other is not table:
+            result[other] = result.get(other, frozenset()) | {column.name}
+    return result
+
+
+def _set_columns(statement: Any) -> list[Any]:
+    return [
+        *(statement._values or ()),
+        *(column for column, _ in getattr(statement, "_ordered_values", None) or ()),
+    ]
 
 
 def pinned(statement: Any, table: Table) -> dict[str, BindParameter[Any]]:
@@ -362,11 +392,7 @@ def _written_columns(statement: Any, table: Table, parameters: Sequence[str]) ->
 
     Those that are set by themselves are among them: ``onupdate``, generated columns.
     """
-    values = [
-        *(statement._values or ()),
-        *(column for column, _ in getattr(statement, "_ordered_values", None) or ()),
-    ]
-    names = {str(getattr(column, "key", column)) for column in values}
+    names = {str(getattr(column, "key", column)) for column in _set_columns(statement)}
     names.update(name for name in parameters if name in table.c)
     names.update(
         column.key
@@ -381,39 +407,18 @@ def _written_columns(statement: Any, table: Table, parameters: Sequence[str]) ->
 
 # -- text --------------------------------------------------------------------------------------
 
-_QUOTED = re.compile(
-    r"(?P<name>\"[^\"]*\"|`[^`]*`)|(?P<comment>--[^\n]*|/\*.*?\*/)"
-    r"|'(?:[^'\\]|''|\\.)*'|\$(?P<tag>\w*)\$.*?\$(?P=tag)\$",
-    re.DOTALL,
-)
-
-
-_UNKNOWN_NAME: Final = "_quoted_name_"
-
-
-def _bare(text: str) -> str:
-    """Return text without strings and comments; a quoted name is one that nobody knows."""
-    return _QUOTED.sub(
-        lambda m: f" {_UNKNOWN_NAME} " if m["name"] else " " if m["comment"] else " '' ", text
-    )
-
-
-_WRITING = re.compile(
-    r"\b(insert|update|delete|merge|into|call|do|copy|create|alter|drop|truncate|execute|import"
-    r"|refresh|grant|revoke|rename|attach|detach|load|handler)\b|\breplace\b(?!\s*\()",
-    re.IGNORECASE,
-)
-_CALLS = re.compile(r"([\w.]+)\s*\(")
-_LOCKS = re.compile(r"\bfor\s+(no\s+key\s+)?update\b", re.IGNORECASE)
-
 #: First words of statements that write no row.
 _QUIET: Final = frozenset(
-    """show set reset begin start savepoint release rollback lock pragma describe desc deallocate
-    fetch close listen unlisten notify analyze vacuum use""".split()
+    """show set reset begin start savepoint release rollback lock unlock pragma describe desc
+    deallocate fetch close listen unlisten notify vacuum use xa""".split()
 )
-_READS: Final = frozenset("select values table with explain".split())
+_READS: Final = frozenset("select values table with explain analyze".split())
 _ENDS: Final = frozenset("commit end prepare".split())
 _SETS: Final = frozenset("set reset use".split())
+#: First words of statements that write no row, but commit what MySQL and MariaDB had written.
+_COMMIT_ON_MYSQL: Final = frozenset("set reset begin start lock unlock analyze".split())
+#: ``SET STATEMENT .. FOR`` runs any statement, and the others commit what somebody has prepared.
+_UNSEEN = re.compile(r"set\s+statement\b|xa\s+commit\b|commit\s+prepared\b")
 #: First words of statements that write, and set nothing if the functions that they call do not.
 _WRITES: Final = frozenset("insert update delete merge replace".split())
 _DEFINES: Final = frozenset("create alter drop truncate copy comment grant revoke refresh".split())
@@ -421,32 +426,18 @@ _DEFINES: Final = frozenset("create alter drop truncate copy comment grant revok
 _INTO: Final = re.compile(r"\binto\s+[\w.]+\s*\(")
 
 
-def _only_reads(text: str) -> bool:
-    """Whether text can be seen to write nothing: no writing word, and known functions only."""
-    if "\\" in text or "/*!" in text:
-        return False  # an escape or an executable comment may hide anything
-    bare = _LOCKS.sub(" ", _bare(text))
-    if _WRITING.search(bare) or ";" in bare.strip().rstrip(";"):
-        return False
-    return _calls_only_known(bare)
-
-
-def _calls_only_known(bare: str) -> bool:
-    """Whether text calls no function that might do anything."""
-    return all(name.lower() in READING_FUNCTIONS for name in _CALLS.findall(bare))
-
-
-def _sets_nothing(first: str, bare: str) -> bool:
+def _sets_nothing(first: str, words: str) -> bool:
     """Whether a single statement, by its first word, cannot change what the connection sees."""
     if first in _DEFINES:
-        return "select" not in bare
-    if "set_config" in bare:
+        return "select" not in words and TEMPORARY.search(words) is None
+    if "set_config" in words:
         return False
-    return first in _WRITES and _calls_only_known(_INTO.sub(" ", bare))
+    return first in _WRITES and calls_only_known(_INTO.sub(" ", words))
 
 
 _TARGET = re.compile(
     r"(?:insert\s+(?:ignore\s+)?into|update(?:\s+only)?|delete\s+from(?:\s+only)?)\s+"
+    r"(?!(?:ignore|low_priority)\b)"
     r"(?:(?P<schema>[a-z_]\w*)\.)?(?P<table>[a-z_]\w*)\s*"
     r"(?:(?:as\s+)?(?!(?:set|where|values|select|default|using|returning)\b)[a-z_]\w*\s*)?"
     r"(?=\(|$|(?:set|where|values|select|default|using|returning)\b)"
@@ -456,38 +447,47 @@ _HARMLESS = re.compile(
 )
 
 
-def _target(bare: str) -> TableName | None:
+def _target(words: str, dialect: str) -> TableName | None:
     """Return the one table that a text writes, if it can be seen that it writes no other."""
-    found = _TARGET.match(bare)
-    if found is None or _UNKNOWN_NAME in found.group():
+    found = _TARGET.match(words)
+    if found is None or UNKNOWN_NAME in found.group():
         return None
-    if not _only_reads(_HARMLESS.sub(" ", bare[found.end() :])):
+    if not only_reads(_HARMLESS.sub(" ", words[found.end() :]), dialect):
         return None
     return found["schema"], found["table"]
 
 
-def _text(text: str) -> Writes:
-    known = _by_text.get(text)
+def _text(text: str, dialect: str) -> Writes:
+    known = _by_text.get((dialect, text))
     if known is None:
-        bare = _bare(text).strip().lstrip("( ").lower()
-        word = re.match(r"\w*", bare)
-        first = word.group() if word else ""
-        single = ";" not in bare.rstrip(";").rstrip() and "\\" not in text and "/*!" not in text
-        if single and first in _QUIET:
-            known = Writes(
-                sets=first in _SETS or "isolation" in bare, rolls_back=first == "rollback"
-            )
-        elif first in _READS and _only_reads(text):
-            known = Writes(sets="set_config" in bare)
-        elif single and first in _ENDS:
-            known = Writes(opaque=True)
-        elif single and (target := _target(bare)) is not None:
-            known = Writes(table=target, kind="text", sets="set_config" in bare)
-        elif single and _sets_nothing(first, bare):
-            known = ANYTHING
-        else:
-            known = CALLS
         if len(_by_text) > 1_000:
             _by_text.clear()
-        _by_text[text] = known
+        known = _by_text[dialect, text] = _read_text(text, dialect)
     return known
+
+
+def _read_text(text: str, dialect: str) -> Writes:
+    mysql = dialect in MYSQL
+    words = bare(text, dialect).strip().lstrip("( ").lower()
+    word = re.match(r"\w*", words)
+    first = word.group() if word else ""
+    single = ";" not in words.rstrip(";").rstrip() and not hides(text)
+    commits = mysql and first in _COMMIT_ON_MYSQL
+    moves = first == "use" or MOVES.search(text.lower()) is not None
+    if single and first in _QUIET and not _UNSEEN.match(words):
+        return Writes(
+            opaque=commits,
+            # LOCK TABLES outlives the transaction.
+            sets=first in _SETS or (mysql and first == "lock") or "isolation" in words,
+            rolls_back=first == "rollback",
+            moves=first in _SETS and moves,
+            locks=first == "lock",
+        )
+    if first in _READS and only_reads(text, dialect):
+        sets = "set_config" in words
+        return Writes(opaque=commits, sets=sets, moves=sets and moves)
+    if single and first in _ENDS and not _UNSEEN.match(words):
+        return Writes(opaque=True)
+    if single and (target := _target(words, dialect)) is not None:
+        return Writes(table=target, kind="text", sets="set_config" in words)
+    return ANYTHING if single and _sets_nothing(first, words) else CALLS

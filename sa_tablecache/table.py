@@ -36,6 +36,7 @@ from threading import Lock
 from typing import Any, NamedTuple, cast
 
 from .analysis import TableName, ViewPlan, table_label
+from .catalog import Catalog, probe
 from .changes import VIEW, AnyMark, ChangeSet, Mark, Marks, in_place, marks_of
 from .coverage import Coverage
 from .deltas import Touched, read_coverage, read_touched
@@ -44,7 +45,7 @@ from .exc import DuplicateKey
 from .figures import Stats, stored_bytes
 from .freshness import Freshness
 from .layout import Layout
-from .loading import Catalog, Progress, Rows, Snapshots, probe
+from .loading import Progress, Rows, Snapshots
 from .orders import Hidden, Record
 from .scores import Interval, IntervalSet
 from .stale import StaleRecords
@@ -54,6 +55,9 @@ from .turns import Turn, new_future, wait_for
 from .usage import base_tables
 
 log = logging.getLogger(__name__)
+
+RESTARTS = 3
+"""How often a refresh starts again because the coverage changed under it."""
 
 
 class State(NamedTuple):
@@ -102,7 +106,7 @@ class CachedTable:
     # -- setting up -----------------------------------------------------------------------------
 
     def set_up(self) -> Layout:
-        """Ask the database, once, what it stores; see :func:`.loading.probe`."""
+        """Ask the database, once, what it stores; see :func:`.catalog.probe`."""
         if self.layout is None:
             with self._setting_up:
                 if self.layout is None:
@@ -394,6 +398,7 @@ class CachedTable:
         It emits one SELECT for each base table that has marks, and one for the touched anchors
         that those did not return (or for the touched groups); or one SELECT of all that is covered
         if the view is marked.
+        Where loads change the coverage again and again meanwhile, it gives up; the marks stay.
         """
         if not self._freshness.pending:
             return
@@ -406,13 +411,15 @@ class CachedTable:
         layout = self._renewed()
         token = self._begin()
         try:
-            while True:
+            for _ in range(RESTARTS):
                 with self._lock:
                     marks = dict(self._freshness.pending)
                     state = self._state
                 touched, read = self._read_marked(layout, state, marks)
                 if self._replace(layout, token, state.coverage, marks, touched, read):
                     break
+            else:
+                return
         finally:
             self._end(token)
         self.counts["refreshes"] += 1

@@ -6,6 +6,7 @@ columns may be used to load only a part of it, and whether only view-level inval
 """
 
 import enum
+import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,14 +53,16 @@ from sa_tablecache import CachedView, ScoreIndex
 
 V = TypeVar("V", bound=type[CachedView])
 
-DEPOT = "depot"
-"""The schema of the odd names: a schema on PostgreSQL, an attached file on SQLite."""
+DEPOT = f"depot_{os.getpid()}"
+"""The schema of the odd names: a schema on PostgreSQL, an attached file on SQLite, a database on
+MariaDB, where processes that test at once need one each."""
 
 
 class Base(DeclarativeBase):
     """The declarative base of all families."""
 
     metadata = MetaData()
+    type_annotation_map = {str: String().with_variant(String(40), "mysql", "mariadb")}
 
 
 # --- sky: text keys, a composite key, foreign keys with every kind of action ----------------------
@@ -335,7 +338,7 @@ class Badge(Base):
 
     __tablename__ = "badges"
 
-    badge: Mapped[str] = mapped_column(Folded, primary_key=True)
+    badge: Mapped[str] = mapped_column(Folded(40), primary_key=True)
     sample_id: Mapped[int] = mapped_column(ForeignKey("samples.id", ondelete="CASCADE"))
     note: Mapped[str | None]
 

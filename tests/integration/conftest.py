@@ -4,10 +4,13 @@
 fixture        what a test gets
 ============== ================================================================================
 ``database``   a :class:`~tests.integration.databases.Database`; the test runs twice: on an
-               SQLite file, on PostgreSQL
-``sqlite``     the first of the two
-``postgresql`` the second of the two
+               SQLite file, on PostgreSQL; with the marker ``every_database`` on
+               MariaDB, too
+``sqlite``     the first of them
+``postgresql`` the second of them
 ``linguistic`` the same, with a collation under which text does not sort by bytes
+``mariadb_zoo`` the third of them
+``folding``    the same, with a collation under which equal text need not be the same
 ============== ================================================================================
 """
 
@@ -17,7 +20,9 @@ import pytest
 from sqlalchemy import URL
 
 from tests.integration.databases import Database
+from tests.mariadb import FOLDING, Mariadb
 from tests.postgres import Postgres
+from tests.zoo import DEPOT
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +57,51 @@ def postgresql(created_postgresql: Database) -> Database:
     return created_postgresql
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture
 def database(request: pytest.FixtureRequest) -> Database:
     """A database of each kind in turn."""
-    database: Database = request.getfixturevalue(request.param)
+    name = {"mariadb": "mariadb_zoo"}.get(request.param, request.param)
+    database: Database = request.getfixturevalue(name)
     return database
+
+
+@pytest.fixture(scope="session")
+def mariadb_depot(mariadb: Mariadb) -> Iterator[URL]:
+    """The MariaDB database that is the schema of the odd names."""
+    with mariadb.database(name=DEPOT) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def created_mariadb(mariadb: Mariadb, mariadb_depot: URL) -> Iterator[Database]:
+    """A MariaDB database with the tables."""
+    with mariadb.database() as url:
+        database = Database(url)
+        database.create()
+        yield database
+
+
+@pytest.fixture
+def mariadb_zoo(created_mariadb: Database) -> Database:
+    """A MariaDB database with empty tables; text compares by bytes."""
+    created_mariadb.empty()
+    return created_mariadb
+
+
+@pytest.fixture(scope="session")
+def created_folding(mariadb: Mariadb, mariadb_depot: URL) -> Iterator[Database]:
+    """A MariaDB database with the tables and the collation that a server has by default."""
+    with mariadb.database(FOLDING) as url:
+        database = Database(url)
+        database.create()
+        yield database
+
+
+@pytest.fixture
+def folding(created_folding: Database) -> Database:
+    """A MariaDB database with empty tables; text compares without case and trailing spaces."""
+    created_folding.empty()
+    return created_folding
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from tests.conftest import asynchronous
+from tests.mariadb import disconnect_all
 from tests.zoo import DEPOT, Base
 
 
@@ -28,7 +29,7 @@ class Database:
 
     @property
     def dialect(self) -> str:
-        """The name of the dialect: `sqlite` or `postgresql`."""
+        """The name of the dialect: `sqlite`, `postgresql` or `mysql`."""
         return self.url.get_backend_name()
 
     def engine(self, **options: Any) -> Engine:
@@ -81,12 +82,15 @@ class Database:
                 fresh.replace(path.with_suffix(suffix))
             return
         with self.bystander() as connection:
-            connection.execute(
-                text(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE"
-                    " datname = current_database() AND pid <> pg_backend_pid()"
+            if self.dialect == "mysql":
+                disconnect_all(connection, str(self.url.database))
+            else:
+                connection.execute(
+                    text(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE"
+                        " datname = current_database() AND pid <> pg_backend_pid()"
+                    )
                 )
-            )
             for table in reversed(Base.metadata.sorted_tables):
                 connection.execute(table.delete())
 

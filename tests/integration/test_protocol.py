@@ -14,6 +14,7 @@ from sqlalchemy import (
     URL,
     Engine,
     ForeignKey,
+    String,
     create_engine,
     delete,
     event,
@@ -29,6 +30,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 from sa_tablecache import AsyncTableCache, CachedView, ScoreIndex, TableCache, bypass_cache
 from sa_tablecache.table import CachedTable
 
+pytestmark = pytest.mark.every_database
+
 
 class Base(DeclarativeBase):
     """Models of these tests."""
@@ -39,7 +42,7 @@ class Parent(Base):
 
     __tablename__ = "protocol_parent"
     id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
+    name: Mapped[str] = mapped_column(String(40))
 
 
 class Child(Base):

@@ -301,5 +301,4 @@ def test_groups_are_the_databases_after_random_writes(engine: Engine, make: Any,
         rng = Random(f"{make.__name__} {engine.dialect.name} {seed} {number}")
         view = make(rng)
         run(view, Writer(engine, rng), seen, f"seed {seed}, view {number}")
-    print(seen)
     assert seen["exact"], seen

@@ -34,6 +34,8 @@ from tests.zoo import (
     Plane,
 )
 
+pytestmark = pytest.mark.every_database
+
 
 @pytest.fixture
 def world(database: Database) -> Iterator[World]:

@@ -24,6 +24,8 @@ from tests.integration.truth import Truth, same
 from tests.integration.writer import CONNECTION_WRITES, SESSION_WRITES, Writer
 from tests.zoo import KINDS, Badge, Code, Flight, Manager, OuterBoard, Person, Plane, Sample
 
+pytestmark = pytest.mark.every_database
+
 VIEWS = {
     "sky": ("OuterBoard", "FiveTables", "IdlePlanes", "AirportChain", "CarrierTotals"),
     "staff": ("PeopleAndTags", "PeopleAndBosses", "Managers", "BossBudgets", "Everyone"),

@@ -28,8 +28,8 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import CompileError, IntegrityError
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.exc import CompileError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session, class_mapper
 from sqlalchemy.sql import visitors
 
@@ -148,6 +148,11 @@ class Writer:
             shell(self, some)
         except (IntegrityError, driver.IntegrityError, _Intended) as error:
             self.log.append(f"  -> {type(error).__name__}")
+        except OperationalError as error:
+            # What MariaDB says where others say that a column must not be NULL.
+            if error.orig is None or error.orig.args[0] != 1364:
+                raise
+            self.log.append(f"  -> {error.orig}")
 
     def shells(self) -> list[Callable[..., None]]:
         """Return the kinds of transactions that the database has."""
@@ -241,10 +246,13 @@ def core_update(writer: Writer, connection: Connection, model: Model) -> None:
 
 def core_update_returning(writer: Writer, connection: Connection, model: Model) -> None:
     """`UPDATE .. RETURNING` of something that is not the key."""
+    if connection.dialect.name == "mysql":  # has no such thing
+        return core_update(writer, connection, model)
     table, values = _table_and_values(writer, connection, model)
     criterion = _criterion_on(writer, connection, model, table)
     statement = table.update().where(criterion).values(values).returning(next(iter(values)))
     connection.execute(statement).all()
+    return None
 
 
 def core_update_many(writer: Writer, connection: Connection, model: Model) -> None:
@@ -333,22 +341,21 @@ def update_from(writer: Writer, connection: Connection, model: Model) -> None:
 
 
 def upsert(writer: Writer, connection: Connection, model: Model) -> None:
-    """`INSERT .. ON CONFLICT DO UPDATE`."""
+    """`INSERT .. ON CONFLICT DO UPDATE`, or `ON DUPLICATE KEY UPDATE`."""
     values = writer.rows.row(connection, model)
     if values is None or class_mapper(model).inherits:
         return core_update(writer, connection, model)
     ((table, columns),) = columns_by_table(model, values)
+    updated = {c.name: v for c, v in columns.items() if not (c.primary_key or c.name == "kind")}
+    if connection.dialect.name == "mysql":
+        connection.execute(mysql.insert(table).values(columns).on_duplicate_key_update(updated))
+        return None
     dialect = {"sqlite": sqlite, "postgresql": postgresql}[connection.dialect.name]
-    primary = list(table.primary_key)
-    statement = (
+    connection.execute(
         dialect.insert(table)
         .values(columns)
-        .on_conflict_do_update(
-            index_elements=primary,
-            set_={c.name: v for c, v in columns.items() if not (c.primary_key or c.name == "kind")},
-        )
+        .on_conflict_do_update(index_elements=list(table.primary_key), set_=updated)
     )
-    connection.execute(statement)
     return None
 
 
@@ -357,7 +364,7 @@ def dml_in_cte(writer: Writer, connection: Connection, model: Model) -> None:
     table, values = _table_and_values(writer, connection, model)
     criterion = _criterion_on(writer, connection, model, table)
     statement = table.update().where(criterion).values(values)
-    if connection.dialect.name == "sqlite":
+    if connection.dialect.name in ("sqlite", "mysql"):
         connection.execute(statement)
     else:
         changed = statement.returning(*table.primary_key).cte("changed")

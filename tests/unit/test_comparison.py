@@ -53,20 +53,24 @@ TABLE: list[tuple[types.TypeEngine[Any], StoredColumn | None, str, str, str]] = 
     (types.BigInteger(), UNKNOWN, BOTH, BOTH, BOTH),
     (types.Boolean(), UNKNOWN, EQUALITY, EQUALITY, EQUALITY),
     (types.Double(), UNKNOWN, BOTH, BOTH, BOTH),
+    (types.Double(), None, BOTH, BOTH, NEITHER),
+    (types.Double().with_variant(types.JSON(), "mysql"), UNKNOWN, BOTH, BOTH, NEITHER),
     (types.Float(), UNKNOWN, BOTH, BOTH, BOTH),
     (types.Float(asdecimal=True), UNKNOWN, NEITHER, NEITHER, NEITHER),
     (types.REAL(), UNKNOWN, NEITHER, NEITHER, NEITHER),
     (types.Numeric(8, 2), UNKNOWN, NEITHER, BOTH, NEITHER),
     (types.Numeric(8, 2, asdecimal=False), UNKNOWN, NEITHER, NEITHER, NEITHER),
     (types.Enum(Mood), UNKNOWN, EQUALITY, EQUALITY, NEITHER),
+    (types.Enum(Mood), FOLDING, NEITHER, NEITHER, NEITHER),
     (types.Enum("good", "bad"), UNKNOWN, NEITHER, NEITHER, NEITHER),
-    (types.String(), BYTEWISE, BOTH, BOTH, NEITHER),
-    (types.String(), LINGUISTIC, EQUALITY, EQUALITY, NEITHER),
+    (types.String(), BYTEWISE, BOTH, BOTH, BOTH),
+    (types.String(), LINGUISTIC, EQUALITY, EQUALITY, EQUALITY),
     (types.String(), FOLDING, NEITHER, NEITHER, NEITHER),
     (types.String(), UNKNOWN, NEITHER, NEITHER, NEITHER),
     (types.String(), None, NEITHER, NEITHER, NEITHER),
-    (types.String(collation="C"), BYTEWISE, NEITHER, NEITHER, NEITHER),
-    (types.Text(), BYTEWISE, BOTH, BOTH, NEITHER),
+    (types.String(collation="C"), BYTEWISE, BOTH, BOTH, BOTH),
+    (types.String(collation="C"), None, NEITHER, NEITHER, NEITHER),
+    (types.Text(), BYTEWISE, BOTH, BOTH, BOTH),
     (types.CHAR(4), BYTEWISE, NEITHER, NEITHER, NEITHER),
     (postgresql.CITEXT(), BYTEWISE, NEITHER, NEITHER, NEITHER),
     (types.LargeBinary(), UNKNOWN, BOTH, BOTH, BOTH),
@@ -121,21 +125,28 @@ def test_nothing_is_known_of_other_databases(type_: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("type_", "stored_name"),
+    ("type_", "dialect", "stored_name"),
     [
-        (types.Integer(), "numeric"),
-        (types.String(), "citext"),
-        (types.String(), "bpchar"),
-        (types.Float(), "float4"),
-        (types.DateTime(), "date"),
-        (types.Uuid(), "text"),
-        (types.Numeric(), "money"),
+        (types.Integer(), "postgresql", "numeric"),
+        (types.String(), "postgresql", "citext"),
+        (types.String(), "postgresql", "bpchar"),
+        (types.Float(), "postgresql", "float4"),
+        (types.DateTime(), "postgresql", "date"),
+        (types.Uuid(), "postgresql", "text"),
+        (types.Numeric(), "postgresql", "money"),
+        (types.Float(), "mysql", "float"),
+        (types.DateTime(), "mysql", "timestamp"),
+        (types.String(), "mysql", "char"),
+        (types.LargeBinary(), "mysql", "binary"),
+        (types.Integer(), "mysql", "decimal"),
     ],
 )
-def test_what_the_catalog_says_outranks_the_model(type_: Any, stored_name: str) -> None:
+def test_what_the_catalog_says_outranks_the_model(
+    type_: Any, dialect: str, stored_name: str
+) -> None:
     """A column that is stored as something else than the model says is left to the database."""
     stored = StoredColumn(stored_name, deterministic=True, bytewise=True)
-    found = comparison(type_, DIALECTS["postgresql"], stored)
+    found = comparison(type_, DIALECTS[dialect], stored)
     assert not found.equality
     assert stored_name in found.reason
 
@@ -145,16 +156,16 @@ def test_what_the_catalog_says_outranks_the_model(type_: Any, stored_name: str) 
     [
         (types.Integer(), UNKNOWN, "postgresql", 2**31 - 1),
         (types.SmallInteger(), UNKNOWN, "postgresql", 2**15 - 1),
-        (types.Integer(), StoredColumn("int8"), "postgresql", 2**63 - 1),
+        (types.Integer(), StoredColumn("int8"), "postgresql", 2**31 - 1),
         (types.BigInteger(), StoredColumn("int2"), "postgresql", 2**15 - 1),
-        (types.Integer(), None, "postgresql", 2**63 - 1),
+        (types.Integer(), None, "postgresql", 2**31 - 1),
         (types.SmallInteger(), UNKNOWN, "sqlite", 2**63 - 1),
     ],
 )
 def test_integers_have_the_range_of_their_column(
     type_: Any, stored: StoredColumn | None, dialect: str, largest: int
 ) -> None:
-    """A number that the column cannot hold is the database's to refuse."""
+    """A number that the column cannot hold is the database's to refuse, or its type's to cast."""
     how = comparison(type_, DIALECTS[dialect], stored)
     for number in (largest, -largest - 1, 0):
         assert how.parameter(number) == number
@@ -180,8 +191,8 @@ class Text(str):
         (types.Integer(), [1, -1], [True, 1.0, "1", Decimal(1), Mood.GOOD]),
         (types.Boolean(), [True, False], [1, 0, "true"]),
         (types.Double(), [1.5, float("inf"), 7], [float("nan"), Decimal("1.5"), 2**60, True]),
-        (types.Numeric(8, 2), [Decimal("1.50")], [1.5, 1, Decimal("NaN")]),
-        (types.String(), ["a", ""], [b"a", 1, "a\x00b", Text("a")]),
+        (types.Numeric(8, 2), [Decimal("1.50"), 1], [1.5, True, Decimal("NaN")]),
+        (types.String(), ["a", ""], [b"a", 1, "a\x00b", "\ud800", Text("a")]),
         (types.LargeBinary(), [b"a"], ["a", bytearray(b"a")]),
         (types.Date(), [NAIVE.date()], [NAIVE, "2013-01-01"]),
         (types.DateTime(), [NAIVE], [AWARE, NAIVE.date(), "2013-01-01"]),
@@ -201,6 +212,93 @@ def test_parameters_of_another_type_are_refused(
     for value in bad:
         with pytest.raises(Inexact):
             how.parameter(value)
+
+
+@pytest.mark.parametrize(
+    ("type_", "sent_as", "value"),
+    [
+        (types.Double(), types.Integer(), 2.5),  # what in_([1, 2.5]) is sent as
+        (types.Double(), types.Integer(), 2**31),
+        (types.Double(), types.Numeric(), 2.5),
+        (types.Double(), types.REAL(), 0.1),
+        (types.Integer(), types.String(), 1),
+        (types.Integer(), types.SmallInteger(), 2**15),
+        (types.Integer(), types.NullType(), 1),
+        (types.String(), types.CHAR(3), "a"),
+        (types.String(), types.Enum("a"), "a"),
+        (types.DateTime(), types.Date(), NAIVE),
+        (types.DateTime(), types.DateTime(timezone=True), NAIVE),
+        (types.DateTime(timezone=True), types.DateTime(), AWARE),
+        (types.Date(), types.DateTime(), NAIVE.date()),
+        (types.Uuid(), types.String(), uuid.UUID(int=1)),
+        (types.Boolean(), types.Integer(), True),
+        (types.LargeBinary(), types.String(), b"a"),
+        (types.DateTime(), types.BigInteger(), None),  # NULL has a type, too
+    ],
+)
+def test_what_a_parameter_is_sent_as_matters(type_: Any, sent_as: Any, value: Any) -> None:
+    """A parameter that the database gets as of another type is its to convert."""
+    how = comparison(type_, DIALECTS["postgresql"], BYTEWISE)
+    with pytest.raises(Inexact):
+        how.parameter(value, sent_as)
+
+
+@pytest.mark.parametrize(
+    ("type_", "sent_as", "value"),
+    [
+        (types.Double(), types.Integer(), 2),
+        (types.Double(), types.Float(), 0.1),
+        (types.Numeric(8, 2), types.Integer(), 2),
+        (types.Integer(), types.BigInteger(), 1),
+        (types.BigInteger(), types.Integer(), 1),
+        (types.Numeric(8, 2), types.Numeric(), Decimal("1.5")),
+        (types.String(10), types.String(), "a"),
+        (types.Text(), types.String(), "a"),
+        (types.Text(), types.String(), None),
+    ],
+)
+def test_types_that_are_sent_alike(type_: Any, sent_as: Any, value: Any) -> None:
+    """A literal of its own type is as good as one of the column's."""
+    how = comparison(type_, DIALECTS["postgresql"], BYTEWISE)
+    assert how.parameter(value, sent_as) == value
+
+
+@pytest.mark.parametrize("value", [Decimal("sNaN"), Decimal("NaN"), Decimal("-NaN")])
+def test_no_nan_is_compared(value: Decimal) -> None:
+    """A NaN is left to the database, even one that Python cannot compare with itself."""
+    with pytest.raises(Inexact):
+        comparison(types.Numeric(), DIALECTS["postgresql"], UNKNOWN).parameter(value)
+
+
+def test_infinity_is_refused_by_mysql() -> None:
+    """Drivers of MariaDB refuse infinity, so that a cache does not answer for it either."""
+    with pytest.raises(Inexact):
+        comparison(types.Double(), DIALECTS["mysql"], UNKNOWN).parameter(float("inf"))
+    how = comparison(types.Double(), DIALECTS["sqlite"], UNKNOWN)
+    assert how.parameter(float("inf")) == float("inf")
+
+
+def test_columns_of_two_collations_do_not_compare() -> None:
+    """PostgreSQL refuses to compare columns of two collations; so does MariaDB."""
+    columns = [
+        comparison(
+            types.String(),
+            DIALECTS["postgresql"],
+            StoredColumn("text", deterministic=True, bytewise=True, collation=name),
+        )
+        for name in ("C", "C", "default")
+    ]
+    assert columns[0].compares_with(columns[1])
+    assert not columns[0].compares_with(columns[2])
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_collation_names_its_way_out(dialect: str) -> None:
+    """What keeps text from being compared says how to declare the column instead."""
+    stored = StoredColumn(deterministic=False, bytewise=False, collation="some_ci")
+    reason = comparison(types.String(), DIALECTS[dialect], stored).reason
+    assert "some_ci" in reason
+    assert "declare" in reason
 
 
 def test_integers_become_floats_beside_floats() -> None:

@@ -73,7 +73,7 @@ def database() -> Iterator[Connection]:
 
 
 def read(condition: Any) -> tuple[criteria.Node, list[Any]]:
-    """Read a condition into a node and the values of its parameters."""
+    """Read a condition into a node and its parameters."""
     parameters: list[Any] = []
 
     def position(parameter: Any) -> int:
@@ -84,14 +84,15 @@ def read(condition: Any) -> tuple[criteria.Node, list[Any]]:
         return element.name if getattr(element, "table", None) is table else None
 
     node = Reader(resolve, position).read(condition)
-    return node, [parameter.effective_value for parameter in parameters]
+    return node, parameters
 
 
 def evaluated(condition: Any, comparisons: dict[str, Comparison] = COMPARISONS) -> list[int]:
     """The rows for which Python says that a condition is true."""
-    node, raw = read(condition)
-    bound: list[Any] = [False] * len(raw)
-    criteria.bind(node, raw, bound, comparisons)
+    node, parameters = read(condition)
+    bound: list[Any] = [False] * len(parameters)
+    raw = [parameter.effective_value for parameter in parameters]
+    criteria.bind(node, raw, bound, comparisons, [parameter.type for parameter in parameters])
     source = criteria.predicate_source(node, bound, comparisons, lambda name: name != "id")
     names = ", ".join(["r", *(f"p{at}" for at in range(len(bound)))])
     keep: Callable[..., bool] = eval(f"lambda {names}: {source}")
@@ -227,9 +228,9 @@ def test_small_trees_exhaustively(database: Connection) -> None:
 
 def test_not_is_pushed_down_to_the_comparisons() -> None:
     """The tree has no NOT: it is in negation normal form."""
-    node, raw = read(not_(and_(c.a < 1, or_(c.b == 2, c.b.is_(None)))))
+    node, parameters = read(not_(and_(c.a < 1, or_(c.b == 2, c.b.is_(None)))))
     assert node == Or((Compare("a", ">=", 0), And((Compare("b", "!=", 1), IsNull("b", False)))))
-    assert raw == [1, 2]
+    assert [parameter.value for parameter in parameters] == [1, 2]
     assert read(not_(true()))[0] == Const(False)
 
 
@@ -322,8 +323,8 @@ def test_nan_is_greater_than_any_number_where_the_database_says_so() -> None:
         (c.a != 1, [nan, 2.0]),
         (c.a == 2, [2.0]),
     ):
-        node, raw = read(condition)
-        values = [float(value) for value in raw]
+        node, parameters = read(condition)
+        values = [float(parameter.value) for parameter in parameters]
         source = criteria.predicate_source(node, values, {"a": number}, lambda _: True)
         keep = eval(f"lambda r, p0: {source}")
         found = [x for x in (nan, 2.0, 1.0, None) if keep(SimpleNamespace(a=x), values[0])]

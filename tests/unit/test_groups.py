@@ -20,11 +20,11 @@ from sqlalchemy import (
 )
 
 from sa_tablecache.analysis import TableName, ViewPlan, plan_of, rendered_columns
+from sa_tablecache.catalog import Catalog
 from sa_tablecache.changes import VIEW, ChangeSet, Concern, GroupMark, Mark, Written, marks_of
 from sa_tablecache.comparison import comparison
 from sa_tablecache.groups import GroupPath
 from sa_tablecache.layout import Layout
-from sa_tablecache.loading import Catalog
 from tests.unit.test_analysis import plan
 from tests.zoo import Airport, BusyRoutes, CarrierTotals, Contractor, InnerBoard, Teams
 
@@ -245,6 +245,16 @@ def test_other_subqueries_are_coarse(statement: Any) -> None:
     )
     assert set(found.coarse) == found.tables
     assert all("subquery" in why for why in found.coarse.values())
+
+
+def test_text_that_a_subquery_computes_does_not_tell_rows_apart() -> None:
+    """Nobody knows its collation, so that what it equals need not be the same."""
+    names = select(p.c.x, func.max(p.c.name).label("top")).group_by(p.c.x).subquery()
+    joined = select(p.c.id, names.c.x.label("of")).join(names, names.c.top == p.c.name)
+    found = plan(joined)
+    assert set(found.coarse) == {P}
+    assert "a join by text that a subquery computes" in found.coarse[P]
+    assert not found.key_is_derived
 
 
 def test_a_condition_on_a_subquery_makes_its_tables_coarse() -> None:

@@ -27,9 +27,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, joinedload, mapped_
 
 from sa_tablecache import CachedView, CriteriaError, ScoreIndex, bypass_cache, criteria
 from sa_tablecache.analysis import plan_of
+from sa_tablecache.catalog import Catalog
 from sa_tablecache.comparison import Inexact
 from sa_tablecache.layout import Layout
-from sa_tablecache.loading import Catalog
 from sa_tablecache.planner import MOST_POINTS, Candidate, Columns, Question, ask
 from sa_tablecache.scores import (
     EVERYTHING,
@@ -278,7 +278,7 @@ def test_what_is_not_understood_is_left_to_the_database(statement: Any, reason: 
         (where(View.a == bindparam(None, "1", type_=Integer)), "str is not what this column holds"),
         (where(View.word == "x"), "word: text under a collation"),
         (where(View.a == 2**70), "out of the column's range"),
-        (select(View).limit(-1), "no natural number"),
+        (select(View).limit(-1), "no number of rows"),
         (where(View.flag < bindparam(None, True, type_=Boolean)), "flag"),
     ],
     ids=lambda value: " ".join(str(value).split())[-60:],

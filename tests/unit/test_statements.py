@@ -34,11 +34,11 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 from sqlalchemy.schema import CreateTable
 
+from sa_tablecache.cascades import cascades
 from sa_tablecache.statements import (
     ANYTHING,
     NOTHING,
     Writes,
-    cascades,
     exact_value,
     inserted_rows,
     rows_of,
