@@ -560,3 +560,17 @@ def test_a_table_with_the_default_schema_by_name(engines: Engines, postgres_url:
                 connection.execute(insert(table).values(id=number, n=1))
             agrees(cache, V)
             agrees(cache, W)
+
+
+def test_marks_that_nobody_reads_are_bounded(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With very many of them one mark of the whole view takes their place."""
+    monkeypatch.setattr("sa_tablecache.freshness.MOST_PENDING", 20)
+    with TableCache(engine, views=[Cities]) as cache:
+        cache.load(Cities)
+        for number in range(100, 200):
+            with engine.begin() as connection:
+                connection.execute(insert(City).values(id=number, size=1))
+        assert cache.stats(Cities).pending_marks <= 20
+        agrees(cache, Cities)
