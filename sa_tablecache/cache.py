@@ -30,6 +30,7 @@ from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
 from .statements import exact_value
 from .table import CachedTable
+from .triggers import unexplained
 from .view import CachedView, ViewMeta
 
 
@@ -300,7 +301,8 @@ class BaseTableCache(Invalidation):
                 )
                 for name, why in sorted(table.coarse.items(), key=lambda item: item[0][1])
             ]
-            problems += self._unseen(view, table)
+            said = unexplained(table.set_up().automatic, self._side_effects)
+            problems += [Problem(view.__name__, what) for what in said]
             for index in view.__indexes__.values():
                 for name in index.column_names:
                     how = columns.comparisons[name]
@@ -314,19 +316,6 @@ class BaseTableCache(Invalidation):
                             )
                         )
         return problems
-
-    def _unseen(self, view: type[CachedView], table: CachedTable) -> list[Problem]:
-        """Return what writes tables in ways that nobody told the cache."""
-        return [
-            Problem(
-                view.__name__,
-                f"{table_label(name)} has triggers or rules, {', '.join(sorted(what.triggers))}, "
-                "and what they write is not seen: say it with cache.side_effects(Model, "
-                "writes=[...]), empty if they write no table of a view",
-            )
-            for name, what in sorted(table.set_up().automatic.items(), key=str)
-            if what.triggers and name not in self._side_effects
-        ]
 
     def explain(self, statement: Any) -> Explanation:
         """Say how a SELECT of a view would be answered now, and why. Runs nothing."""

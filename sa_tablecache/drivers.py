@@ -1,7 +1,8 @@
 """What a connection is in the middle of: as its driver and its server see it.
 
 In: a connection. Out: whether each statement commits by itself, whether a transaction is open,
-whether what it stores is what it was given, and which tables its names mean.
+whether a cursor was used that the engine knows nothing of (for COPY, say), whether what it stores
+is what it was given, and which tables its names mean.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, Final, cast
 from sqlalchemy import Connection
 
 from .analysis import TableName
+from .commits import transaction_of
 
 TAINTED: Final = "sa_tablecache.tainted"
 """In the connection's info: SET or the like ran, so that it may see what others do not.
@@ -18,6 +20,27 @@ TAINTED: Final = "sa_tablecache.tainted"
 It stays when the connection returns to its pool: a reset of the pool ends transactions, and not
 what was set for the session.
 """
+CURSOR: Final = "sa_tablecache.cursor"
+"""In the connection's info: its newest cursor, until the engine executes it."""
+
+
+def watch_cursors(connection: Connection) -> None:
+    """Notice the cursors that are not the engine's own: it tells of each when it executes it."""
+    fairy: Any = connection.connection
+    info, make = fairy.info, fairy.dbapi_connection.cursor  # no reference to the fairy itself
+
+    def cursor(*args: Any, **kwargs: Any) -> Any:
+        count_unknown(info)
+        made = info[CURSOR] = make(*args, **kwargs)
+        return made
+
+    fairy.cursor = cursor
+
+
+def count_unknown(info: dict[Any, Any]) -> None:
+    """Have a cursor that the engine did not execute count as one that wrote anything."""
+    if info.pop(CURSOR, None) is not None:
+        transaction_of(info).changes.add_everything()
 
 
 def autocommits(connection: Connection) -> bool:

@@ -36,13 +36,16 @@ from .commits import (
     wrap_commit,
 )
 from .drivers import (
+    CURSOR,
     TAINTED,
     autocommits,
+    count_unknown,
     in_transaction,
     is_open,
     keeps_keys,
     knows_transactions,
     names_of,
+    watch_cursors,
 )
 from .exc import CriteriaError
 from .loading import READER
@@ -62,8 +65,6 @@ from .statements import ANYTHING, NOTHING, Writes, rows_of, writes_of
 SUFFIXED: Final = "_sa_tablecache_suffixed"
 """Attribute of the context of a statement behind which RETURNING was written."""
 RAW: Final = "sa_tablecache.raw"
-CURSOR: Final = "sa_tablecache.cursor"
-"""In the connection's info: its newest cursor, until the engine executes it."""
 MOVED: Final = "sa_tablecache.moved"
 """In the connection's info: USE or the like ran, and names without a schema mean other tables."""
 _ticks = count(1)
@@ -252,9 +253,9 @@ class Watcher:
         executed = transaction.underway.get(id(context))
         if executed is not None:
             rows = read_rows(executed.writes, context, statement, result)
-            if (rows is not None and not rows.keys and self._acts(executed.writes)) or (
-                executed.writes.kind == "insert" and not keeps_keys(connection)
-            ):
+            if rows is not None and not rows.keys and self._acts(executed.writes):
+                rows = None
+            if executed.writes.kind == "insert" and not keeps_keys(connection):
                 rows = None
             transaction.wrote(executed, rows, any_row=rows is None or bool(rows.keys))
             self._publish_if_over(connection, transaction, executed.writes)
@@ -326,7 +327,7 @@ class Watcher:
 
     def commit(self, connection: Connection) -> None:
         """Lease what COMMIT is about to make visible."""
-        _count_unknown(connection.info)
+        count_unknown(connection.info)
         transaction = transaction_of(connection.info)
         if not transaction.began:  # it began before anybody watched
             transaction.changes.add_everything()
@@ -354,14 +355,14 @@ class Watcher:
             transaction.began = transaction.began or tick()
         self.commit(connection)
 
-    def rollback(self, connection: Connection) -> None:
-        """Forget what is rolled back, unless it may have become durable all the same."""
-        self._forget(connection, prepared=False)
+    def rollback(self, connection: Connection, *, known: bool = False) -> None:
+        """Forget what is rolled back, unless it may have become durable all the same.
 
-    def _forget(self, connection: Connection, *, prepared: bool) -> None:
+        :param known: whether it is known that a transaction is open, which its driver cannot tell.
+        """
         if connection.closed or connection.invalidated:
             return  # its info is gone; the checkin has published what it had written
-        _count_unknown(connection.info)
+        count_unknown(connection.info)
         transaction: Transaction | None = connection.info.pop(KEY, None)
         if transaction is None:
             return
@@ -369,16 +370,16 @@ class Watcher:
         if transaction.changes and (
             transaction.opaque
             or connection.dialect.name in ("mysql", "mariadb")
-            or not (prepared or is_open(connection))
+            or not (known or is_open(connection))
         ):
             publish(self.subscribers, transaction)
         else:
             release(transaction)  # taken for a COMMIT that was never sent
 
-    def rollback_twophase(self, connection: Connection, xid: Any, prepared: Any) -> None:
+    def rollback_twophase(self, connection: Connection, xid: Any, _prepared: Any) -> None:
         """Forget what is rolled back."""
         self.prepared.pop(xid, None)
-        self._forget(connection, prepared=bool(prepared))
+        self.rollback(connection, known=True)
 
     # -- connections ----------------------------------------------------------------------------
 
@@ -389,7 +390,7 @@ class Watcher:
     def engine_connect(self, connection: Connection) -> None:
         """Note that the connection's statements will be seen."""
         connection.info[RAW] = False
-        _watch_cursors(connection)
+        watch_cursors(connection)
 
     def close_detached(self, _dbapi: Any) -> None:
         """Count on a connection that left its pool to have written unseen."""
@@ -400,7 +401,7 @@ class Watcher:
         """Publish what was written unseen: by a raw connection, or with its end unknown."""
         if READER in record.info:
             return
-        _count_unknown(record.info)
+        count_unknown(record.info)
         transaction: Transaction | None = record.info.pop(KEY, None)
         if record.info.get(RAW):
             record.info[TAINTED] = True  # nobody saw what it SET
@@ -410,25 +411,6 @@ class Watcher:
             transaction.settle()
             if transaction.changes or transaction.leases is not None:
                 publish(self.subscribers, transaction)
-
-
-def _watch_cursors(connection: Connection) -> None:
-    """Notice the cursors that are not the engine's own: it tells of each when it executes it."""
-    fairy: Any = connection.connection
-    info, make = fairy.info, fairy.dbapi_connection.cursor  # no reference to the fairy itself
-
-    def cursor(*args: Any, **kwargs: Any) -> Any:
-        _count_unknown(info)
-        made = info[CURSOR] = make(*args, **kwargs)
-        return made
-
-    fairy.cursor = cursor
-
-
-def _count_unknown(info: dict[Any, Any]) -> None:
-    """Have a cursor that the engine did not execute count as one that wrote anything."""
-    if info.pop(CURSOR, None) is not None:
-        transaction_of(info).changes.add_everything()
 
 
 def _tables(writes: Writes) -> frozenset[TableName]:

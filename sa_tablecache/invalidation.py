@@ -21,6 +21,7 @@ from .cascades import all_cascades
 from .changes import ChangeSet, Marks
 from .commits import Backend
 from .events import tables_of
+from .layout import Layout
 from .loading import Snapshots
 from .table import CachedTable
 from .view import CachedView
@@ -108,29 +109,20 @@ class Invalidation:
 
     def wanted(self, table: str) -> frozenset[str] | None:
         """Return which columns of deleted rows of a table are wanted, if anything of it is."""
-        found = [t.wanted(table) for t in list(self._tables.values())]
-        known = [columns for columns in found if columns is not None]
+        known = [layout.wanted[table] for layout in self._layouts() if table in layout.wanted]
         return frozenset().union(*known) if known else None
 
     def keys(self, table: str) -> set[tuple[str, ...]]:
         """Return the primary keys, by column names, by which rows of a table are followed."""
-        layouts = [t.layout for t in list(self._tables.values()) if t.layout is not None]
-        return {key for layout in layouts for key in layout.keys.get(table, ())}
+        return {key for layout in self._layouts() for key in layout.keys.get(table, ())}
 
     def acts(self, table: str, *, unexplained: bool = False) -> bool:
-        """Whether the database may do something by itself when a table is written.
+        """Whether a table acts by itself when written, perhaps with nobody having said how."""
+        explained = any(name == table for _, name in list(self._side_effects))
+        return not unexplained if explained else any(table in lo.acting for lo in self._layouts())
 
-        :param unexplained: whether :meth:`side_effects` says nothing about it.
-        """
-        if any(name == table for _, name in list(self._side_effects)):
-            return not unexplained
-        layouts = [t.layout for t in list(self._tables.values()) if t.layout is not None]
-        return any(
-            what.triggers
-            for layout in layouts
-            for (_, name), what in layout.automatic.items()
-            if name == table
-        )
+    def _layouts(self) -> list[Layout]:
+        return [t.layout for t in list(self._tables.values()) if t.layout is not None]
 
     def tables_named(self, name: str) -> list[Table]:
         """Return the tables of the views' metadata with a name, in any schema and case."""
@@ -142,8 +134,7 @@ class Invalidation:
     @property
     def at_once(self) -> frozenset[TableName]:
         """The tables whose rows are visible when they are written, and stay."""
-        layouts = [table.layout for table in list(self._tables.values())]
-        return frozenset[TableName]().union(*(lay.at_once for lay in layouts if lay is not None))
+        return frozenset[TableName]().union(*(layout.at_once for layout in self._layouts()))
 
     def lease(self, changes: ChangeSet) -> _Lease:
         """Take a lease on what the changes of a commit will mark."""

@@ -63,6 +63,8 @@ class Layout:
         self.plan = plan
         self.automatic = automatic
         """What tables do by themselves when a row is written."""
+        self.acting = frozenset(name for (_, name), what in automatic.items() if what.triggers)
+        """The names of those that have triggers or rules."""
         self.coarse: dict[TableName, str] = dict(plan.coarse)
         """Tables of which any change marks the whole view, and why."""
         self._leaf_orders: dict[int, str] = {}

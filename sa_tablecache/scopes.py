@@ -19,8 +19,8 @@ from sqlalchemy.orm import Session
 
 from .cache import BaseTableCache
 from .commits import KEY, Transaction
-from .drivers import TAINTED
-from .events import CURSOR, Watcher, root_of
+from .drivers import CURSOR, TAINTED
+from .events import Watcher, root_of
 from .exc import UnscopedRead
 from .readers import in_scope
 from .table import CachedTable

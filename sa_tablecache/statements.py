@@ -195,7 +195,7 @@ _EXACT: Final[tuple[tuple[type[types.TypeEngine[Any]], type], ...]] = (
 )
 
 
-def exact_value(column: Column[Any], value: Any, dialect: str = "postgresql") -> Any:
+def exact_value(column: Column[Any], value: Any, dialect: str = "") -> Any:
     """Return a key's value as the database will give it back, or ``None`` if that is not sure."""
     type_ = column.type
     mysql = dialect in MYSQL
@@ -209,14 +209,8 @@ def exact_value(column: Column[Any], value: Any, dialect: str = "postgresql") ->
         if isinstance(type_, kind):
             if type(value) is not python:
                 return None
-            if (
-                isinstance(value, str)
-                and isinstance(type_, types.String)
-                and len(value) > (type_.length or len(value))
-            ):
-                return None  # spaces at its end, say, are cut off
             if isinstance(value, dt.datetime) and isinstance(type_, types.DateTime):
-                if type_.timezone and dialect != "postgresql":
+                if type_.timezone and dialect not in ("postgresql", ""):
                     return None  # the zone is dropped
                 if (value.tzinfo is not None) is not type_.timezone:
                     return None
@@ -343,7 +337,7 @@ def _other_targets(statement: Update, table: Table) -> dict[Table, frozenset[str
     for column in _set_columns(statement):
         other = getattr(column, "table", None)
         if isinstance(other, Table) and other is not table:
-            result[other] = result.get(other, frozenset()) | {column.key}
+            result[other] = result.get(other, frozenset()) | {column.name}
     return result
 
 

@@ -198,13 +198,6 @@ class CachedTable:
         """Whether no refresh helps any reader, because a commit is under way."""
         return self._freshness.waits_for_commit
 
-    def wanted(self, table: str) -> frozenset[str] | None:
-        """Return which columns of deleted rows of a table (in any schema) lead to records.
-
-        ``None`` if its rows are not followed to records at all.
-        """
-        return None if self.layout is None else self.layout.wanted.get(table)
-
     def marks_of(self, changes: ChangeSet) -> Marks:
         """Return what changes mark of the view."""
         concerns = {} if self.layout is None else self.layout.concerns
