@@ -243,10 +243,10 @@ def _connection_reason(
     transaction: Transaction | None = connection.info.get(KEY)
     if transaction is not None and transaction.touches(cache.affecting(table.tables)):
         return "the transaction wrote a table of the view"
-    if CURSOR in connection.info:
-        return "the transaction used a cursor of the driver"
     if transaction is not None and transaction.locks:
         return "the transaction has locked tables, for which a refresh could have to wait"
+    if CURSOR in connection.info:
+        return "the transaction used a cursor of the driver"
     if connection.info.get(TAINTED):
         return "the connection ran SET or the like"
     options = connection.get_execution_options()

@@ -194,7 +194,7 @@ _EXACT: Final[tuple[tuple[type[types.TypeEngine[Any]], type], ...]] = (
 )
 
 
-def exact_value(column: Column[Any], value: Any, dialect: str = "") -> Any:
+def exact_value(column: Column[Any], value: Any, dialect: str = "postgresql") -> Any:
     """Return a key's value as the database will give it back, or ``None`` if that is not sure."""
     type_ = column.type
     mysql = dialect in MYSQL
