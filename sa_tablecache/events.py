@@ -253,9 +253,9 @@ class Watcher:
         executed = transaction.underway.get(id(context))
         if executed is not None:
             rows = read_rows(executed.writes, context, statement, result)
-            if rows is not None and not rows.keys and self._acts(executed.writes):
-                rows = None
-            if executed.writes.kind == "insert" and not keeps_keys(connection):
+            if (rows is not None and not rows.keys and self._acts(executed.writes)) or (
+                executed.writes.kind == "insert" and not keeps_keys(connection)
+            ):
                 rows = None
             transaction.wrote(executed, rows, any_row=rows is None or bool(rows.keys))
             self._publish_if_over(connection, transaction, executed.writes)
