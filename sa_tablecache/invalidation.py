@@ -24,6 +24,7 @@ from .events import tables_of
 from .layout import Layout
 from .loading import Snapshots
 from .table import CachedTable
+from .turns import after_sections
 from .view import CachedView
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,8 @@ class Invalidation:
 
     def publish(self, changes: ChangeSet, lease: _Lease | None) -> None:
         """Mark what a commit changed, and end its lease."""
+        if after_sections(lambda: self.publish(changes, lease)):
+            return  # called by the garbage collector
         self._add_side_effects(changes)
         leased = lease.marks if lease is not None else {}
         for table in list(self._tables.values()):

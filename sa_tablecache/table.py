@@ -32,7 +32,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future
-from threading import Lock
 from typing import Any, NamedTuple
 
 from .analysis import TableName, ViewPlan, table_label
@@ -50,7 +49,7 @@ from .scores import Interval, IntervalSet
 from .stale import StaleRecords
 from .storage import Storage
 from .triggers import Automatic, automatic
-from .turns import Turn, new_future, wait_for
+from .turns import Section, Turn, new_future, wait_for
 from .usage import base_tables
 
 log = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ class CachedTable:
         self.base_tables = base_tables(plan)
         self._snapshots = snapshots
         self._in_task = bool(snapshots.dialect.is_async)
-        self._lock = Lock()
+        self._lock = Section()
         self._loading = Turn(in_task=self._in_task)
         self._refreshing = Turn(in_task=self._in_task)
         self._ready: Future[Any] = new_future()

@@ -1,5 +1,7 @@
 """Ways of writing that could leave a wrong answer behind, each of which once did."""
 
+import gc
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import datetime, timedelta, timezone
@@ -574,3 +576,29 @@ def test_marks_that_nobody_reads_are_bounded(
                 connection.execute(insert(City).values(id=number, size=1))
         assert cache.stats(Cities).pending_marks <= 20
         agrees(cache, Cities)
+
+
+def test_a_forgotten_connection_that_is_collected_inside_a_critical_section(
+    sqlite_url: URL,
+) -> None:
+    """Its return to the pool marks everything, and does not wait for the thread that it is in."""
+    engine = create_engine(sqlite_url)
+    Base.metadata.create_all(engine)
+    with TableCache(engine, views=[Cities]) as cache:
+        cache.load(Cities)
+        table = cache.table(Cities)
+        raw = engine.raw_connection()
+        cycle: list[Any] = [raw]
+        cycle.append(cycle)
+        del raw, cycle
+
+        def collect() -> None:
+            with table._lock:
+                gc.collect()
+
+        thread = threading.Thread(target=collect, daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive(), "it waits for itself"
+        assert cache.stats(Cities).pending_marks == 1
+    engine.dispose()
