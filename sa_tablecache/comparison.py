@@ -103,8 +103,10 @@ class Comparison:
         elif isinstance(mine, types.Numeric | types.Float) and type(type_) is types.Integer:
             if type(value) is int and abs(value) < 2**31:
                 return
-        elif type(type_) in _SENT_ALIKE.get(_kind(mine), ()):
-            return
+        elif type(type_) in _SENT_ALIKE.get(_kind(mine), ()) and not type_._variant_mapping:
+            # A collation is sent along, and outranks that of the column.
+            if getattr(type_, "collation", None) in (None, self.collation):
+                return
         raise Inexact(f"a parameter of type {type_!r}")
 
     def compares_with(self, other: Comparison) -> bool:
@@ -313,6 +315,10 @@ def _text(type_: types.String, dialect: str, stored: StoredColumn | None) -> Com
         return Comparison(False, False, reason=f"{type(type_).__name__} pads or folds its values")
     if stored is None or stored.deterministic is None:
         return Comparison(False, False, reason="text under a collation that was not looked up")
+    if type_.collation is not None and stored.collation not in (None, type_.collation):
+        # PostgreSQL gets the model's collation with each parameter, and it outranks the column's.
+        why = f"declared with collation {type_.collation}, and stored with {stored.collation}"
+        return Comparison(False, False, reason=why)
     name = f"collation {stored.collation}" if stored.collation else "a collation"
     way_out = _WAYS_OUT[dialect]
     if not stored.deterministic:

@@ -225,6 +225,10 @@ class Reader:
         if operator in (sql.between_op, sql.not_between_op):
             if element.modifiers.get("symmetric"):
                 raise Inexact("BETWEEN SYMMETRIC is left to the database")
+            kinds = (left.type, *left.type._variant_mapping.values())
+            if any(getattr(kind, "collation", None) for kind in kinds):
+                # SQLAlchemy renders the collation with the bounds, which PostgreSQL cannot parse.
+                raise Inexact("BETWEEN of text with a collation is left to the database")
             column = self._column(left)
             low, high = (self._parameter(bound) for bound in cast("Any", right).clauses)
             if (operator is sql.between_op) is not negated:

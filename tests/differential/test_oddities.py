@@ -496,6 +496,7 @@ def test_a_criterion_that_postgresql_refuses_is_refused(berlin: Engine) -> None:
     for criterion in (
         ELEPHANT.letter == ELEPHANT.word,
         ELEPHANT.id == 2**31,
+        ELEPHANT.code.between("a", "b"),  # SQLAlchemy renders a COLLATE that cannot stand there
         ELEPHANT.seen <= literal(None, BigInteger),
     ):
         with pytest.raises(DBAPIError), reader.Session() as session:
