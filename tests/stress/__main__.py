@@ -23,6 +23,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from sqlalchemy import URL
 
 from tests.integration.databases import Database
+from tests.mariadb import VARIABLE as MARIADB
+from tests.mariadb import configured_mariadb
 from tests.postgres import running_postgres
 from tests.stress.run import Run
 
@@ -52,6 +54,7 @@ def main() -> int:
             )
             for database in databases
             for asynchronous in _modes(arguments.mode)
+            if not (asynchronous and database.dialect in ("mysql", "mariadb"))
         ]
         console.print(f"seed {seed}: {', '.join(map(_name, runs))}")
         bar = Progress(
@@ -146,8 +149,18 @@ def _sqlite() -> Iterator[Database]:
         yield database
 
 
-MARIADB = "SA_TABLECACHE_TEST_MARIADB_URL"
-_DATABASES = {"postgresql": _postgresql, "sqlite": _sqlite}
+@contextmanager
+def _mariadb() -> Iterator[Database]:
+    server = configured_mariadb()
+    if server is None:
+        sys.exit(f"name a MariaDB server in {MARIADB}")
+    with server.database() as url:
+        database = Database(url)
+        database.create()
+        yield database
+
+
+_DATABASES = {"postgresql": _postgresql, "sqlite": _sqlite, "mariadb": _mariadb}
 
 if __name__ == "__main__":
     sys.exit(main())
