@@ -9,6 +9,8 @@ from .exc import (
     DuplicateKey,
     NotExpressible,
     TableCacheError,
+    TransactionConflict,
+    TransactionError,
     Unbound,
     UnknownView,
     UnscopedRead,
@@ -21,6 +23,7 @@ from .options import bypass_cache, no_store
 from .reading import LastRead
 from .scopes import harmless
 from .session import CacheSession, TableCache
+from .transactions import Transaction, in_transaction
 from .view import CachedView, ScoreIndex
 
 __version__ = "0.1.0.dev0"
@@ -43,6 +46,9 @@ __all__ = [
     "Stats",
     "TableCache",
     "TableCacheError",
+    "Transaction",
+    "TransactionConflict",
+    "TransactionError",
     "Unbound",
     "UnknownView",
     "UnscopedRead",
@@ -50,5 +56,6 @@ __all__ = [
     "ViewDefinitionError",
     "bypass_cache",
     "harmless",
+    "in_transaction",
     "no_store",
 ]

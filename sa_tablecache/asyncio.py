@@ -7,8 +7,9 @@ There is one implementation, the synchronous one. What may ask the database runs
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
@@ -25,6 +26,7 @@ from .reading import Answer, LastRead, RangeRead
 from .results import result_of
 from .scopes import Scope, overrides
 from .session import CacheSession, TableCache, _check_range, listen
+from .transactions import AsyncDecorator, TransactionOptions, decorator
 from .view import CachedView, ViewIndex, ViewMeta
 
 V = TypeVar("V", bound=CachedView)
@@ -159,6 +161,19 @@ class AsyncTableCache:
         options.setdefault("bind", self.engine)
         options.setdefault("class_", AsyncCacheSession)
         return async_sessionmaker(sync_session_class=sync_class, **options)
+
+    def in_transaction(
+        self, **options: Unpack[TransactionOptions]
+    ) -> AsyncDecorator[AsyncCacheSession]:
+        """See :meth:`.TableCache.in_transaction`; for ``async def`` functions."""
+        return decorator(self._new_session, True, **options)  # type: ignore[no-any-return]
+
+    def _new_session(self) -> AsyncCacheSession:
+        return self._sessions()
+
+    @cached_property
+    def _sessions(self) -> async_sessionmaker[AsyncCacheSession]:
+        return self.sessionmaker()
 
     def attach(self, target: Any, *, scope: Scope | None = None) -> None:
         """Have an application's own engine or sessions work with the cache.

@@ -12,6 +12,8 @@
      │    ├── Unbound                  used before bind()
      │    └── Closed                   used after close()
      ├── UnsuitableEngine              an engine through which no consistent snapshot can be read
+     ├── TransactionError              a transaction that cannot be what was asked for
+     │    └── TransactionConflict      other transactions kept it from being committed
      └── DuplicateKey                  two rows of a view share its primary key
 
 An error of the database reaches the caller as SQLAlchemy raised it; the cache wraps none.
@@ -64,3 +66,11 @@ class UnsuitableEngine(TableCacheError):
 
 class DuplicateKey(TableCacheError):
     """Two rows of a view share a primary key: ``__primary_key__`` is no key of the view."""
+
+
+class TransactionError(TableCacheError):
+    """A transaction that cannot be what was asked for: by its engine, its function or its place."""
+
+
+class TransactionConflict(TransactionError):
+    """Other transactions kept this one from being committed; nothing of it was."""

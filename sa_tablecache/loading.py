@@ -67,6 +67,22 @@ _IMMUTABLE = (
 _SHARED = (Date, DateTime, Enum, Float, Integer, LargeBinary, String, Time, Uuid)
 
 
+def check_separate_connections(engine: Engine, why: str, way_out: str) -> None:
+    """Refuse an engine all of whose connections are one.
+
+    :raises UnsuitableEngine: for one.
+    """
+    database = engine.url.database or ""
+    in_memory = engine.dialect.name == "sqlite" and (
+        database in ("", ":memory:") or "mode=memory" in str(engine.url)
+    )
+    if isinstance(engine.pool, StaticPool | SingletonThreadPool) or in_memory:
+        raise UnsuitableEngine(
+            f"{engine!r} shares one DBAPI connection ({type(engine.pool).__name__}): {why}; "
+            f"use a database file (SQLite) or a QueuePool, or {way_out}"
+        )
+
+
 class Snapshots:
     """Opens read-only snapshots of one database.
 
@@ -78,16 +94,11 @@ class Snapshots:
 
     def __init__(self, engine: Engine, load_engine: Engine | None = None) -> None:
         source = load_engine or engine
-        database = source.url.database or ""
-        in_memory = source.dialect.name == "sqlite" and (
-            database in ("", ":memory:") or "mode=memory" in str(source.url)
+        check_separate_connections(
+            source,
+            "a load through it would read uncommitted rows and end the application's transaction",
+            "give load_engine= to the cache",
         )
-        if isinstance(source.pool, StaticPool | SingletonThreadPool) or in_memory:
-            raise UnsuitableEngine(
-                f"{source!r} shares one DBAPI connection ({type(source.pool).__name__}): a load "
-                "through it would read uncommitted rows and end the application's transaction; "
-                "use a database file (SQLite) or a QueuePool, or give load_engine= to the cache"
-            )
         self.application = engine
         self._source = source
         self._owned = load_engine is None

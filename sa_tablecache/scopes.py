@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Connection, Engine, Select, select
 from sqlalchemy.orm import Session
 
+from .attempts import ATTEMPT
 from .cache import BaseTableCache
 from .commits import KEY, Transaction
 from .drivers import CURSOR, TAINTED
@@ -146,6 +147,8 @@ def database_reason(
     :param statement: what it reads, where the session may choose its bind by that.
     """
     flush_pending(session)
+    if ATTEMPT in session.info:  # what the database does not see it finds in no conflict
+        return "the session is in a transaction of in_transaction or Transaction"
     engine = cache.engine
     bind = session.bind
     if bind is not engine or _has_binds(session) or overrides(session):

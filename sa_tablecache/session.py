@@ -10,8 +10,8 @@ a :class:`sqlalchemy.orm.Session`. Two ways lead to the cache, both to ``reading
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from sqlalchemy import Connection, Engine, Exists, Select, event, exists, func, literal, select
 from sqlalchemy.engine.result import Result
@@ -39,6 +39,7 @@ from .scopes import (
     scope_of,
 )
 from .shapes import HARMLESS_OPTIONS, view_of
+from .transactions import SyncDecorator, TransactionOptions, decorator
 from .view import CachedView, ViewIndex, ViewMeta, ViewTable
 
 V = TypeVar("V", bound=CachedView)
@@ -429,6 +430,28 @@ class TableCache(BaseTableCache):
         factory = sessionmaker(class_=class_, **options)
         listen(self, factory, scope)
         return factory
+
+    def in_transaction(self, **options: Unpack[TransactionOptions]) -> SyncDecorator[CacheSession]:
+        """Have a function run in a transaction of its own; see :func:`.in_transaction`.
+
+        The sessions are those of :meth:`sessionmaker`; they read the views from the database. The
+        cache may be bound later than the function is decorated.
+
+        ::
+
+            @cache.in_transaction()
+            def delay(session, flight, minutes):
+                session.get_one(Flight, flight).dep_delay = minutes
+        """
+        return decorator(self._new_session, False, **options)  # type: ignore[no-any-return]
+
+    def _new_session(self) -> CacheSession:
+        session: CacheSession = self._sessions()
+        return session
+
+    @cached_property
+    def _sessions(self) -> Any:  # the name of its type is that of a method here
+        return self.sessionmaker()
 
     def attach(self, target: Any, *, scope: Scope | None = None) -> None:
         """Have an application's own engine or sessions work with the cache.
