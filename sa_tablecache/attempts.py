@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from .exc import TransactionError
 from .loading import check_separate_connections
+from .wording import MYSQL
 
 L = TypeVar("L", bound=Callable[..., Any])
 
@@ -102,11 +103,6 @@ class Attempt:
         :raises TransactionError: if this session cannot have such a transaction.
         """
         session = self.session
-        if session.in_transaction():
-            raise TransactionError(
-                "the factory returned a session that is in a transaction already: it has to make a "
-                "new one for each call"
-            )
         engine = self._engine()
         self.dialect = engine.dialect.name
         levels = _LEVELS.get(self.dialect)
@@ -132,6 +128,8 @@ class Attempt:
         if self.dialect == "sqlite" and not _asks_for_another_level(session, engine):
             options = {}  # it would undo what the application's own `connect` listener has set
         connection = session.connection(execution_options=options)
+        if getattr(engine.dialect, "_on_connect_isolation_level", None) == "AUTOCOMMIT":
+            _restore_level_below_autocommit(connection)
         self.transaction = session.get_transaction()
         if self.dialect == "sqlite":
             if not _driver_in_transaction(connection):
@@ -219,6 +217,17 @@ def _asks_for_another_level(session: Session, engine: Engine) -> bool:
     asked = own.get("isolation_level") or engine.get_execution_options().get("isolation_level")
     asked = asked or getattr(engine.dialect, "_on_connect_isolation_level", None)
     return asked not in (None, "SERIALIZABLE")
+
+
+def _restore_level_below_autocommit(connection: Connection) -> None:
+    """Have MariaDB's level restored, too: of an AUTOCOMMIT engine SQLAlchemy resets only that."""
+    dialect: Any = connection.dialect
+    if dialect.name in MYSQL:
+        record: Any = cast("Any", connection.connection)._connection_record
+        # The last one added is called first; then SQLAlchemy's own.
+        record.finalize_callback.append(
+            lambda dbapi: dialect.set_isolation_level(dbapi, dialect.default_isolation_level)
+        )
 
 
 _SERVER_LEVELS: Final = ("SERIALIZABLE", "REPEATABLE READ")

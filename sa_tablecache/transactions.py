@@ -150,6 +150,11 @@ def _new(factory: Any, kind: type[Any]) -> Any:
             f"{factory!r} returned a {type(session).__name__}, where a {kind.__name__} is needed: "
             "`async` goes with an async_sessionmaker, and only with that"
         )
+    if session.in_transaction():  # it is somebody's, and is not to be closed here
+        raise TransactionError(
+            f"{factory!r} returned a session that is in a transaction already: it has to make a new "
+            "one for each call"
+        )
     return session
 
 
