@@ -152,8 +152,8 @@ def _new(factory: Any, kind: type[Any]) -> Any:
         )
     if session.in_transaction():  # it is somebody's, and is not to be closed here
         raise TransactionError(
-            f"{factory!r} returned a session that is in a transaction already: it has to make a new "
-            "one for each call"
+            f"{factory!r} returned a session that is in a transaction already: it has to make "
+            "a new one for each call"
         )
     return session
 

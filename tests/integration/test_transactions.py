@@ -91,7 +91,7 @@ def test_no_update_is_lost(engine: Engine, factory: Any):
 
 
 def test_no_decision_is_overtaken(engine: Engine, factory: Any):
-    """Of two that may each take 150 of 200 in all, from different accounts, one does: write skew."""
+    """Of two that may each take 150 of 200 in all, from two accounts, one does: write skew."""
     together = meeting(engine)
 
     @in_transaction(factory)
@@ -155,46 +155,48 @@ def test_a_deadlock_is_retried(engine: Engine, factory: Any):
 
 def test_money_is_moved_and_never_made(database_url: URL):
     """16 writers move money while readers add it up in the cache: each sum is of one commit."""
-    with bank(database_url, [100] * 8, pool_size=10) as engine:
-        with TableCache(engine, views=[AccountBoard]) as cache:
-            cache.load(AccountBoard)
-            readers = cache.sessionmaker()
-            done = threading.Event()
-            answers: set[str] = set()
+    with (
+        bank(database_url, [100] * 8, pool_size=10) as engine,
+        TableCache(engine, views=[AccountBoard]) as cache,
+    ):
+        cache.load(AccountBoard)
+        readers = cache.sessionmaker()
+        done = threading.Event()
+        answers: set[str] = set()
 
-            @cache.in_transaction(tries=100)
-            def move(session: Any, source: int, target: int, amount: int) -> None:
-                session.get_one(Account, source).balance -= amount
-                session.get_one(Account, target).balance += amount
+        @cache.in_transaction(tries=100)
+        def move(session: Any, source: int, target: int, amount: int) -> None:
+            session.get_one(Account, source).balance -= amount
+            session.get_one(Account, target).balance += amount
 
-            def write(seed: int) -> None:
-                for turn in range(3):
-                    source, target = (seed + turn) % 8 + 1, (seed * 3 + turn) % 8 + 1
-                    move(source, target, 1 + turn)
-                    with readers() as session:
-                        assert sum(a.balance for a in session.range(AccountBoard.by_id)) == 800
+        def write(seed: int) -> None:
+            for turn in range(3):
+                source, target = (seed + turn) % 8 + 1, (seed * 3 + turn) % 8 + 1
+                move(source, target, 1 + turn)
+                with readers() as session:
+                    assert sum(a.balance for a in session.range(AccountBoard.by_id)) == 800
 
-            def read() -> None:
-                while not done.is_set():
-                    with readers() as session:
-                        found = session.range(AccountBoard.by_id)
-                        answers.add(session.last_read.kind)
-                    assert sum(account.balance for account in found) == 800
+        def read() -> None:
+            while not done.is_set():
+                with readers() as session:
+                    found = session.range(AccountBoard.by_id)
+                    answers.add(session.last_read.kind)
+                assert sum(account.balance for account in found) == 800
 
-            def write_all() -> None:
-                try:
-                    failed = in_threads(*[lambda n=n: write(n) for n in range(16)])
-                finally:
-                    done.set()
-                assert failed == [None] * 16
+        def write_all() -> None:
+            try:
+                failed = in_threads(*[lambda n=n: write(n) for n in range(16)])
+            finally:
+                done.set()
+            assert failed == [None] * 16
 
-            assert in_threads(write_all, read) == [None] * 2
-            assert "hit" in answers
-            cache._check()
-            with readers() as session:
-                cached = [a.balance for a in session.range(AccountBoard.by_id)]
-            assert cached == balances(engine)
-            assert sum(cached) == 800
+        assert in_threads(write_all, read) == [None] * 2
+        assert "hit" in answers
+        cache._check()
+        with readers() as session:
+            cached = [a.balance for a in session.range(AccountBoard.by_id)]
+        assert cached == balances(engine)
+        assert sum(cached) == 800
 
 
 # -- retries -----------------------------------------------------------------------------------
@@ -593,9 +595,9 @@ def test_an_inner_one_cannot_be_stricter(factory: Any):
 
 def test_a_block_does_not_join(factory: Any):
     """A block that could be aborted by itself is no part of another transaction."""
-    with Transaction(factory), pytest.raises(TransactionError, match="begin_nested"):
-        with Transaction(factory):
-            pass
+    inner = Transaction(factory)
+    with Transaction(factory), pytest.raises(TransactionError, match="begin_nested"), inner:
+        pass
 
 
 def test_a_thread_does_not_join(engine: Engine, factory: Any):
@@ -644,9 +646,9 @@ def test_a_conflict_of_a_block_is_an_error(engine: Engine, other: Engine, factor
     with pytest.raises(TransactionConflict) as raised, Transaction(factory, relaxed=True) as txn:
         provoke_conflict(txn.session, other)
     assert attempts.is_conflict(raised.value.__cause__)
-    with pytest.raises(TransactionConflict), Transaction(factory, relaxed=True) as txn:
-        with pytest.raises(DBAPIError):
-            provoke_conflict(txn.session, other)
+    block = Transaction(factory, relaxed=True)
+    with pytest.raises(TransactionConflict), block, pytest.raises(DBAPIError):
+        provoke_conflict(block.session, other)
     assert balances(engine) == [102, 100]
 
 
