@@ -15,18 +15,20 @@ from pathlib import Path
 
 import sqlalchemy
 
-from benchmarks import database, loading, memory, ranges
+from benchmarks import database, loading, memory, ranges, transactions
 from benchmarks.harness import Result
 
-PARTS = ("ranges", "loading", "memory")
+PARTS = ("ranges", "loading", "memory", "transactions")
 QUICK_DAYS = 14
 
 
 def measure(parts: Sequence[str], *, quick: bool) -> Iterator[list[Result]]:
     """Run the parts that are asked for, and yield the results of each."""
     days = QUICK_DAYS if quick else None
-    if "memory" in parts or "loading" in parts:
+    if {"memory", "loading", "transactions"} & set(parts):
         with database.postgres(days) as url:
+            if "transactions" in parts:
+                yield transactions.run(url, quick=quick)
             if "memory" in parts:
                 yield memory.run(url, quick=quick)
             if "loading" in parts:

@@ -661,6 +661,47 @@ def test_a_block_is_used_once(factory: Any):
         pass
 
 
+def test_a_conflict_at_commit(postgres_url: URL):
+    """Two that wrote what the other one had read: PostgreSQL tells the second one at its COMMIT."""
+    with bank(postgres_url) as engine:
+        factory = sessionmaker(engine)
+        told: list[Any] = []
+        second = Transaction(factory)
+        with pytest.raises(TransactionConflict) as raised, second:
+            with Transaction(factory) as first:
+                for session, number in ((first.session, 1), (second.session, 2)):
+                    session.scalars(select(Account.balance)).all()
+                    add(session, number, 5)
+            told.append("the end of the block")
+        assert told
+        assert attempts.is_conflict(raised.value.__cause__)
+        assert balances(engine) == [105, 100]
+
+
+def test_a_commit_that_has_to_wait_for_readers(sqlite_url: URL, pauses: Pauses):
+    """Without WAL mode SQLite may be busy at COMMIT: that is retried, too."""
+    with bank(sqlite_url) as first, first.connect() as connection:
+        connection.exec_driver_sql("PRAGMA journal_mode = DELETE")
+    engine = create_engine(sqlite_url, connect_args={"timeout": 0})
+    reader = create_engine(sqlite_url).connect()
+    tries: list[int] = []
+
+    @in_transaction(sessionmaker(engine), on_retry=lambda number, _: reader.rollback())
+    def change(session: Session) -> None:
+        tries.append(len(tries))
+        add(session, 1, 5)
+        if len(tries) == 1:
+            reader.exec_driver_sql("BEGIN")
+            reader.exec_driver_sql("SELECT * FROM txn_account").all()
+
+    change()
+    assert tries == [0, 1]
+    reader.close()
+    reader.engine.dispose()
+    assert balances(engine) == [105, 100]
+    engine.dispose()
+
+
 # -- the cache ---------------------------------------------------------------------------------
 
 

@@ -12,8 +12,15 @@ from datetime import datetime, timedelta
 from typing import Any, assert_type
 
 from sqlalchemy import ForeignKey, create_engine, func, select
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, Session, mapped_column
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    InstrumentedAttribute,
+    Mapped,
+    Session,
+    mapped_column,
+    sessionmaker,
+)
 
 from sa_tablecache import (
     AsyncCacheSession,
@@ -22,7 +29,9 @@ from sa_tablecache import (
     CacheSession,
     ScoreIndex,
     TableCache,
+    Transaction,
     bypass_cache,
+    in_transaction,
     no_store,
 )
 
@@ -188,3 +197,54 @@ async def the_asynchronous_twin_has_the_same_types() -> None:
         plain: AsyncSession = session
         await plain.close()
     await cache.close()
+
+
+Sessions = sessionmaker(create_engine("sqlite:///board.db"))
+AsyncSessions = async_sessionmaker(create_async_engine("sqlite+aiosqlite:///board.db"))
+
+
+@in_transaction(Sessions, relaxed=True, tries=3, timeout=1.5)
+def rename(session: Session, tailnum: str, *, model: str = "") -> Plane:
+    return session.get_one(Plane, tailnum)
+
+
+@in_transaction(AsyncSessions)
+async def rename_later(session: AsyncSession, tailnum: str) -> Plane:
+    return await session.get_one(Plane, tailnum)
+
+
+class Hangar:
+    @in_transaction(Sessions)
+    def park(self, session: Session, tailnum: str) -> int:
+        return len(tailnum)
+
+    @in_transaction(AsyncSessions)
+    async def park_later(self, session: AsyncSession, tailnum: str) -> int:
+        return len(tailnum)
+
+
+async def a_function_in_a_transaction_is_called_without_the_session() -> None:
+    assert_type(rename("N14228", model="737"), Plane)
+    rename("N14228", modle="737")  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    rename(17)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    assert_type(await rename_later("N14228"), Plane)
+    assert_type(Hangar().park("N14228"), int)
+    Hangar().park(17)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    assert_type(await Hangar().park_later("N14228"), int)
+
+
+async def a_block_has_the_session_of_its_factory(cache: TableCache) -> None:
+    with Transaction(Sessions) as txn:
+        assert_type(txn.session, Session)
+    with Transaction(cache.sessionmaker(), relaxed=True) as cached:
+        assert_type(cached.session, CacheSession)
+    async with Transaction(AsyncSessions) as later:
+        assert_type(later.session, AsyncSession)
+
+
+def a_cache_has_a_short_form(cache: TableCache) -> None:
+    @cache.in_transaction(tries=2)
+    def delays(session: CacheSession, since: datetime) -> list[FlightBoard]:
+        return session.range(FlightBoard.by_time, ge=since)
+
+    assert_type(delays(since), list[FlightBoard])
