@@ -132,7 +132,11 @@ class Attempt:
             _restore_level_below_autocommit(connection)
         self.transaction = session.get_transaction()
         if self.dialect == "sqlite":
-            if not _driver_in_transaction(connection):
+            if _driver_in_transaction(connection):
+                # Begun by a listener, too weakly; or a session's whose COMMIT was refused as busy,
+                # and with whose writes SQLAlchemy returned the connection to the pool.
+                connection.dialect.do_rollback(connection.connection)
+            if not _driver_in_transaction(connection):  # it is with sqlite3's autocommit=False
                 connection.exec_driver_sql("BEGIN" if self.relaxed else "BEGIN IMMEDIATE")
         else:
             _verify(connection, level)
@@ -201,7 +205,14 @@ class Attempt:
             except DBAPIError:
                 raise self.errors[0] from None
         self.ending = True
-        session.commit()
+        try:
+            session.commit()
+        except DBAPIError as error:
+            # SQLAlchemy takes a transaction for ended whose COMMIT has failed, and returns the
+            # connection as it is. SQLite's is still open then, with all that it has written.
+            if not error.connection_invalidated:
+                connection._rollback_impl()
+            raise
 
     def _ended(self) -> NoReturn:
         raise TransactionError(

@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, Engine, create_engine, func, insert, select, text
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    create_engine,
+    event,
+    func,
+    insert,
+    select,
+    text,
+)
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import StaticPool
@@ -666,7 +676,7 @@ def test_a_conflict_at_commit(postgres_url: URL):
     with bank(postgres_url) as engine:
         factory = sessionmaker(engine)
         told: list[Any] = []
-        second = Transaction(factory)
+        second = Transaction(sessionmaker(engine))
         with pytest.raises(TransactionConflict) as raised, second:
             with Transaction(factory) as first:
                 for session, number in ((first.session, 1), (second.session, 2)):
@@ -678,28 +688,89 @@ def test_a_conflict_at_commit(postgres_url: URL):
         assert balances(engine) == [105, 100]
 
 
-def test_a_commit_that_has_to_wait_for_readers(sqlite_url: URL, pauses: Pauses):
-    """Without WAL mode SQLite may be busy at COMMIT: that is retried, too."""
+@pytest.fixture
+def journal(sqlite_url: URL) -> Iterator[Engine]:
+    """An SQLite file without WAL mode, where readers keep a COMMIT from being done at once."""
     with bank(sqlite_url) as first, first.connect() as connection:
         connection.exec_driver_sql("PRAGMA journal_mode = DELETE")
-    engine = create_engine(sqlite_url, connect_args={"timeout": 0})
-    reader = create_engine(sqlite_url).connect()
+    engine = create_engine(sqlite_url, pool_size=1, connect_args={"timeout": 0})
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def reader(sqlite_url: URL) -> Iterator[Connection]:
+    """A connection that reads."""
+    engine = create_engine(sqlite_url)
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+def start_reading(reader: Connection) -> None:
+    """Read, and go on reading until rollback."""
+    reader.exec_driver_sql("BEGIN")
+    assert len(reader.exec_driver_sql("SELECT * FROM txn_account").all()) == 2
+
+
+def test_a_commit_that_is_busy(journal: Engine, reader: Connection, pauses: Pauses):
+    """It is retried, and nothing of the try that failed is left in the connection."""
     tries: list[int] = []
 
-    @in_transaction(sessionmaker(engine), on_retry=lambda number, _: reader.rollback())
+    @in_transaction(sessionmaker(journal), on_retry=lambda number, _: reader.rollback())
     def change(session: Session) -> None:
         tries.append(len(tries))
         add(session, 1, 5)
         if len(tries) == 1:
-            reader.exec_driver_sql("BEGIN")
-            reader.exec_driver_sql("SELECT * FROM txn_account").all()
+            start_reading(reader)
 
     change()
     assert tries == [0, 1]
-    reader.close()
-    reader.engine.dispose()
-    assert balances(engine) == [105, 100]
-    engine.dispose()
+    assert balances(journal) == [105, 100]
+
+
+def test_what_a_busy_commit_of_somebody_else_left(journal: Engine, reader: Connection):
+    """SQLAlchemy returns the connection of such a session with its transaction open."""
+    with Session(journal) as session:
+        add(session, 1, 1_000)
+        start_reading(reader)
+        with pytest.raises(DBAPIError, match="locked"):
+            session.commit()
+    reader.rollback()
+
+    @in_transaction(sessionmaker(journal))
+    def change(session: Session) -> None:
+        add(session, 1, 5)
+
+    change()
+    assert balances(journal) == [105, 100]
+
+
+@pytest.mark.parametrize("relaxed", [False, True])
+def test_transactions_that_a_listener_begins(sqlite_url: URL, relaxed: bool):
+    """The recipe of SQLAlchemy's manual, by which a listener sends BEGIN, does no harm."""
+    with bank(sqlite_url) as engine:
+
+        @event.listens_for(engine, "connect")
+        def connect(dbapi_connection: Any, _: Any) -> None:
+            dbapi_connection.isolation_level = None
+
+        @event.listens_for(engine, "begin")
+        def begin(connection: Connection) -> None:
+            connection.exec_driver_sql("BEGIN")
+
+        engine.dispose()
+        factory = sessionmaker(engine)
+
+        @in_transaction(factory, relaxed=relaxed)
+        def change(session: Session) -> None:
+            add(session, 1, 5)
+
+        change()
+        with Transaction(factory, relaxed=relaxed) as txn:
+            change()
+            txn.abort()
+        assert balances(engine) == [105, 100]
 
 
 # -- the cache ---------------------------------------------------------------------------------
