@@ -49,6 +49,14 @@ Pauses = list[float]
 
 
 @pytest.fixture
+def database_url(request: pytest.FixtureRequest) -> URL:
+    """A database of each kind in turn; PostgreSQL takes its time to create one, and keeps it."""
+    name = {"postgresql": "postgres_module"}.get(request.param, request.param)
+    url: URL = request.getfixturevalue(f"{name}_url")
+    return url
+
+
+@pytest.fixture
 def engine(database_url: URL) -> Iterator[Engine]:
     """Accounts 1 and 2, each with 100."""
     with bank(database_url) as engine:

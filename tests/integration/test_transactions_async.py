@@ -29,6 +29,14 @@ pytestmark = pytest.mark.every_database
 
 
 @pytest.fixture
+def database_url(request: pytest.FixtureRequest) -> URL:
+    """A database of each kind in turn; PostgreSQL takes its time to create one, and keeps it."""
+    name = {"postgresql": "postgres_module"}.get(request.param, request.param)
+    url: URL = request.getfixturevalue(f"{name}_url")
+    return url
+
+
+@pytest.fixture
 async def engine(database_url: URL) -> AsyncIterator[AsyncEngine]:
     """Accounts 1 and 2, each with 100; the driver is asynchronous."""
     with bank(database_url):
