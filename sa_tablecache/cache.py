@@ -1,33 +1,28 @@
 """The cached views of one database.
 
 In: an engine, views, and what the application says (load, evict, invalidate). A
-:class:`BaseTableCache` holds one :class:`.CachedTable` for each view, and is what the engine's
-events tell of commits.
+:class:`BaseTableCache` holds one :class:`.CachedTable` for each view.
 """
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from threading import Lock
 from types import TracebackType
 from typing import Any, Self, cast
 
-from sqlalchemy import Engine, Table, select, text
+from sqlalchemy import Engine, select
 from sqlalchemy.sql import ColumnElement
 
-from .analysis import TableName, plan_of, table_label, table_name
+from .analysis import plan_of, table_label, table_name
 from .answering import covered_candidate
-from .cascades import all_cascades
-from .changes import VIEW, ChangeSet, Marks
-from .commits import Backend
+from .changes import VIEW, ChangeSet
 from .comparison import Inexact
 from .events import tables_of, unwatch, watch
 from .exc import Closed, CriteriaError, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
 from .figures import Estimate, Stats, estimate
+from .invalidation import Invalidation
 from .layout import log_coarse
 from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
@@ -35,11 +30,8 @@ from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
 from .statements import exact_value
 from .table import CachedTable
+from .triggers import unexplained
 from .view import CachedView, ViewMeta
-
-log = logging.getLogger(__name__)
-
-ORPHAN_CHECK_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +45,7 @@ class Problem:
         return f"{self.view}: {self.what}"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Lease:
-    """What one commit under way will mark, for each view that it concerns."""
-
-    marks: dict[CachedTable, Marks]
-    changes: ChangeSet
-
-
-@dataclass(slots=True, eq=False)
-class _Orphan:
-    """The lease of a COMMIT of which nobody knows how it ended."""
-
-    lease: _Lease
-    backend: Backend | None
-    checked: float = 0.0
-
-
-class BaseTableCache:
+class BaseTableCache(Invalidation):
     """What :class:`.TableCache` is but for its sessions, which stand to the right of this module.
 
     See there.
@@ -83,15 +58,11 @@ class BaseTableCache:
         views: Iterable[type[CachedView]] = (),
         load_engine: Engine | None = None,
     ) -> None:
+        super().__init__()
         self._engine: Engine | None = None
         self._given_load_engine = load_engine
-        self._snapshots: Snapshots | None = None
         self._watched: list[Engine] = []
         self._views: list[type[CachedView]] = []
-        self._tables: dict[type[CachedView], CachedTable] = {}
-        self._orphans: list[_Orphan] = []
-        self._side_effects: dict[TableName, frozenset[TableName]] = {}
-        self._lock = Lock()
         self._closed = False
         if engine is not None:
             self.bind(engine)
@@ -306,51 +277,6 @@ class BaseTableCache:
         assert self.engine is not None
         self.publish(changes, None)
 
-    def side_effects(self, source: Any, *, writes: Iterable[Any]) -> None:
-        """Say what the database itself writes when a row of a table is written: by triggers.
-
-        ::
-
-            cache.side_effects(Order, writes=[Stock])
-
-        From then on a commit that writes ``Order`` marks ``Stock`` too, all of it, and so on.
-        Foreign keys with ON DELETE and ON UPDATE need no such word. Emits no SQL.
-
-        :param source: a mapped class or a table.
-        :param writes: mapped classes and tables; none of them if it writes no table of a view,
-            which :meth:`check` would otherwise ask about.
-        :raises CriteriaError: for anything else.
-        """
-        targets: set[TableName] = set()
-        for model in writes:
-            for table in tables_of(model):
-                targets |= {table_name(table), *all_cascades(table)}
-        for table in tables_of(source):
-            name = table_name(table)
-            self._side_effects[name] = self._side_effects.get(name, frozenset()) | targets
-
-    def affecting(self, tables: frozenset[TableName]) -> frozenset[TableName]:
-        """Return the tables of which a write reaches some tables: they, and by side effects."""
-        if not self._side_effects:
-            return tables
-        grew = True
-        while grew:
-            sources = {s for s, found in self._side_effects.items() if not found.isdisjoint(tables)}
-            grew = not sources <= tables
-            tables |= sources
-        return tables
-
-    def _add_side_effects(self, changes: ChangeSet) -> None:
-        """Add to changes what the database itself changed because of them."""
-        added = bool(self._side_effects)
-        while added:
-            added = False
-            for source, targets in self._side_effects.items():
-                if changes.touches([source]) and not targets <= changes.tables:
-                    for table in targets:
-                        changes.add_table(table)
-                    added = True
-
     def refresh(self, view: type[CachedView]) -> None:
         """Read again what is marked now, instead of before the next answer."""
         self.table(view).refresh()
@@ -375,7 +301,8 @@ class BaseTableCache:
                 )
                 for name, why in sorted(table.coarse.items(), key=lambda item: item[0][1])
             ]
-            problems += self._unseen(view, table)
+            said = unexplained(table.set_up().automatic, self._side_effects)
+            problems += [Problem(view.__name__, what) for what in said]
             for index in view.__indexes__.values():
                 for name in index.column_names:
                     how = columns.comparisons[name]
@@ -390,132 +317,12 @@ class BaseTableCache:
                         )
         return problems
 
-    def _unseen(self, view: type[CachedView], table: CachedTable) -> list[Problem]:
-        """Return what writes tables in ways that nobody told the cache."""
-        return [
-            Problem(
-                view.__name__,
-                f"{table_label(name)} has triggers or rules, {', '.join(sorted(what.triggers))}, "
-                "and what they write is not seen: say it with cache.side_effects(Model, "
-                "writes=[...]), empty if they write no table of a view",
-            )
-            for name, what in sorted(table.set_up().automatic.items(), key=str)
-            if what.triggers and name not in self._side_effects
-        ]
-
     def explain(self, statement: Any) -> Explanation:
         """Say how a SELECT of a view would be answered now, and why. Runs nothing."""
         view = view_of(statement)
         if view is None:
             raise CriteriaError("this is not a SELECT of a cached view")
         return explain(self.table(view), statement)
-
-    # -- commits --------------------------------------------------------------------------------
-
-    def wanted(self, table: str) -> frozenset[str] | None:
-        """Return which columns of deleted rows of a table are wanted, if anything of it is."""
-        found = [t.wanted(table) for t in list(self._tables.values())]
-        known = [columns for columns in found if columns is not None]
-        return frozenset().union(*known) if known else None
-
-    def keys(self, table: str) -> set[tuple[str, ...]]:
-        """Return the primary keys, by column names, by which rows of a table are followed."""
-        layouts = [t.layout for t in list(self._tables.values()) if t.layout is not None]
-        return {key for layout in layouts for key in layout.keys.get(table, ())}
-
-    def acts(self, table: str, *, unexplained: bool = False) -> bool:
-        """Whether the database may do something by itself when a table is written.
-
-        :param unexplained: whether :meth:`side_effects` says nothing about it.
-        """
-        if any(name == table for _, name in list(self._side_effects)):
-            return not unexplained
-        layouts = [t.layout for t in list(self._tables.values()) if t.layout is not None]
-        return any(
-            what.triggers
-            for layout in layouts
-            for (_, name), what in layout.automatic.items()
-            if name == table
-        )
-
-    def tables_named(self, name: str) -> list[Table]:
-        """Return the tables of the views' metadata with a name, in any schema and case."""
-        metadatas = {t.metadata for table in list(self._tables.values()) for t in table.base_tables}
-        return [
-            t for metadata in metadatas for t in metadata.tables.values() if t.name.lower() == name
-        ]
-
-    @property
-    def at_once(self) -> frozenset[TableName]:
-        """The tables whose rows are visible when they are written, and stay."""
-        layouts = [table.layout for table in list(self._tables.values())]
-        return frozenset[TableName]().union(*(lay.at_once for lay in layouts if lay is not None))
-
-    def lease(self, changes: ChangeSet) -> _Lease:
-        """Take a lease on what the changes of a commit will mark."""
-        self._add_side_effects(changes)
-        marks = {}
-        for table in list(self._tables.values()):
-            found = table.marks_of(changes)
-            if found:
-                table.lease(found)
-                marks[table] = found
-        return _Lease(marks, changes)
-
-    def publish(self, changes: ChangeSet, lease: _Lease | None) -> None:
-        """Mark what a commit changed, and end its lease."""
-        self._add_side_effects(changes)
-        leased = lease.marks if lease is not None else {}
-        for table in list(self._tables.values()):
-            table.doubtful = table.doubtful or changes.everything
-            table.publish(table.marks_of(changes), leased.get(table))
-
-    def orphan(self, lease: _Lease, backend: Backend | None) -> None:
-        """Keep a lease until the transaction of a lost connection has ended."""
-        if lease.marks:
-            with self._lock:
-                self._orphans.append(_Orphan(lease, backend))
-
-    def settle_orphans(self) -> None:
-        """End the leases of commits that have ended by now: one SELECT for each, now and then."""
-        if not self._orphans or self._snapshots is None:
-            return
-        now = time.monotonic()
-        with self._lock:
-            due = [o for o in self._orphans if now - o.checked > ORPHAN_CHECK_SECONDS]
-            for orphan in due:
-                orphan.checked = now
-        for orphan in due:
-            try:
-                ended = self._has_ended(orphan)
-            except Exception as error:
-                log.warning("whether a COMMIT has ended cannot be found out: %s", error)
-                ended = False
-            if ended:
-                with self._lock:
-                    if orphan not in self._orphans:
-                        continue
-                    self._orphans.remove(orphan)
-                self.publish(orphan.lease.changes, orphan.lease)
-
-    def _has_ended(self, orphan: _Orphan) -> bool:
-        assert self._snapshots is not None
-        query = {
-            # Whether the server process holds the lock that a writing transaction holds on itself.
-            "postgresql": "SELECT count(*) FROM pg_locks WHERE pid = :pid "
-            "AND locktype IN ('transactionid', 'virtualxid') AND mode = 'ExclusiveLock'",
-            # Not innodb_trx: that is served from a cache, and takes a privilege.
-            "mysql": "SELECT count(*) FROM information_schema.processlist WHERE id = :pid",
-        }.get(self._snapshots.engine.dialect.name.replace("mariadb", "mysql"))
-        if self._snapshots.dialect.name == "sqlite":
-            return self._snapshots.nobody_writes()
-        if orphan.backend is None or query is None:
-            return False
-        mine, its = (engine.url.username for engine in (self.load_engine, self.engine))
-        if mine != its and "processlist" in query:
-            return False  # which shows everybody their own
-        with self._snapshots.open() as connection:
-            return not connection.scalar(text(query), {"pid": orphan.backend.pid})
 
     # -- sessions and end -----------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, String, false, func, literal, select, sql, te
 from .analysis import TableName, ViewPlan, table_label, table_name
 from .comparison import Comparison, StoredColumn, comparison
 from .exc import ViewDefinitionError
+from .readers import EveryScope
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,10 @@ def probe(connection: Connection, plan: ViewPlan) -> Catalog:
             elif not strict:
                 unfollowed[table] = "without a strict sql_mode keys that do not fit are changed"
         related.update(_mysql_views(connection, plan))
+    if dialect == "sqlite" or getattr(connection.dialect, "_casing", False):
+        # Where capitals make no difference, a writer may leave them out.
+        lower = {(schema, name.lower()): (schema, name) for schema, name in plan.tables}
+        related |= {name: t for name, t in lower.items() if name not in plan.tables}
     # A writer may leave out the default schema where the view says it, and the other way round.
     default = "main" if dialect == "sqlite" else connection.dialect.default_schema_name
     for (schema, name), table in [*related.items(), *((t, t) for t in plan.tables)]:
@@ -322,6 +327,7 @@ def _computed(connection: Connection, plan: ViewPlan) -> dict[str, StoredColumn]
     dialect = connection.dialect.name
     if not clauses or dialect == "sqlite":
         return {}
+    everything = EveryScope(plan.view)
     if dialect == "postgresql":
         view = plan.view.__table__
         one = select(literal(1).label("one")).subquery()
@@ -332,10 +338,12 @@ def _computed(connection: Connection, plan: ViewPlan) -> dict[str, StoredColumn]
             for clause in clauses
         ]
         names = [
-            *connection.execute(select(*types).select_from(one.outerjoin(view, false()))).one()
+            *connection.execute(
+                select(*types).select_from(one.outerjoin(view, false())).options(everything)
+            ).one()
         ]
     else:
-        with connection.execute(select(*clauses).limit(0)) as result:
+        with connection.execute(select(*clauses).limit(0).options(everything)) as result:
             description: Any = result.cursor.description
             names = [_MYSQL_TYPES.get(c[1], "text") for c in description]
     return {c.name: StoredColumn(name) for c, name in zip(clauses, names, strict=True)}

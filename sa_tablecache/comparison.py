@@ -53,6 +53,10 @@ class Comparison:
     """Applied to stored values and to parameters alike."""
     collation: str | None = None
     """For text: the name of its collation."""
+    alone: bool = False
+    """Whether row values that it is a part of are left to the database."""
+    none_is_null: bool = True
+    """Whether ``None`` in Python is NULL in the database, and the other way round."""
     type: types.TypeEngine[Any] | None = field(default=None, compare=False)
     """The type of the column."""
 
@@ -99,8 +103,10 @@ class Comparison:
         elif isinstance(mine, types.Numeric | types.Float) and type(type_) is types.Integer:
             if type(value) is int and abs(value) < 2**31:
                 return
-        elif type(type_) in _SENT_ALIKE.get(_kind(mine), ()):
-            return
+        elif type(type_) in _SENT_ALIKE.get(_kind(mine), ()) and not type_._variant_mapping:
+            # A collation is sent along, and outranks that of the column.
+            if getattr(type_, "collation", None) in (None, self.collation):
+                return
         raise Inexact(f"a parameter of type {type_!r}")
 
     def compares_with(self, other: Comparison) -> bool:
@@ -201,6 +207,15 @@ EXACT_FLOATS: Final = 2**53
 _UNKNOWN: Final = Comparison(False, False, reason="of a type that is not known to be exact")
 
 
+#: Types of which ``None`` is NULL: not JSON, which has a null of its own, nor what one's own
+#: TypeDecorator makes of values.
+_NULLABLE: Final = (
+    types.Boolean, types.Integer, types.Numeric, types.Float, types.String, types.Date,
+    types.DateTime, types.Time, types.Interval, types.LargeBinary, types.VARBINARY, types.Uuid,
+    types.ARRAY,
+)  # fmt: skip
+
+
 def is_sortable(type_: types.TypeEngine[Any]) -> bool:
     """Whether Python can sort the values of a type at all, in whatever order."""
     if isinstance(type_, types.TypeDecorator | types.NullType):
@@ -221,6 +236,8 @@ def comparison(
     """
     name = dialect.name if dialect.name != "mariadb" else "mysql"
     given, type_ = type_, type_._variant_mapping.get(dialect.name, type_)
+    if not isinstance(type_, _NULLABLE):
+        return Comparison(False, False, reason=_UNKNOWN.reason, none_is_null=False)
     if name not in ("postgresql", "sqlite", "mysql") or isinstance(type_, types.TypeDecorator):
         return _UNKNOWN
     stored_name = stored.type_name if stored is not None else None
@@ -298,6 +315,10 @@ def _text(type_: types.String, dialect: str, stored: StoredColumn | None) -> Com
         return Comparison(False, False, reason=f"{type(type_).__name__} pads or folds its values")
     if stored is None or stored.deterministic is None:
         return Comparison(False, False, reason="text under a collation that was not looked up")
+    if type_.collation is not None and stored.collation not in (None, type_.collation):
+        # PostgreSQL gets the model's collation with each parameter, and it outranks the column's.
+        why = f"declared with collation {type_.collation}, and stored with {stored.collation}"
+        return Comparison(False, False, reason=why)
     name = f"collation {stored.collation}" if stored.collation else "a collation"
     way_out = _WAYS_OUT[dialect]
     if not stored.deterministic:

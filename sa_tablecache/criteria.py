@@ -48,6 +48,8 @@ class And:
     """All of them."""
 
     nodes: tuple[Node, ...]
+    row: tuple[str, ...] = ()
+    """The columns of the row value whose comparison it is, if it is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,8 @@ class Or:
     """Any of them."""
 
     nodes: tuple[Node, ...]
+    row: tuple[str, ...] = ()
+    """See :class:`And`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +225,10 @@ class Reader:
         if operator in (sql.between_op, sql.not_between_op):
             if element.modifiers.get("symmetric"):
                 raise Inexact("BETWEEN SYMMETRIC is left to the database")
+            kinds = (left.type, *left.type._variant_mapping.values())
+            if any(getattr(kind, "collation", None) for kind in kinds):
+                # SQLAlchemy renders the collation with the bounds, which PostgreSQL cannot parse.
+                raise Inexact("BETWEEN of text with a collation is left to the database")
             column = self._column(left)
             low, high = (self._parameter(bound) for bound in cast("Any", right).clauses)
             if (operator is sql.between_op) is not negated:
@@ -240,9 +248,9 @@ class Reader:
                 raise Inexact("row values of different lengths")
             pairs = zip(columns, parameters, strict=True)
             if op == "==":
-                return And(tuple(Compare(c, op, p) for c, p in pairs))
+                return And(tuple(Compare(c, op, p) for c, p in pairs), columns)
             if op == "!=":
-                return Or(tuple(Compare(c, op, p) for c, p in pairs))
+                return Or(tuple(Compare(c, op, p) for c, p in pairs), columns)
             return RowCompare(columns, op, parameters)
         if isinstance(right, True_ | False_):
             if op not in ("==", "!="):
@@ -295,8 +303,14 @@ def bind(
             raise Inexact(f"{column}: {how.reason or 'no order that Python knows'}")
         return how
 
+    def row(columns: Sequence[str]) -> None:
+        for column in columns:
+            if usable(column).alone:
+                raise Inexact(f"{column} may be NULL in a row value: MariaDB has ways of its own")
+
     match node:
         case And() | Or():
+            row(node.row)
             for inner in node.nodes:
                 bind(inner, raw, bound, comparisons, types)
         case Compare():
@@ -314,10 +328,15 @@ def bind(
             values, type_ = list(raw[node.parameter]), types[node.parameter]
             some = frozenset(how.parameter(value, type_) for value in values) - {None}
             bound[node.parameter] = (some, None in values, not values)
+        case IsNull():
+            known = comparisons.get(node.column)
+            if known is None or not known.none_is_null:
+                raise Inexact(f"{node.column} may be None without being NULL")
         case Truth():
             if bool not in usable(node.column).accepts:
                 raise Inexact(f"{node.column} is no truth value")
         case RowIn():
+            row(node.columns)
             hows = [usable(column) for column in node.columns]
             rows = [tuple(row) for row in raw[node.parameter]]
             kinds = types[node.parameter].types
@@ -326,6 +345,7 @@ def bind(
             usable_rows = [tuple(map(Comparison.parameter, hows, row, kinds)) for row in rows]
             bound[node.parameter] = frozenset(row for row in usable_rows if None not in row)
         case RowCompare():
+            row(node.columns)
             for column, parameter in zip(node.columns, node.parameters, strict=True):
                 how, value = usable(column, node.op), raw[parameter]
                 usable(column)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import count
-from typing import Any, Final, cast
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, Table, event, inspect
@@ -35,6 +35,18 @@ from .commits import (
     transaction_of,
     wrap_commit,
 )
+from .drivers import (
+    CURSOR,
+    TAINTED,
+    autocommits,
+    count_unknown,
+    in_transaction,
+    is_open,
+    keeps_keys,
+    knows_transactions,
+    names_of,
+    watch_cursors,
+)
 from .exc import CriteriaError
 from .loading import READER
 from .returning import (
@@ -53,14 +65,6 @@ from .statements import ANYTHING, NOTHING, Writes, rows_of, writes_of
 SUFFIXED: Final = "_sa_tablecache_suffixed"
 """Attribute of the context of a statement behind which RETURNING was written."""
 RAW: Final = "sa_tablecache.raw"
-CURSOR: Final = "sa_tablecache.cursor"
-"""In the connection's info: its newest cursor, until the engine executes it."""
-TAINTED: Final = "sa_tablecache.tainted"
-"""In the connection's info: SET or the like ran, so that it may see what others do not.
-
-It stays when the connection returns to its pool: a reset of the pool ends transactions, and not
-what was set for the session.
-"""
 MOVED: Final = "sa_tablecache.moved"
 """In the connection's info: USE or the like ran, and names without a schema mean other tables."""
 _ticks = count(1)
@@ -183,7 +187,7 @@ class Watcher:
             writes = replace(
                 writes, further=writes.further | _tables(writes), key=(), primary_key=()
             )
-        keys = rows_of(writes, context) if _keeps_keys(connection) else None
+        keys = rows_of(writes, context) if keeps_keys(connection) else None
         suffix = ""
         if writes.unnamed and writes.table is not None and declared is None:
             if self._wanted(writes.table[1]) is not None:
@@ -191,12 +195,12 @@ class Watcher:
         transaction.underway[id(context)] = Underway(
             context,
             writes,
-            {table: _names(table, connection, context) for table in _tables(writes)},
+            {table: self._names(table, connection, context) for table in _tables(writes)},
             keys,
             asks=(keys is None or was_asked(context)) and tells_keys(writes, context),
             suffixed=bool(suffix),
         )
-        if _autocommits(connection) or self._at_once(transaction):
+        if autocommits(connection) or self._at_once(transaction):
             # The rows are not known yet: the lease is on what they could be.
             changes, transaction.changes = transaction.changes, ChangeSet()
             underway = dict(transaction.underway)
@@ -250,7 +254,7 @@ class Watcher:
         if executed is not None:
             rows = read_rows(executed.writes, context, statement, result)
             if (rows is not None and not rows.keys and self._acts(executed.writes)) or (
-                executed.writes.kind == "insert" and not _keeps_keys(connection)
+                executed.writes.kind == "insert" and not keeps_keys(connection)
             ):
                 rows = None
             transaction.wrote(executed, rows, any_row=rows is None or bool(rows.keys))
@@ -260,17 +264,26 @@ class Watcher:
         self, connection: Connection, transaction: Transaction, writes: Writes
     ) -> None:
         """Publish at once what no COMMIT will follow: AUTOCOMMIT, and what text may have ended."""
-        if _autocommits(connection) or (
-            connection.dialect.name == "sqlite" and not _in_transaction(connection)
+        if autocommits(connection) or (
+            connection.dialect.name == "sqlite" and not in_transaction(connection)
         ):
             publish(self.subscribers, transaction)
-            if _knows_transactions(connection):
+            if knows_transactions(connection):
                 transaction.changes = ChangeSet()
         elif self._at_once(transaction):
             publish(self.subscribers, transaction)
         elif writes.opaque:
             for subscriber in list(self.subscribers):
                 subscriber.publish(transaction.changes, None)
+
+    def _names(self, table: TableName, connection: Connection, context: Any) -> list[TableName]:
+        """Return all names under which a view may know a written table."""
+        names = names_of(table, connection, context)
+        dialect: Any = connection.dialect
+        folds = dialect.name == "sqlite" or getattr(dialect, "_casing", 0)
+        if folds and self._wanted(table[1]) is None:
+            names += [(schema, name.lower()) for schema, name in names]
+        return names
 
     def _at_once(self, transaction: Transaction) -> bool:
         """Whether it wrote tables that have no transactions."""
@@ -314,7 +327,7 @@ class Watcher:
 
     def commit(self, connection: Connection) -> None:
         """Lease what COMMIT is about to make visible."""
-        _count_unknown(connection.info)
+        count_unknown(connection.info)
         transaction = transaction_of(connection.info)
         if not transaction.began:  # it began before anybody watched
             transaction.changes.add_everything()
@@ -342,11 +355,14 @@ class Watcher:
             transaction.began = transaction.began or tick()
         self.commit(connection)
 
-    def rollback(self, connection: Connection) -> None:
-        """Forget what is rolled back, unless it may have become durable all the same."""
+    def rollback(self, connection: Connection, *, known: bool = False) -> None:
+        """Forget what is rolled back, unless it may have become durable all the same.
+
+        :param known: whether it is known that a transaction is open, which its driver cannot tell.
+        """
         if connection.closed or connection.invalidated:
             return  # its info is gone; the checkin has published what it had written
-        _count_unknown(connection.info)
+        count_unknown(connection.info)
         transaction: Transaction | None = connection.info.pop(KEY, None)
         if transaction is None:
             return
@@ -354,7 +370,7 @@ class Watcher:
         if transaction.changes and (
             transaction.opaque
             or connection.dialect.name in ("mysql", "mariadb")
-            or not _is_open(connection)
+            or not (known or is_open(connection))
         ):
             publish(self.subscribers, transaction)
         else:
@@ -363,7 +379,7 @@ class Watcher:
     def rollback_twophase(self, connection: Connection, xid: Any, _prepared: Any) -> None:
         """Forget what is rolled back."""
         self.prepared.pop(xid, None)
-        self.rollback(connection)
+        self.rollback(connection, known=True)
 
     # -- connections ----------------------------------------------------------------------------
 
@@ -374,7 +390,7 @@ class Watcher:
     def engine_connect(self, connection: Connection) -> None:
         """Note that the connection's statements will be seen."""
         connection.info[RAW] = False
-        _watch_cursors(connection)
+        watch_cursors(connection)
 
     def close_detached(self, _dbapi: Any) -> None:
         """Count on a connection that left its pool to have written unseen."""
@@ -385,7 +401,7 @@ class Watcher:
         """Publish what was written unseen: by a raw connection, or with its end unknown."""
         if READER in record.info:
             return
-        _count_unknown(record.info)
+        count_unknown(record.info)
         transaction: Transaction | None = record.info.pop(KEY, None)
         if record.info.get(RAW):
             record.info[TAINTED] = True  # nobody saw what it SET
@@ -395,25 +411,6 @@ class Watcher:
             transaction.settle()
             if transaction.changes or transaction.leases is not None:
                 publish(self.subscribers, transaction)
-
-
-def _watch_cursors(connection: Connection) -> None:
-    """Notice the cursors that are not the engine's own: it tells of each when it executes it."""
-    fairy: Any = connection.connection
-    info, make = fairy.info, fairy.dbapi_connection.cursor  # no reference to the fairy itself
-
-    def cursor(*args: Any, **kwargs: Any) -> Any:
-        _count_unknown(info)
-        made = info[CURSOR] = make(*args, **kwargs)
-        return made
-
-    fairy.cursor = cursor
-
-
-def _count_unknown(info: dict[Any, Any]) -> None:
-    """Have a cursor that the engine did not execute count as one that wrote anything."""
-    if info.pop(CURSOR, None) is not None:
-        transaction_of(info).changes.add_everything()
 
 
 def _tables(writes: Writes) -> frozenset[TableName]:
@@ -443,82 +440,6 @@ def tables_of(target: Any) -> list[Table]:
     if not isinstance(mapper, Mapper):
         raise CriteriaError(f"{target!r} is neither a mapped class nor a Table")
     return [table for table in mapper.tables if isinstance(table, Table)]
-
-
-def _names(table: TableName, connection: Connection, context: Any) -> list[TableName]:
-    """Return all names under which a view may know a written table."""
-    schema, name = table
-    options = connection.get_execution_options() if context is None else context.execution_options
-    translate = options.get("schema_translate_map") or {}
-    schemas = {schema, translate.get(schema, schema)}
-    default = "main" if connection.dialect.name == "sqlite" else None
-    default = default or connection.dialect.default_schema_name
-    if default in schemas:
-        schemas.add(None)
-    elif None in schemas and schema is not None:
-        schemas.add(default)
-    return [(s, name) for s in schemas]
-
-
-def _autocommits(connection: Connection) -> bool:
-    """Whether each statement of a connection commits by itself."""
-    driver: Any = connection.connection.driver_connection
-    if connection.dialect.name == "sqlite":
-        return driver.isolation_level is None and not driver.in_transaction
-    status = _server_status(driver)
-    if status is not None:
-        return status & _IN_TRANSACTION_OR_AUTOCOMMIT == _AUTOCOMMIT
-    if connection._is_autocommit_isolation():
-        return not _began_by_hand(driver)
-    return getattr(connection.connection.dbapi_connection, "autocommit", False) is True
-
-
-_AUTOCOMMIT: Final = 2
-_IN_TRANSACTION_OR_AUTOCOMMIT: Final = 3
-
-
-def _server_status(driver: Any) -> int | None:
-    """Return what a MariaDB server said last of its session, where the driver keeps it.
-
-    Only statements without rows bring it up to date. Those that begin a transaction, end it, or
-    set ``autocommit`` are such.
-    """
-    status = getattr(driver, "server_status", None)
-    return status if isinstance(status, int) else None
-
-
-def _knows_transactions(connection: Connection) -> bool:
-    """Whether it is known if a transaction was begun by hand on a connection in AUTOCOMMIT."""
-    return connection.dialect.name not in ("mysql", "mariadb") or (
-        _server_status(connection.connection.driver_connection) is not None
-    )
-
-
-def _keeps_keys(connection: Connection) -> bool:
-    """Whether keys are stored as they are written: no SET has changed ``sql_mode``, say."""
-    return connection.dialect.name not in ("mysql", "mariadb") or TAINTED not in connection.info
-
-
-def _began_by_hand(driver: Any) -> bool:
-    """Whether a transaction is open, by the driver: BEGIN as text on one in AUTOCOMMIT, say."""
-    if hasattr(driver, "is_in_transaction"):  # asyncpg
-        return bool(driver.is_in_transaction())
-    if hasattr(driver, "get_transaction_status"):  # psycopg2
-        return driver.get_transaction_status() in (1, 2, 3)
-    status = getattr(getattr(driver, "info", None), "transaction_status", 0)  # psycopg
-    return int(status) in (1, 2, 3)
-
-
-def _is_open(connection: Connection) -> bool:
-    """Whether the server still has a transaction, and was not told by the driver to commit."""
-    driver: Any = connection.connection.driver_connection
-    if connection.dialect.name == "sqlite":
-        return _in_transaction(connection)
-    return _began_by_hand(driver)
-
-
-def _in_transaction(connection: Connection) -> bool:
-    return bool(cast("Any", connection.connection.driver_connection).in_transaction)
 
 
 _watchers: WeakKeyDictionary[Engine, Watcher] = WeakKeyDictionary()

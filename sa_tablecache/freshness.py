@@ -18,10 +18,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from .changes import AnyMark, Mark, Marks, in_place
+from .changes import VIEW, AnyMark, Mark, Marks, in_place
 
 MOST_IN_PLACE = 10_000
 """With more marks in place than this the next read refreshes, whatever it reads."""
+
+
+MOST_PENDING = 20_000
+"""More marks than this become one of the whole view: nobody may read for a long time."""
 
 
 class Freshness:
@@ -91,6 +95,11 @@ class Freshness:
 
     def mark(self, marks: Marks) -> None:
         """Make marks pending, each with a number of its own."""
+        if len(self.pending) + len(marks) > MOST_PENDING:
+            oldest = self.oldest
+            self.forget()
+            self.oldest = oldest
+            marks = frozenset({VIEW})
         for mark in marks:
             self._set(mark)
             if self._underway:

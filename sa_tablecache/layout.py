@@ -63,6 +63,8 @@ class Layout:
         self.plan = plan
         self.automatic = automatic
         """What tables do by themselves when a row is written."""
+        self.acting = frozenset(name for (_, name), what in automatic.items() if what.triggers)
+        """The names of those that have triggers or rules."""
         self.coarse: dict[TableName, str] = dict(plan.coarse)
         """Tables of which any change marks the whole view, and why."""
         self._leaf_orders: dict[int, str] = {}
@@ -71,6 +73,13 @@ class Layout:
         self.path_of: dict[tuple[str, ...], GroupPath] = {}
         """For these columns, one of the paths that lead to them."""
         comparisons = {name: catalog.comparison(plan, name, dialect) for name in plan.by_name}
+        if dialect.name in ("mysql", "mariadb"):
+            # Where a row value has columns of an outer join, they make an inner join of it, as if
+            # one NULL decided. It does not: (1, NULL) < (2, 0) is true.
+            comparisons = {
+                name: replace(how, alone=plan.column(name).nullable)
+                for name, how in comparisons.items()
+            }
         wanted, hidden = self._index_orders()
         hidden += self._lineage_orders(wanted, comparisons, catalog, dialect)
         hidden = list(dict.fromkeys(hidden))
@@ -118,8 +127,9 @@ class Layout:
                 "was first used; until the application is started again, the database answers"
             )
         self.tables = self.plan.tables | catalog.related.keys()
+        self.at_once = catalog.at_once
         self.automatic = automatic
-        self.concerns = self._concerns(self.followed)
+        self.concerns = self._concerns(self.followed - catalog.unfollowed.keys())
 
     def _index_orders(self) -> tuple[dict[str, tuple[tuple[str, ...], int]], list[str]]:
         """Return the orders of the key and the indexes, and the hidden columns they need."""

@@ -88,6 +88,7 @@ class Snapshots:
                 "through it would read uncommitted rows and end the application's transaction; "
                 "use a database file (SQLite) or a QueuePool, or give load_engine= to the cache"
             )
+        self.application = engine
         self._source = source
         self._owned = load_engine is None
         self._engine: Engine | None = None if load_engine is None else load_engine

@@ -19,7 +19,8 @@ from sqlalchemy.orm import Session
 
 from .cache import BaseTableCache
 from .commits import KEY, Transaction
-from .events import CURSOR, TAINTED, Watcher, root_of
+from .drivers import CURSOR, TAINTED
+from .events import Watcher, root_of
 from .exc import UnscopedRead
 from .readers import in_scope
 from .table import CachedTable

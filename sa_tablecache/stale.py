@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable
-from threading import Lock
 
 from .changes import Mark
 from .layout import Layout
 from .orders import Hidden, Record
 from .scores import Interval, Key, place_of
 from .storage import Storage
+from .turns import Section
 
 
 class StaleRecords:
@@ -29,7 +29,7 @@ class StaleRecords:
     def __init__(self, layout: Layout, storage: Storage, marks: Iterable[Mark]) -> None:
         self._layout = layout
         self._storage = storage
-        self._lock = Lock()
+        self._lock = Section()
         self._marks: dict[Mark, None] = dict.fromkeys(marks)
         self._unread: list[Mark] = list(self._marks)
         self._pairs: list[tuple[Record, Hidden | None]] = []

@@ -15,7 +15,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -47,10 +47,11 @@ from .wording import (
     MYSQL,
     TEMPORARY,
     UNKNOWN_NAME,
+    UNSEEN,
     bare,
-    calls_only_known,
     hides,
     only_reads,
+    sets_nothing,
 )
 
 
@@ -194,7 +195,7 @@ _EXACT: Final[tuple[tuple[type[types.TypeEngine[Any]], type], ...]] = (
 )
 
 
-def exact_value(column: Column[Any], value: Any, dialect: str = "postgresql") -> Any:
+def exact_value(column: Column[Any], value: Any, dialect: str = "") -> Any:
     """Return a key's value as the database will give it back, or ``None`` if that is not sure."""
     type_ = column.type
     mysql = dialect in MYSQL
@@ -208,14 +209,8 @@ def exact_value(column: Column[Any], value: Any, dialect: str = "postgresql") ->
         if isinstance(type_, kind):
             if type(value) is not python:
                 return None
-            if (
-                isinstance(value, str)
-                and isinstance(type_, types.String)
-                and len(value) > (type_.length or len(value))
-            ):
-                return None  # spaces at its end, say, are cut off
             if isinstance(value, dt.datetime) and isinstance(type_, types.DateTime):
-                if type_.timezone and dialect != "postgresql":
+                if type_.timezone and dialect not in ("postgresql", ""):
                     return None  # the zone is dropped
                 if (value.tzinfo is not None) is not type_.timezone:
                     return None
@@ -287,10 +282,9 @@ def _dml(statement: Any, compiled: Any) -> Writes:
             return Writes(table=name, further=others, kind="upsert")
         if statement._post_values_clause is not None or statement._prefixes:
             others = cascades(table, deleted=False, columns=None)
-            if _upsert_moves_key(statement, table):
-                return Writes(table=name, further=others | {name}, kind="upsert")
+            known = () if _moves_key(statement._post_values_clause, primary_key) else primary_key
             return Writes(
-                table=name, further=others, kind="upsert", unnamed=True, primary_key=primary_key
+                table=name, further=others, kind="upsert", unnamed=bool(known), primary_key=known
             )
         named = statement.select is None and not statement._multi_values
         key = tuple(KeyColumn(column, (column.key,)) for column in primary_key) if named else ()
@@ -330,13 +324,20 @@ def _dml(statement: Any, compiled: Any) -> Writes:
     )
 
 
+def _moves_key(clause: Any, primary_key: Sequence[Column[Any]]) -> bool:
+    """Whether ON CONFLICT or ON DUPLICATE KEY may change a key, of which RETURNING is the new."""
+    sets = dict(getattr(clause, "update_values_to_set", getattr(clause, "update", None)) or ())
+    names = {str(getattr(column, "key", column)) for column in sets}
+    return any(not names.isdisjoint((column.key, column.name)) for column in primary_key)
+
+
 def _other_targets(statement: Update, table: Table) -> dict[Table, frozenset[str]]:
     """Return the columns that an UPDATE sets in other tables than its own."""
     result: dict[Table, frozenset[str]] = {}
     for column in _set_columns(statement):
         other = getattr(column, "table", None)
         if isinstance(other, Table) and other is not table:
-            result[other] = result.get(other, frozenset()) | {column.key}
+            result[other] = result.get(other, frozenset()) | {column.name}
     return result
 
 
@@ -381,18 +382,6 @@ def _replaces(table: Table) -> bool:
     )
 
 
-def _upsert_moves_key(statement: Any, table: Table) -> bool:
-    """Whether an INSERT may set the primary key of a row that is there, whose old one is not told.
-
-    ON CONFLICT DO UPDATE and ON DUPLICATE KEY UPDATE.
-    """
-    clause = statement._post_values_clause
-    values = getattr(clause, "update_values_to_set", None) or getattr(clause, "update", None) or ()
-    pairs = values.items() if isinstance(values, Mapping) else values
-    names = {str(getattr(column, "key", column)) for column, _ in pairs}
-    return any(not names.isdisjoint((c.key, c.name)) for c in table.primary_key.columns)
-
-
 def _written_columns(statement: Any, table: Table, parameters: Sequence[str]) -> frozenset[str]:
     """Return the columns that an UPDATE sets, by its values and by its parameters' names.
 
@@ -421,24 +410,8 @@ _QUIET: Final = frozenset(
 _READS: Final = frozenset("select values table with explain analyze".split())
 _ENDS: Final = frozenset("commit end prepare".split())
 _SETS: Final = frozenset("set reset use".split())
-#: First words of statements that write no row, but commit what MySQL and MariaDB had written.
+#: Those that commit what was written before, on MySQL and MariaDB.
 _COMMIT_ON_MYSQL: Final = frozenset("set reset begin start lock unlock analyze".split())
-#: ``SET STATEMENT .. FOR`` runs any statement, and the others commit what somebody has prepared.
-_UNSEEN = re.compile(r"set\s+statement\b|xa\s+commit\b|commit\s+prepared\b")
-#: First words of statements that write, and set nothing if the functions that they call do not.
-_WRITES: Final = frozenset("insert update delete merge replace".split())
-_DEFINES: Final = frozenset("create alter drop truncate copy comment grant revoke refresh".split())
-#: A table with its columns, which is no function with its arguments.
-_INTO: Final = re.compile(r"\binto\s+[\w.]+\s*\(")
-
-
-def _sets_nothing(first: str, words: str) -> bool:
-    """Whether a single statement, by its first word, cannot change what the connection sees."""
-    if first in _DEFINES:
-        return "select" not in words and TEMPORARY.search(words) is None
-    if "set_config" in words:
-        return False
-    return first in _WRITES and calls_only_known(_INTO.sub(" ", words))
 
 
 _TARGET = re.compile(
@@ -453,13 +426,15 @@ _HARMLESS = re.compile(
 )
 
 
-def _target(words: str, dialect: str) -> TableName | None:
+def _target(words: str, text: str, dialect: str) -> TableName | None:
     """Return the one table that a text writes, if it can be seen that it writes no other."""
     found = _TARGET.match(words)
     if found is None or UNKNOWN_NAME in found.group():
         return None
     if not only_reads(_HARMLESS.sub(" ", words[found.end() :]), dialect):
         return None
+    if dialect in MYSQL and found["table"] not in text:
+        return None  # its name has capitals, which may make it another table
     return found["schema"], found["table"]
 
 
@@ -479,21 +454,23 @@ def _read_text(text: str, dialect: str) -> Writes:
     first = word.group() if word else ""
     single = ";" not in words.rstrip(";").rstrip() and not hides(text)
     commits = mysql and first in _COMMIT_ON_MYSQL
+    calls_set = "set_config" in words
     moves = first == "use" or MOVES.search(text.lower()) is not None
-    if single and first in _QUIET and not _UNSEEN.match(words):
+    if single and first in _QUIET and not UNSEEN.match(words):
         return Writes(
             opaque=commits,
             # LOCK TABLES outlives the transaction.
-            sets=first in _SETS or (mysql and first == "lock") or "isolation" in words,
+            sets=first in _SETS or "isolation" in words or (mysql and first == "lock"),
             rolls_back=first == "rollback",
             moves=first in _SETS and moves,
             locks=first == "lock",
         )
     if first in _READS and only_reads(text, dialect):
-        sets = "set_config" in words
-        return Writes(opaque=commits, sets=sets, moves=sets and moves)
-    if single and first in _ENDS and not _UNSEEN.match(words):
+        return Writes(opaque=commits, sets=calls_set, moves=calls_set and moves)
+    if single and first in _ENDS and not UNSEEN.match(words):
         return Writes(opaque=True)
-    if single and (target := _target(words, dialect)) is not None:
-        return Writes(table=target, kind="text", sets="set_config" in words)
-    return ANYTHING if single and _sets_nothing(first, words) else CALLS
+    if single and (target := _target(words, text, dialect)) is not None:
+        return Writes(table=target, kind="text", sets=calls_set, moves=calls_set and moves)
+    if single and sets_nothing(first, words):
+        return replace(ANYTHING, sets=TEMPORARY.search(words) is not None)
+    return replace(CALLS, moves=moves)

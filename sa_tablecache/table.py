@@ -32,8 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future
-from threading import Lock
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from .analysis import TableName, ViewPlan, table_label
 from .catalog import Catalog, probe
@@ -41,17 +40,16 @@ from .changes import VIEW, AnyMark, ChangeSet, Mark, Marks, in_place, marks_of
 from .coverage import Coverage
 from .deltas import Touched, read_coverage, read_touched
 from .events import tick
-from .exc import DuplicateKey
 from .figures import Stats, stored_bytes
 from .freshness import Freshness
 from .layout import Layout
 from .loading import Progress, Rows, Snapshots
-from .orders import Hidden, Record
+from .replacing import loaded, refreshed
 from .scores import Interval, IntervalSet
 from .stale import StaleRecords
 from .storage import Storage
 from .triggers import Automatic, automatic
-from .turns import Turn, new_future, wait_for
+from .turns import Section, Turn, new_future, wait_for
 from .usage import base_tables
 
 log = logging.getLogger(__name__)
@@ -86,7 +84,7 @@ class CachedTable:
         self.base_tables = base_tables(plan)
         self._snapshots = snapshots
         self._in_task = bool(snapshots.dialect.is_async)
-        self._lock = Lock()
+        self._lock = Section()
         self._loading = Turn(in_task=self._in_task)
         self._refreshing = Turn(in_task=self._in_task)
         self._ready: Future[Any] = new_future()
@@ -133,10 +131,6 @@ class CachedTable:
         self.doubtful = False  # before: DDL that ends meanwhile is another doubt
         with self._snapshots.open() as connection:
             return probe(connection, self.plan), automatic(connection, self.plan)
-
-    @property
-    def _key_is_proven(self) -> bool:
-        return self.layout is not None and self.layout.key_is_proven
 
     @property
     def tables(self) -> frozenset[TableName]:
@@ -202,13 +196,6 @@ class CachedTable:
     def waits_for_commit(self) -> bool:
         """Whether no refresh helps any reader, because a commit is under way."""
         return self._freshness.waits_for_commit
-
-    def wanted(self, table: str) -> frozenset[str] | None:
-        """Return which columns of deleted rows of a table (in any schema) lead to records.
-
-        ``None`` if its rows are not followed to records at all.
-        """
-        return None if self.layout is None else self.layout.wanted.get(table)
 
     def marks_of(self, changes: ChangeSet) -> Marks:
         """Return what changes mark of the view."""
@@ -288,8 +275,8 @@ class CachedTable:
                     coverage = (
                         state.coverage.plus(index, target) if extend else Coverage({index: target})
                     )
-                    storage, expired = self._moved(
-                        layout, state, rows, index, target, extend=extend
+                    storage, expired = loaded(
+                        layout, state.storage, rows, index, target, extend=extend
                     )
                     with self._lock:
                         if self._is_still(state):
@@ -306,51 +293,6 @@ class CachedTable:
                 "view %s: loaded %d and expired %d records in %.3f s", self.plan.name,
                 len(rows.records), expired, time.monotonic() - started,
             )  # fmt: skip
-
-    def _moved(
-        self,
-        layout: Layout,
-        state: State,
-        rows: Rows,
-        index: str,
-        target: IntervalSet,
-        *,
-        extend: bool,
-    ) -> tuple[Storage, int]:
-        """Return the storage with loaded rows, without what is no longer covered."""
-        storage = state.storage
-        outside: list[Record] = []
-        if not extend:
-            for interval in ~target:
-                outside += storage.orders[index].between(interval)
-        if len(outside) == len(storage):
-            storage = layout.build(rows)
-            self._check_unique(storage)
-            return storage, len(outside)
-        removed = storage.with_hidden(outside)
-        gone = {id(record) for record in outside}
-        # What another index had covered is there already, and so may be a stale record of a row
-        # whose score has moved.
-        removed += [p for p in storage.same_keys(rows.records) if id(p[0]) not in gone]
-        storage = storage.replace(removed, rows.pairs())
-        self._check_unique(storage)
-        return storage, len(outside)
-
-    def _check_unique(self, storage: Storage) -> None:
-        """Refuse rows that share a primary key, where the user said what the key is."""
-        if self._key_is_proven:
-            return
-        primary = storage.orders[""]
-        key_of = self.plan.key_of
-        previous: Any = object()
-        for record in primary:
-            key = key_of(record)
-            if key == previous:
-                raise DuplicateKey(
-                    f"view {self.plan.name}: two rows have {', '.join(self.plan.key)} = {key!r}, "
-                    "so that is no key; correct __primary_key__"
-                )
-            previous = key
 
     def evict(self, index: str, intervals: IntervalSet) -> None:
         """Give up records; those that the coverage of another index needs stay."""
@@ -473,7 +415,7 @@ class CachedTable:
                 for record, hidden in read.pairs()
                 if layout.is_covered(coverage, record, hidden)
             ]
-            storage = self._refreshed(layout, state.storage, touched, pairs)
+            storage = refreshed(layout, state.storage, touched, pairs)
             with self._lock:
                 if self._is_still(state):
                     self._apply(token, State(storage, coverage), marks)
@@ -481,35 +423,6 @@ class CachedTable:
 
     def _pause(self, point: str) -> None:
         """Do nothing; tests stop a refresh here."""
-
-    def _refreshed(
-        self,
-        layout: Layout,
-        storage: Storage,
-        touched: Touched | None,
-        pairs: list[tuple[Record, Hidden | None]],
-    ) -> Storage:
-        """Return the storage with the touched records (or all) replaced."""
-        if touched is None:
-            rows = layout.no_rows()
-            rows.records += [record for record, _ in pairs]
-            if rows.hidden is not None:
-                rows.hidden += [cast("Hidden", hidden) for _, hidden in pairs]
-            result = layout.build(rows)
-            self._check_unique(result)
-            return result
-        gone = {
-            id(record): record
-            for order, values in touched.items()
-            for record in storage.starting_with(order, values)
-        }
-        result = storage.replace(storage.with_hidden(list(gone.values())), pairs)
-        if not self._key_is_proven:
-            primary = result.orders[""]
-            for record, _ in pairs:
-                if primary.count(primary.order.prefix(self.plan.key_tuple(record))) > 1:
-                    self._check_unique(result)
-        return result
 
     # -- figures --------------------------------------------------------------------------------
 

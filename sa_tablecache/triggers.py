@@ -7,12 +7,13 @@ other tables nobody can see: the application says it, with ``cache.side_effects(
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from sqlalchemy import Connection, text
 
-from .analysis import TableName, ViewPlan
+from .analysis import TableName, ViewPlan, table_label
 
 OURS: Final = "sa_tablecache"
 """What the names of triggers of this package begin with: they change no row of a table."""
@@ -58,6 +59,19 @@ class Automatic:
 
     def __bool__(self) -> bool:
         return bool(self.triggers or self.columns)
+
+
+def unexplained(
+    found: Mapping[TableName, Automatic], explained: Container[TableName]
+) -> Iterator[str]:
+    """Say of which tables nobody said what their triggers write."""
+    for name, what in sorted(found.items(), key=str):
+        if what.triggers and name not in explained:
+            yield (
+                f"{table_label(name)} has triggers or rules, {', '.join(sorted(what.triggers))}, "
+                "and what they write is not seen: say it with cache.side_effects(Model, "
+                "writes=[...]), empty if they write no table of a view"
+            )
 
 
 def automatic(connection: Connection, plan: ViewPlan) -> dict[TableName, Automatic]:

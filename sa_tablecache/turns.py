@@ -1,5 +1,8 @@
 """Taking turns: one at a time, in threads and in tasks alike.
 
+A :class:`Section` is for what takes no time. The garbage collector may run in the middle of it, and
+have a connection that somebody forgot return to its pool; what follows from that waits for the end.
+
 A lock that is held while the database is asked cannot be a ``threading.Lock``: two tasks of one
 event loop would wait for each other for ever. A :class:`Turn` waits on a future, which a thread
 waits for by blocking and a task by awaiting.
@@ -8,10 +11,11 @@ waits for by blocking and a task by awaiting.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import Future
-from threading import Lock
+from threading import Lock, local
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy.util import await_only
 
@@ -40,6 +44,48 @@ def new_future() -> Future[Any]:
     future: Future[Any] = Future()
     future.set_running_or_notify_cancel()
     return future
+
+
+class _Inside(local):
+    """How deep the thread is in sections, and what waits for their end."""
+
+    depth = 0
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], object]] = []
+
+
+_inside: Final = _Inside()
+
+
+def after_sections(work: Callable[[], object]) -> bool:
+    """Leave work to the end of the sections that this thread is in; say whether it is in any.
+
+    A finalizer that entered one would wait for its own thread, for ever.
+    """
+    if _inside.depth:
+        _inside.waiting.append(work)
+        return True
+    return False
+
+
+class Section:
+    """Mutual exclusion of threads, for a moment without I/O. Use as a context manager."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+
+    def __enter__(self) -> None:
+        _inside.depth += 1
+        self._lock.acquire()
+
+    def __exit__(
+        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
+    ) -> None:
+        self._lock.release()
+        _inside.depth -= 1
+        while _inside.waiting and not _inside.depth:
+            _inside.waiting.pop(0)()
 
 
 class Turn:

@@ -52,6 +52,9 @@ TEMPORARY = re.compile(r"\btemp(orary)?\b", re.IGNORECASE)
 """What may put another table in front of the one that a name means elsewhere."""
 MOVES = re.compile(r"search_path|\bschema\b|\brole\b|\bauthorization\b|set_config\s*\(\s*[^'\s]")
 
+#: ``SET STATEMENT .. FOR`` runs any statement, and the others commit what somebody has prepared.
+UNSEEN = re.compile(r"set\s+statement\b|xa\s+commit\b|commit\s+prepared\b")
+
 
 def only_reads(text: str, dialect: str) -> bool:
     """Whether text can be seen to write nothing: no writing word, and known functions only."""
@@ -60,9 +63,25 @@ def only_reads(text: str, dialect: str) -> bool:
     words = _LOCKS.sub(" ", bare(text, dialect))
     if _WRITING.search(words) or ";" in words.strip().rstrip(";"):
         return False
-    return calls_only_known(words)
+    return _calls_only_known(words)
 
 
-def calls_only_known(words: str) -> bool:
+def _calls_only_known(words: str) -> bool:
     """Whether text calls no function that might do anything."""
     return all(name.lower() in READING_FUNCTIONS for name in _CALLS.findall(words))
+
+
+#: First words of statements that write, and set nothing if the functions that they call do not.
+_WRITES: Final = frozenset("insert update delete merge replace".split())
+_DEFINES: Final = frozenset("create alter drop truncate copy comment grant revoke refresh".split())
+#: A table with its columns, which is no function with its arguments.
+_INTO: Final = re.compile(r"\binto\s+[\w.]+\s*\(")
+
+
+def sets_nothing(first: str, words: str) -> bool:
+    """Whether a single statement, by its first word, cannot change what the connection sees."""
+    if first in _DEFINES:
+        return "select" not in words
+    if "set_config" in words:
+        return False
+    return first in _WRITES and _calls_only_known(_INTO.sub(" ", words))

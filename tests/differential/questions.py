@@ -4,7 +4,7 @@ A question is asked twice: of the view's columns, which a cache may answer, and 
 the view's own select in a subquery, which only the database can.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from operator import eq, ge, gt, le, lt, ne
@@ -65,15 +65,16 @@ class Question:
     @property
     def is_inexact(self) -> bool:
         """Whether it has an operator that Python never evaluates."""
-        return any(map(_has_inexact, self.where))
+        kinds = {kind for criterion in self.where for kind in _kinds(criterion)}
+        # SQLAlchemy leaves out what stands beside a constant: ``or_(true(), ...)`` is true.
+        return bool(kinds & INEXACT) and "const" not in kinds
 
 
-def _has_inexact(criterion: Criterion) -> bool:
-    return criterion[0] in INEXACT or any(
-        isinstance(inner, tuple) and inner and isinstance(inner[0], str) and _has_inexact(inner)
-        for inner in criterion[1:]
-        if criterion[0] in ("not", "and", "or")
-    )
+def _kinds(criterion: Criterion) -> Iterator[str]:
+    yield criterion[0]
+    if criterion[0] in ("not", "and", "or"):
+        for inner in criterion[1:]:
+            yield from _kinds(inner)
 
 
 # -- criteria as SQL ---------------------------------------------------------------------------

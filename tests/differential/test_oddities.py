@@ -1,24 +1,31 @@
 """Wrong answers that random questions would find too rarely: what databases do with odd values."""
 
 import datetime as dt
+import enum
 import uuid
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from sqlalchemy import (
+    JSON,
     REAL,
     URL,
+    BigInteger,
     Boolean,
     Column,
     Date,
     DateTime,
     Double,
     Engine,
+    Enum,
     Float,
     Integer,
     LargeBinary,
     MetaData,
+    Numeric,
     String,
     Table,
     Text,
@@ -29,12 +36,15 @@ from sqlalchemy import (
     literal,
     select,
     text,
+    tuple_,
 )
 from sqlalchemy.dialects import mysql
+from sqlalchemy.exc import DBAPIError
 
 from sa_tablecache import CachedView, ScoreIndex, TableCache
 from sa_tablecache.exc import TableCacheError
 from tests.differential.tables import bytewise
+from tests.differential.values import NAN
 
 metadata = MetaData()
 odd = Table(
@@ -353,11 +363,13 @@ def test_what_is_left_to_mariadb(maria: Engine) -> None:
     for criterion in (
         MARIA.folded == "a", MARIA.padded == "a", MARIA.folded > "a", MARIA.bytewise == 0,
         MARIA.single == 0.1, MARIA.fixed == b"ab", MARIA.id == "1",
-        MARIA.stamp == dt.datetime(2024, 10, 27, 2, 30), MARIA.bytewise == MARIA.padded,
-        MARIA.id.in_([True, 2]), MARIA.at == dt.date(2024, 10, 27), MARIA.unsigned > 2**63,
+        MARIA.stamp == dt.datetime(2024, 10, 27, 2, 30),
+        MARIA.id.in_([True]), MARIA.at == dt.date(2024, 10, 27), MARIA.unsigned > 2**63,
     ):  # fmt: skip
         reader.ids(criterion)
         assert reader.kind == "bypass", str(criterion)
+    with pytest.raises(DBAPIError, match="mix of collations"), reader.Session() as session:
+        session.scalars(select(MARIA).where(MARIA.bytewise == MARIA.padded)).all()
 
 
 def test_text_that_mariadb_sorts_otherwise_than_it_compares(maria: Engine) -> None:
@@ -385,6 +397,144 @@ def test_a_truth_value_that_is_two(maria: Engine) -> None:
     for criterion in (MARIA.flag, ~MARIA.flag, MARIA.flag.is_(True), MARIA.flag.is_not(True)):
         reader.ids(criterion)
         assert reader.kind == "bypass"
+
+
+# -- PostgreSQL ----------------------------------------------------------------------------------
+
+
+class Letter(enum.StrEnum):
+    """An Enum of strings, whose members equal strings."""
+
+    A = "a"
+    B = "b"
+
+
+elephant = Table(
+    "elephant",
+    MetaData(),
+    Column("id", Integer, primary_key=True),
+    Column("ratio", Double),
+    Column("price", Numeric),
+    Column("seen", DateTime(timezone=True)),
+    Column("letter", Enum(Letter)),
+    Column("word", Enum(Letter, native_enum=False)),
+    Column("code", String(collation="C")),
+    Column("document", JSON),
+)
+
+
+class OnPostgreSQL(CachedView):
+    """Columns that PostgreSQL compares in ways of its own."""
+
+    __select__ = select(elephant)
+
+    by_ratio = ScoreIndex("ratio")
+    by_seen = ScoreIndex("seen")
+
+
+ELEPHANT: Any = OnPostgreSQL
+BERLIN = ZoneInfo("Europe/Berlin")
+
+
+@pytest.fixture
+def berlin(postgres_url: URL) -> Iterator[Engine]:
+    """A PostgreSQL database whose connections are in a zone with daylight-saving time."""
+    zone = {"options": "-c TimeZone=Europe/Berlin"}
+    engine = create_engine(postgres_url, connect_args=zone)
+    elephant.create(engine)
+    ratios = [0.0, -0.0, float("nan"), 1.5, float("inf"), None]
+    start = dt.datetime(2024, 10, 27, 0, 0, tzinfo=dt.UTC)
+    with engine.begin() as connection:
+        connection.execute(
+            elephant.insert(),
+            [
+                {
+                    "id": at, "ratio": ratios[at % 6], "price": Decimal(at) / 4,
+                    "seen": start + at * dt.timedelta(minutes=30), "code": "ab"[at % 2],
+                    "letter": list(Letter)[at % 2], "word": list(Letter)[at % 2],
+                    "document": None,
+                }
+                for at in range(12)
+            ],
+        )  # fmt: skip
+    yield engine
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "kind"),
+    [
+        (ELEPHANT.seen == dt.datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN), "hit"),
+        (ELEPHANT.seen >= dt.datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN, fold=1), "hit"),
+        (ELEPHANT.ratio > 1.0, "hit"),
+        (ELEPHANT.ratio == NAN, "bypass"),
+        (ELEPHANT.ratio.in_([1, 1.5]), "bypass"),  # sent as integers
+        (ELEPHANT.ratio.in_([1.5, 1]), "hit"),
+        (tuple_(ELEPHANT.id, ELEPHANT.ratio).in_([(3, 1), (3, 1.5)]), "bypass"),
+        (ELEPHANT.price > 1, "hit"),
+        (ELEPHANT.price > 0.5, "bypass"),
+        (ELEPHANT.letter == Letter.A, "hit"),
+        (ELEPHANT.letter == "a", "bypass"),
+        (ELEPHANT.letter > Letter.A, "bypass"),
+        (ELEPHANT.word == "A", "bypass"),
+        (ELEPHANT.code > "a", "hit"),
+        (ELEPHANT.document.is_(None), "bypass"),  # JSON null is None, and not NULL
+        (ELEPHANT.id.in_([1, Decimal(2)]), "bypass"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_postgresql_compares(berlin: Engine, criterion: Any, kind: str) -> None:
+    """What is exact is served, and what is not is left to the database."""
+    reader = Reader(berlin, OnPostgreSQL)
+    reader.ids(criterion)
+    assert reader.kind == kind
+
+
+def test_a_criterion_that_postgresql_refuses_is_refused(berlin: Engine) -> None:
+    """Where the database raises an error, a cache does not answer."""
+    reader = Reader(berlin, OnPostgreSQL)
+    for criterion in (
+        ELEPHANT.letter == ELEPHANT.word,
+        ELEPHANT.id == 2**31,
+        ELEPHANT.code.between("a", "b"),  # SQLAlchemy renders a COLLATE that cannot stand there
+        ELEPHANT.seen <= literal(None, BigInteger),
+    ):
+        with pytest.raises(DBAPIError), reader.Session() as session:
+            session.scalars(select(ELEPHANT).where(criterion)).all()
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_pages_through_nan(berlin: Engine, descending: bool) -> None:
+    """Pages go on after a NaN, whether the rest is in storage or has to be fetched."""
+    reader = Reader(berlin, OnPostgreSQL)
+    column = elephant.c.ratio.desc() if descending else elephant.c.ratio
+    last = elephant.c.id.desc() if descending else elephant.c.id
+    with berlin.connect() as connection:
+        expected = list(connection.scalars(select(elephant.c.id).order_by(column, last)))
+    for criteria in ([], [ELEPHANT.ratio >= 1.0], [ELEPHANT.ratio < 1.0]):
+        reader.cache.load(OnPostgreSQL, *criteria)
+        found: list[int] = []
+        after = None
+        with reader.Session() as session:
+            while page := session.range(
+                ELEPHANT.by_ratio, limit=2, after=after, descending=descending
+            ):
+                found += [record.id for record in page]
+                after = page[-1]
+        assert found == expected
+
+
+def test_a_selected_datetime_is_in_the_zone_of_the_connection(berlin: Engine) -> None:
+    """A column has its values as the driver gives them; records have them in UTC."""
+    reader = Reader(berlin, OnPostgreSQL)
+    statement = select(ELEPHANT.id, ELEPHANT.seen).order_by(ELEPHANT.id)
+    with reader.Session() as session:
+        found = [repr(tuple(row)) for row in session.execute(statement)]
+        assert session.last_read is not None
+        assert session.last_read.kind == "hit"
+        assert session.get(ELEPHANT, 1).seen.tzinfo is dt.UTC
+    with berlin.connect() as connection:
+        assert found == [repr(tuple(row)) for row in connection.execute(statement)]
 
 
 # -- what an owner is told -----------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """Ways of writing that could leave a wrong answer behind, each of which once did."""
 
-from collections.abc import Iterator
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -79,6 +82,22 @@ class Countries(CachedView):
     __select__ = select(Country.code, Country.label)
 
 
+Engines = Callable[[URL], Engine]
+
+
+@pytest.fixture
+def engines() -> Iterator[Engines]:
+    """What makes engines, and disposes of them when the test is over."""
+    with ExitStack() as stack:
+
+        def make(url: URL) -> Engine:
+            engine = create_engine(url)
+            stack.callback(engine.dispose)
+            return engine
+
+        yield make
+
+
 @pytest.fixture
 def engine(database_url: URL) -> Iterator[Engine]:
     """A database with a few rows."""
@@ -108,6 +127,7 @@ def agrees(cache: TableCache, view: Any) -> None:
 
 
 def upsert(engine: Engine) -> Any:
+    """Return the ``insert`` of a dialect."""
     return (sqlite if engine.dialect.name == "sqlite" else postgresql).insert
 
 
@@ -147,9 +167,9 @@ def test_text_that_updates_a_key_that_others_follow(engine: Engine) -> None:
         agrees(cache, Regions)
 
 
-def test_a_cte_that_updates_a_key_that_others_follow(postgres_url: URL) -> None:
+def test_a_cte_that_updates_a_key_that_others_follow(engines: Engines, postgres_url: URL) -> None:
     """ON UPDATE CASCADE changes the tables that refer to it."""
-    engine = create_engine(postgres_url)
+    engine = engines(postgres_url)
     Base.metadata.create_all(engine)
     with engine.begin() as c:
         c.execute(insert(Country), [{"code": "A"}])
@@ -160,12 +180,11 @@ def test_a_cte_that_updates_a_key_that_others_follow(postgres_url: URL) -> None:
         with engine.begin() as connection:
             connection.execute(select(cte)).all()
         agrees(cache, Regions)
-    engine.dispose()
 
 
-def test_update_or_replace(sqlite_url: URL) -> None:
+def test_update_or_replace(engines: Engines, sqlite_url: URL) -> None:
     """It deletes the row that is in its way."""
-    engine = create_engine(sqlite_url)
+    engine = engines(sqlite_url)
     Base.metadata.create_all(engine)
     with engine.begin() as c:
         c.execute(insert(City), [{"id": n, "name": f"n{n}", "size": n} for n in range(1, 6)])
@@ -176,10 +195,9 @@ def test_update_or_replace(sqlite_url: URL) -> None:
                 update(City).prefix_with("OR REPLACE").where(City.id == 1).values(name="n2")
             )
         agrees(cache, Cities)
-    engine.dispose()
 
 
-def test_a_constraint_that_replaces(sqlite_url: URL) -> None:
+def test_a_constraint_that_replaces(engines: Engines, sqlite_url: URL) -> None:
     """An UPDATE deletes the row that is in its way."""
     metadata = MetaData()
     t = Table(
@@ -191,9 +209,11 @@ def test_a_constraint_that_replaces(sqlite_url: URL) -> None:
     )
 
     class V(CachedView):
+        """One table."""
+
         __select__ = select(t.c.id, t.c.n)
 
-    engine = create_engine(sqlite_url)
+    engine = engines(sqlite_url)
     metadata.create_all(engine)
     with engine.begin() as c:
         c.execute(insert(t), [{"id": n, "n": n} for n in range(1, 6)])
@@ -202,18 +222,19 @@ def test_a_constraint_that_replaces(sqlite_url: URL) -> None:
         with engine.begin() as connection:
             connection.execute(update(t).where(t.c.id == 1).values(n=2))
         agrees(cache, V)
-    engine.dispose()
 
 
-def test_a_trigger_that_redirects_an_insert(postgres_url: URL) -> None:
+def test_a_trigger_that_redirects_an_insert(engines: Engines, postgres_url: URL) -> None:
     """The statement counts no row, and yet there is one: old style partitions."""
     metadata = MetaData()
     t = Table("t", metadata, Column("id", Integer, primary_key=True), Column("n", Integer))
 
     class V(CachedView):
+        """One table."""
+
         __select__ = select(t.c.id, t.c.n)
 
-    engine = create_engine(postgres_url)
+    engine = engines(postgres_url)
     metadata.create_all(engine)
     with engine.begin() as c:
         c.exec_driver_sql("CREATE TABLE t1 () INHERITS (t)")
@@ -227,19 +248,20 @@ def test_a_trigger_that_redirects_an_insert(postgres_url: URL) -> None:
         with engine.begin() as connection:
             connection.execute(insert(t).values(id=1, n=2))
         agrees(cache, V)
-    engine.dispose()
 
 
-def test_a_statement_trigger_fires_for_no_row(postgres_url: URL) -> None:
+def test_a_statement_trigger_fires_for_no_row(engines: Engines, postgres_url: URL) -> None:
     """It writes all the same what the application said that it writes."""
     metadata = MetaData()
     t = Table("t", metadata, Column("id", Integer, primary_key=True), Column("n", Integer))
     u = Table("u", metadata, Column("id", Integer, primary_key=True), Column("n", Integer))
 
     class V(CachedView):
+        """One table."""
+
         __select__ = select(t.c.id, t.c.n)
 
-    engine = create_engine(postgres_url)
+    engine = engines(postgres_url)
     metadata.create_all(engine)
     with engine.begin() as c:
         c.execute(insert(t).values(id=1, n=2))
@@ -256,18 +278,19 @@ def test_a_statement_trigger_fires_for_no_row(postgres_url: URL) -> None:
         with engine.begin() as connection:
             connection.execute(update(u).values(n=2))
         agrees(cache, V)
-    engine.dispose()
 
 
-def test_a_rule_does_not_mind(postgres_url: URL) -> None:
+def test_a_rule_does_not_mind(engines: Engines, postgres_url: URL) -> None:
     """A rule that softens a DELETE has no RETURNING to give."""
     metadata = MetaData()
     t = Table("t", metadata, Column("id", Integer, primary_key=True), Column("n", Integer))
 
     class V(CachedView):
+        """One table."""
+
         __select__ = select(t.c.id, t.c.n)
 
-    engine = create_engine(postgres_url)
+    engine = engines(postgres_url)
     metadata.create_all(engine)
     with engine.begin() as c:
         c.execute(insert(t), [{"id": 1, "n": 2}])
@@ -284,10 +307,9 @@ def test_a_rule_does_not_mind(postgres_url: URL) -> None:
         with engine.begin() as connection:
             connection.execute(delete(t).where(t.c.id == 1))
         agrees(cache, V)
-    engine.dispose()
 
 
-def test_schema_translate_map_of_one_statement(postgres_url: URL) -> None:
+def test_schema_translate_map_of_one_statement(engines: Engines, postgres_url: URL) -> None:
     """The table that was written is the translated one."""
     metadata = MetaData()
     t = Table(
@@ -302,9 +324,11 @@ def test_schema_translate_map_of_one_statement(postgres_url: URL) -> None:
     )
 
     class V(CachedView):
+        """One table."""
+
         __select__ = select(t.c.id, t.c.n)
 
-    engine = create_engine(postgres_url)
+    engine = engines(postgres_url)
     with engine.begin() as c:
         c.exec_driver_sql("CREATE SCHEMA tenant")
     metadata.create_all(engine)
@@ -316,7 +340,6 @@ def test_schema_translate_map_of_one_statement(postgres_url: URL) -> None:
                 execution_options={"schema_translate_map": {"any": "tenant"}},
             )
         agrees(cache, V)
-    engine.dispose()
 
 
 def test_another_table_object_with_other_column_keys(engine: Engine) -> None:
@@ -327,6 +350,8 @@ def test_another_table_object_with_other_column_keys(engine: Engine) -> None:
     u = Table("k", MetaData(), Column("id", Integer, primary_key=True), Column("n", Integer))
 
     class V(CachedView):
+        """One table."""
+
         __select__ = select(t.c.id, t.c.number)
 
     t.create(engine)
@@ -357,6 +382,8 @@ def test_another_table_object_with_another_key(engine: Engine) -> None:
     )
 
     class V(CachedView):
+        """One table."""
+
         __select__ = select(t.c.a, t.c.b, t.c.n)
 
     t.create(engine)
@@ -402,31 +429,34 @@ def test_a_detached_raw_connection(engine: Engine) -> None:
         agrees(cache, Cities)
 
 
-def test_a_key_that_is_an_array(postgres_url: URL) -> None:
+def test_a_key_that_is_an_array(engines: Engines, postgres_url: URL) -> None:
     """A statement that returns such keys is not disturbed."""
     metadata = MetaData()
     t = Table("t", metadata, Column("id", ARRAY(Integer), primary_key=True), Column("n", Integer))
-    engine = create_engine(postgres_url)
+    engine = engines(postgres_url)
     metadata.create_all(engine)
     with TableCache(engine, views=[Cities]), engine.begin() as connection:
         connection.execute(insert(t).values(id=[1], n=1).returning(t.c.id)).all()
         connection.execute(update(t).values(n=2).returning(t.c.id)).all()
-    engine.dispose()
 
 
-def test_a_key_that_the_database_rounds(postgres_url: URL) -> None:
+def test_a_key_that_the_database_rounds(engines: Engines, postgres_url: URL) -> None:
     """A timestamp without fractions is stored as another than was given; so is long text."""
     metadata = MetaData()
     t = Table("t", metadata, Column("at", postgresql.TIMESTAMP(precision=0), primary_key=True))
     s = Table("s", metadata, Column("code", String(3), primary_key=True))
 
     class V(CachedView):
+        """One table."""
+
         __select__ = select(t.c.at)
 
     class S(CachedView):
+        """Another."""
+
         __select__ = select(s.c.code)
 
-    engine = create_engine(postgres_url)
+    engine = engines(postgres_url)
     metadata.create_all(engine)
     with TableCache(engine, views=[V, S]) as cache:
         cache.load(V)
@@ -436,10 +466,9 @@ def test_a_key_that_the_database_rounds(postgres_url: URL) -> None:
             connection.execute(insert(s).values(code="abc   "))
         agrees(cache, V)
         agrees(cache, S)
-    engine.dispose()
 
 
-def test_a_key_with_a_zone_that_is_not_stored(sqlite_url: URL) -> None:
+def test_a_key_with_a_zone_that_is_not_stored(engines: Engines, sqlite_url: URL) -> None:
     """SQLite drops the zone."""
     metadata = MetaData()
     t = Table(
@@ -447,9 +476,11 @@ def test_a_key_with_a_zone_that_is_not_stored(sqlite_url: URL) -> None:
     )
 
     class V(CachedView):
+        """One table."""
+
         __select__ = select(t.c.at, t.c.n)
 
-    engine = create_engine(sqlite_url)
+    engine = engines(sqlite_url)
     metadata.create_all(engine)
     zone = timezone(timedelta(hours=2))
     with engine.begin() as connection:
@@ -464,12 +495,11 @@ def test_a_key_with_a_zone_that_is_not_stored(sqlite_url: URL) -> None:
         with engine.begin() as connection:
             connection.execute(insert(t), [{"at": datetime(2020, 1, 2, 12, tzinfo=zone), "n": 1}])
         agrees(cache, V)
-    engine.dispose()
 
 
-def test_a_trigger_that_normalises_a_key(postgres_url: URL) -> None:
+def test_a_trigger_that_normalises_a_key(engines: Engines, postgres_url: URL) -> None:
     """The row that was inserted has another key than was given."""
-    engine = create_engine(postgres_url)
+    engine = engines(postgres_url)
     Base.metadata.create_all(engine)
     with engine.begin() as c:
         c.exec_driver_sql(
@@ -484,7 +514,6 @@ def test_a_trigger_that_normalises_a_key(postgres_url: URL) -> None:
         with engine.begin() as connection:
             connection.execute(insert(Country).values(code="a", label="x"))
         agrees(cache, Countries)
-    engine.dispose()
 
 
 def test_a_listener_that_adds_a_comment(engine: Engine) -> None:
@@ -501,7 +530,7 @@ def test_a_listener_that_adds_a_comment(engine: Engine) -> None:
         agrees(cache, Cities)
 
 
-def test_a_table_with_the_default_schema_by_name(postgres_url: URL) -> None:
+def test_a_table_with_the_default_schema_by_name(engines: Engines, postgres_url: URL) -> None:
     """A table is the same with and without the name of the default schema."""
     metadata = MetaData()
     t = Table(
@@ -514,12 +543,16 @@ def test_a_table_with_the_default_schema_by_name(postgres_url: URL) -> None:
     u = Table("t", MetaData(), Column("id", Integer, primary_key=True), Column("n", Integer))
 
     class V(CachedView):
+        """One table."""
+
         __select__ = select(t.c.id, t.c.n)
 
     class W(CachedView):
+        """The same table."""
+
         __select__ = select(u.c.id, u.c.n)
 
-    engine = create_engine(postgres_url)
+    engine = engines(postgres_url)
     metadata.create_all(engine)
     with TableCache(engine, views=[V, W]) as cache:
         for number, table in enumerate([t, u, t, u]):
@@ -529,4 +562,43 @@ def test_a_table_with_the_default_schema_by_name(postgres_url: URL) -> None:
                 connection.execute(insert(table).values(id=number, n=1))
             agrees(cache, V)
             agrees(cache, W)
+
+
+def test_marks_that_nobody_reads_are_bounded(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With very many of them one mark of the whole view takes their place."""
+    monkeypatch.setattr("sa_tablecache.freshness.MOST_PENDING", 20)
+    with TableCache(engine, views=[Cities]) as cache:
+        cache.load(Cities)
+        for number in range(100, 200):
+            with engine.begin() as connection:
+                connection.execute(insert(City).values(id=number, size=1))
+        assert cache.stats(Cities).pending_marks <= 20
+        agrees(cache, Cities)
+
+
+def test_a_forgotten_connection_that_is_collected_inside_a_critical_section(
+    sqlite_url: URL,
+) -> None:
+    """Its return to the pool marks everything, and does not wait for the thread that it is in."""
+    engine = create_engine(sqlite_url)
+    Base.metadata.create_all(engine)
+    with TableCache(engine, views=[Cities]) as cache:
+        cache.load(Cities)
+        table = cache.table(Cities)
+        raw = engine.raw_connection()
+        cycle: list[Any] = [raw]
+        cycle.append(cycle)
+        del raw, cycle
+
+        def collect() -> None:
+            with table._lock:
+                gc.collect()
+
+        thread = threading.Thread(target=collect, daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive(), "it waits for itself"
+        assert cache.stats(Cities).pending_marks == 1
     engine.dispose()

@@ -28,6 +28,7 @@ from sqlalchemy import (
     literal_column,
     select,
     text,
+    tuple_,
     update,
 )
 from sqlalchemy.dialects import mysql
@@ -36,7 +37,14 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool
 
-from sa_tablecache import AsyncTableCache, CachedView, ScoreIndex, TableCache, ViewDefinitionError
+from sa_tablecache import (
+    AsyncTableCache,
+    CachedView,
+    ScoreIndex,
+    TableCache,
+    TableCacheError,
+    ViewDefinitionError,
+)
 from tests.conftest import asynchronous
 from tests.integration.checking import counting
 from tests.mariadb import Mariadb, disconnect_all
@@ -598,6 +606,48 @@ def test_what_is_no_plain_table_is_refused(mariadb_url: URL, ddl: str, refused: 
             cache.load(Books)
             agrees(cache)
     engine.dispose()
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        tuple_(Books.title, Books.shelf) < ("zzz", "Art"),
+        tuple_(Books.title, Books.shelf) == ("three", "Art"),
+        tuple_(Books.title, Books.shelf) != ("three", "Art"),
+        ~(tuple_(Books.title, Books.shelf) == ("one", "Art")),
+        tuple_(Books.title, Books.shelf).in_([("one", "Art")]),
+        ~tuple_(Books.title, Books.shelf).in_([("one", "Art")]),
+        tuple_(Books.id, Books.title) < (3, "a"),
+    ],
+    ids=str,
+)
+def test_row_values_beside_null(url: URL, cache: TableCache, criterion: Any):
+    """MariaDB makes an inner join of an outer one for them, as if NULL decided."""
+    statement = select(Books).where(criterion)
+    with outside(url) as connection:
+        truth = sorted(row.id for row in connection.execute(statement))
+    with cache.sessionmaker()() as session:
+        assert sorted(record.id for record in session.scalars(statement)) == truth
+
+
+def test_a_date_that_is_none(url: URL, engine: Engine):
+    """A zero date, which no Python date is, fails a load; the database goes on to answer."""
+    with loaded(engine, Events) as cache:
+        with engine.begin() as connection:
+            connection.execute(text("SET sql_mode = ''"))
+            connection.execute(text("INSERT INTO event VALUES ('0000-00-00', 'never')"))
+            connection.execute(text("INSERT INTO event VALUES ('2024-01-01', 'once')"))
+        agrees(cache)
+        with cache.sessionmaker()() as session:
+            assert [e.what for e in session.range(Events.by_time)] == ["never", "once"]
+        with pytest.raises(TableCacheError, match="at"):
+            cache.clear(Events)
+            cache.load(Events)
+    with engine.connect() as connection:
+        connection.invalidate()
 
 
 # --- isolation and locks --------------------------------------------------------------------------

@@ -10,19 +10,43 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, insert, select, text, update
+from sqlalchemy import (
+    URL,
+    Column,
+    Connection,
+    Integer,
+    MetaData,
+    Table,
+    create_engine,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import FlushError, ObjectDeletedError, StaleDataError
 
-from sa_tablecache import TableCache
+from sa_tablecache import CachedView, ScoreIndex, TableCache
 from tests.integration import writer as paths
 from tests.integration.databases import Database
 from tests.integration.flights import World, flight, flights_world
-from tests.integration.rows import fill
+from tests.integration.rows import DAYS, fill
 from tests.integration.truth import Truth, same
 from tests.integration.writer import CONNECTION_WRITES, SESSION_WRITES, Writer
-from tests.zoo import KINDS, Badge, Code, Flight, Manager, OuterBoard, Person, Plane, Sample
+from tests.zoo import (
+    KINDS,
+    Badge,
+    Code,
+    DayPlan,
+    Flight,
+    Manager,
+    OuterBoard,
+    Person,
+    Plane,
+    Sample,
+)
 
 pytestmark = pytest.mark.every_database
 
@@ -275,6 +299,60 @@ def test_rows_that_the_database_changes_by_itself_are_read(database: Database):
         with world.Session() as session:
             assert sorted(r.id for r in session.scalars(select(views[2]))) == [3, 4, 6]
             assert sorted(r.id for r in session.scalars(select(OuterBoard))) == [3, 4, 6]
+
+
+def test_an_upsert_that_changes_a_key_is_read(database: Database):
+    """The row has left its old key, which no RETURNING tells."""
+    view = KINDS["Plans"].view
+    with database.lent_engine() as engine, TableCache(engine, views=[view]) as cache:
+        with engine.begin() as connection:
+            connection.execute(insert(DayPlan), [{"day": DAYS[0]}, {"day": DAYS[1]}])
+        cache.load(view)
+        dialects: dict[str, Any] = {"sqlite": sqlite, "postgresql": postgresql, "mysql": mysql}
+        statement = dialects[database.dialect].insert(DayPlan).values(day=DAYS[0])
+        if database.dialect == "mysql":
+            statement = statement.on_duplicate_key_update(day=DAYS[2])
+        else:
+            statement = statement.on_conflict_do_update(
+                index_elements=["day"], set_={"day": DAYS[2]}
+            )
+        with engine.begin() as connection:
+            connection.execute(statement)
+        with cache.sessionmaker()() as session:
+            assert sorted(r.day for r in session.scalars(select(view))) == [DAYS[1], DAYS[2]]
+
+
+def test_names_without_their_capitals_are_the_same_table(sqlite_url: URL):
+    """Where a database takes them for one, so does the cache."""
+    declared, written = (
+        Table(name, MetaData(), Column("id", Integer, primary_key=True), Column("x", Integer))
+        for name in ("Thing", "THING")
+    )
+
+    class Things(CachedView):
+        """One table."""
+
+        __select__ = select(declared)
+        by_x = ScoreIndex("x")
+
+    engine = create_engine(sqlite_url)
+    declared.create(engine)
+    with TableCache(engine, views=[Things]) as cache:
+        cache.load(Things)
+        for x, statement in enumerate(
+            [
+                insert(written).values(id=1, x=0),
+                update(written).values(x=1),
+                text("UPDATE thing SET x = 2"),
+                text("UPDATE Thing SET x = 3"),
+                update(declared).where(declared.c.id == 1).values(x=4),
+            ]
+        ):
+            with engine.begin() as connection:
+                connection.execute(statement)
+            with cache.sessionmaker()() as session:
+                assert [r.x for r in session.range(Things.by_x)] == [x]
+    engine.dispose()
 
 
 def test_a_database_trigger_is_covered_by_declaring_the_statement(world: World):

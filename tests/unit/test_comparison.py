@@ -233,6 +233,7 @@ def test_parameters_of_another_type_are_refused(
         (types.Uuid(), types.String(), uuid.UUID(int=1)),
         (types.Boolean(), types.Integer(), True),
         (types.LargeBinary(), types.String(), b"a"),
+        (types.String(), types.String(collation="other"), "a"),
         (types.DateTime(), types.BigInteger(), None),  # NULL has a type, too
     ],
 )
@@ -270,6 +271,25 @@ def test_no_nan_is_compared(value: Decimal) -> None:
         comparison(types.Numeric(), DIALECTS["postgresql"], UNKNOWN).parameter(value)
 
 
+@pytest.mark.parametrize(
+    ("type_", "is_null"),
+    [
+        (types.Integer(), True),
+        (types.REAL(), True),
+        (types.Interval(), True),
+        (types.CHAR(3), True),
+        (types.JSON(), False),
+        (types.PickleType(), False),
+        (Folded(), False),
+        (types.NullType(), False),
+    ],
+)
+def test_none_is_not_always_null(type_: Any, is_null: bool) -> None:
+    """JSON has a null of its own, and a TypeDecorator may make None of anything."""
+    for dialect in DIALECTS.values():
+        assert comparison(type_, dialect, UNKNOWN).none_is_null is is_null
+
+
 def test_infinity_is_refused_by_mysql() -> None:
     """Drivers of MariaDB refuse infinity, so that a cache does not answer for it either."""
     with pytest.raises(Inexact):
@@ -290,6 +310,16 @@ def test_columns_of_two_collations_do_not_compare() -> None:
     ]
     assert columns[0].compares_with(columns[1])
     assert not columns[0].compares_with(columns[2])
+
+
+def test_a_collation_that_the_model_has_wrong() -> None:
+    """The model's collation is sent with each parameter: it has to be that of the column."""
+    stored = StoredColumn("text", deterministic=True, bytewise=True, collation="C")
+    right, wrong = types.String(collation="C"), types.String(collation="en_US")
+    assert comparison(right, DIALECTS["postgresql"], stored).order
+    found = comparison(wrong, DIALECTS["postgresql"], stored)
+    assert not found.equality
+    assert "declared with collation en_US" in found.reason
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

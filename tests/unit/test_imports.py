@@ -15,14 +15,14 @@ PACKAGE = Path(__file__).parents[2] / "sa_tablecache"
 ORDER = """
     exc scores comparison criteria options turns functions view readers expressions joins groups
     keys analysis orders storage coverage clauses catalog loading shapes planner changes usage
-    triggers layout stale freshness deltas cascades wording statements returning commits events
-    figures table policies answering explaining cache scopes reading results session asyncio
-    transactions feed migrations metrics testing __init__
+    triggers layout stale freshness deltas replacing cascades wording statements returning commits
+    drivers events figures table policies answering explaining invalidation cache scopes reading
+    results session asyncio transactions feed migrations metrics testing __init__
 """.split()
 
 MAX_LINES = 500
 # Modules that may be longer, and how long: the number may fall but not rise.
-LONGER: dict[str, int] = {"table": 575, "cache": 545}
+LONGER: dict[str, int] = {}
 
 MODULES = sorted(
     path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")

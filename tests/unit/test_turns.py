@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from sa_tablecache.turns import Turn, new_future, wait_for
+from sa_tablecache.turns import Section, Turn, after_sections, new_future, wait_for
 
 
 class Crowd:
@@ -181,3 +181,22 @@ async def test_a_cancelled_waiter_does_not_cancel_the_future() -> None:
     assert not future.cancelled()
     future.set_result(None)
     assert await asyncio.wait_for(other, 10)
+
+
+def test_what_a_finalizer_does_inside_a_section_waits_for_its_end() -> None:
+    """The garbage collector may call back in the middle of a section, in the same thread."""
+    inner, outer, done = Section(), Section(), list[str]()
+
+    def work() -> None:
+        if not after_sections(work):
+            with inner, outer:
+                done.append("done")
+
+    with outer:
+        with inner:
+            work()
+            assert done == []
+        assert done == []
+    assert done == ["done"]
+    work()
+    assert done == ["done", "done"]

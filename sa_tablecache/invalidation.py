@@ -1,0 +1,208 @@
+"""What the commits of an engine mean for the views of a cache.
+
+In: what transactions have written, as ``events.py`` tells it, and what the application says that
+the database writes by itself. Out: leases and marks of each view's table. Leases of commits of
+which nobody knows how they ended are kept here, and ended when the server has ended them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+from sqlalchemy import Table, text
+
+from .analysis import TableName, table_name
+from .cascades import all_cascades
+from .changes import ChangeSet, Marks
+from .commits import Backend
+from .events import tables_of
+from .layout import Layout
+from .loading import Snapshots
+from .table import CachedTable
+from .turns import after_sections
+from .view import CachedView
+
+log = logging.getLogger(__name__)
+
+ORPHAN_CHECK_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lease:
+    """What one commit under way will mark, for each view that it concerns."""
+
+    marks: dict[CachedTable, Marks]
+    changes: ChangeSet
+
+
+@dataclass(slots=True, eq=False)
+class _Orphan:
+    """The lease of a COMMIT of which nobody knows how it ended."""
+
+    lease: _Lease
+    backend: Backend | None
+    checked: float = 0.0
+
+
+class Invalidation:
+    """The subscriber of an engine's commits: a cache, seen from there."""
+
+    def __init__(self) -> None:
+        self._snapshots: Snapshots | None = None
+        self._tables: dict[type[CachedView], CachedTable] = {}
+        self._side_effects: dict[TableName, frozenset[TableName]] = {}
+        self._orphans: list[_Orphan] = []
+        self._lock = Lock()
+
+    # -- what the database does by itself --------------------------------------------------------
+
+    def side_effects(self, source: Any, *, writes: Iterable[Any]) -> None:
+        """Say what the database itself writes when a row of a table is written: by triggers.
+
+        ::
+
+            cache.side_effects(Order, writes=[Stock])
+
+        From then on a commit that writes ``Order`` marks ``Stock`` too, all of it, and so on.
+        Foreign keys with ON DELETE and ON UPDATE need no such word. Emits no SQL.
+
+        :param source: a mapped class or a table.
+        :param writes: mapped classes and tables; none of them if it writes no table of a view,
+            which :meth:`check` would otherwise ask about.
+        :raises CriteriaError: for anything else.
+        """
+        targets: set[TableName] = set()
+        for model in writes:
+            for table in tables_of(model):
+                targets |= {table_name(table), *all_cascades(table)}
+        for table in tables_of(source):
+            name = table_name(table)
+            self._side_effects[name] = self._side_effects.get(name, frozenset()) | targets
+
+    def affecting(self, tables: frozenset[TableName]) -> frozenset[TableName]:
+        """Return the tables of which a write reaches some tables: they, and by side effects."""
+        if not self._side_effects:
+            return tables
+        grew = True
+        while grew:
+            sources = {s for s, found in self._side_effects.items() if not found.isdisjoint(tables)}
+            grew = not sources <= tables
+            tables |= sources
+        return tables
+
+    def _add_side_effects(self, changes: ChangeSet) -> None:
+        """Add to changes what the database itself changed because of them."""
+        added = bool(self._side_effects)
+        while added:
+            added = False
+            for source, targets in self._side_effects.items():
+                if changes.touches([source]) and not targets <= changes.tables:
+                    for table in targets:
+                        changes.add_table(table)
+                    added = True
+
+    # -- commits --------------------------------------------------------------------------------
+
+    def wanted(self, table: str) -> frozenset[str] | None:
+        """Return which columns of deleted rows of a table are wanted, if anything of it is."""
+        known = [layout.wanted[table] for layout in self._layouts() if table in layout.wanted]
+        return frozenset().union(*known) if known else None
+
+    def keys(self, table: str) -> set[tuple[str, ...]]:
+        """Return the primary keys, by column names, by which rows of a table are followed."""
+        return {key for layout in self._layouts() for key in layout.keys.get(table, ())}
+
+    def acts(self, table: str, *, unexplained: bool = False) -> bool:
+        """Whether a table acts by itself when written, perhaps with nobody having said how."""
+        explained = any(name == table for _, name in list(self._side_effects))
+        return not unexplained if explained else any(table in lo.acting for lo in self._layouts())
+
+    def _layouts(self) -> list[Layout]:
+        return [t.layout for t in list(self._tables.values()) if t.layout is not None]
+
+    def tables_named(self, name: str) -> list[Table]:
+        """Return the tables of the views' metadata with a name, in any schema and case."""
+        metadatas = {t.metadata for table in list(self._tables.values()) for t in table.base_tables}
+        return [
+            t for metadata in metadatas for t in metadata.tables.values() if t.name.lower() == name
+        ]
+
+    @property
+    def at_once(self) -> frozenset[TableName]:
+        """The tables whose rows are visible when they are written, and stay."""
+        return frozenset[TableName]().union(*(layout.at_once for layout in self._layouts()))
+
+    def lease(self, changes: ChangeSet) -> _Lease:
+        """Take a lease on what the changes of a commit will mark."""
+        self._add_side_effects(changes)
+        marks = {}
+        for table in list(self._tables.values()):
+            found = table.marks_of(changes)
+            if found:
+                table.lease(found)
+                marks[table] = found
+        return _Lease(marks, changes)
+
+    def publish(self, changes: ChangeSet, lease: _Lease | None) -> None:
+        """Mark what a commit changed, and end its lease."""
+        if after_sections(lambda: self.publish(changes, lease)):
+            return  # called by the garbage collector
+        self._add_side_effects(changes)
+        leased = lease.marks if lease is not None else {}
+        for table in list(self._tables.values()):
+            table.doubtful = table.doubtful or changes.everything
+            table.publish(table.marks_of(changes), leased.get(table))
+
+    def orphan(self, lease: _Lease, backend: Backend | None) -> None:
+        """Keep a lease until the transaction of a lost connection has ended."""
+        if lease.marks:
+            with self._lock:
+                self._orphans.append(_Orphan(lease, backend))
+
+    def settle_orphans(self) -> None:
+        """End the leases of commits that have ended by now: one SELECT for each, now and then."""
+        if not self._orphans or self._snapshots is None:
+            return
+        now = time.monotonic()
+        with self._lock:
+            due = [o for o in self._orphans if now - o.checked > ORPHAN_CHECK_SECONDS]
+            for orphan in due:
+                orphan.checked = now
+        for orphan in due:
+            try:
+                ended = self._has_ended(orphan)
+            except Exception as error:
+                log.warning("whether a COMMIT has ended cannot be found out: %s", error)
+                ended = False
+            if ended:
+                with self._lock:
+                    if orphan not in self._orphans:
+                        continue
+                    self._orphans.remove(orphan)
+                self.publish(orphan.lease.changes, orphan.lease)
+
+    def _has_ended(self, orphan: _Orphan) -> bool:
+        assert self._snapshots is not None
+        query = {
+            # Whether the server process holds the lock that a writing transaction holds on itself.
+            "postgresql": "SELECT count(*) FROM pg_locks WHERE pid = :pid "
+            "AND locktype IN ('transactionid', 'virtualxid') AND mode = 'ExclusiveLock'",
+            # Not innodb_trx: that is served from a cache, and takes a privilege.
+            "mysql": "SELECT count(*) FROM information_schema.processlist WHERE id = :pid",
+        }.get(self._snapshots.engine.dialect.name.replace("mariadb", "mysql"))
+        if self._snapshots.dialect.name == "sqlite":
+            return self._snapshots.nobody_writes()
+        if orphan.backend is None or query is None:
+            return False
+        mine, its = (
+            engine.url.username for engine in (self._snapshots.engine, self._snapshots.application)
+        )
+        if mine != its and "processlist" in query:
+            return False  # which shows everybody their own
+        with self._snapshots.open() as connection:
+            return not connection.scalar(text(query), {"pid": orphan.backend.pid})
