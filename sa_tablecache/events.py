@@ -84,7 +84,8 @@ class Watcher:
         """What prepared transactions have written, which any connection may commit."""
         for name in (
             "after_cursor_execute", "handle_error",
-            "begin", "begin_twophase", "commit", "rollback", "rollback_savepoint",
+            "begin", "begin_twophase", "commit", "rollback",
+            "release_savepoint", "rollback_savepoint",
             "prepare_twophase", "commit_twophase", "rollback_twophase",
             "engine_connect", "checkout", "checkin", "close_detached",
         ):  # fmt: skip
@@ -220,6 +221,8 @@ class Watcher:
         if executed is None:
             if transaction.changes:  # RELEASE of a savepoint commits on SQLite, say
                 self._publish_if_over(connection, transaction, NOTHING)
+            if connection.dialect.name == "sqlite" and not transaction.ending:
+                release(transaction)  # it did not
             return
         if executed.asks:
             return
@@ -301,7 +304,8 @@ class Watcher:
         if transaction.leases is not None:
             if not context.is_disconnect:
                 publish(self.subscribers, transaction)
-                transaction.changes = ChangeSet()
+                if connection.dialect.name != "sqlite" or not in_transaction(connection):
+                    transaction.changes = ChangeSet()
             else:
                 # Where each statement commits, this one may do so yet.
                 orphan(transaction, transaction.backend)
@@ -324,6 +328,13 @@ class Watcher:
         transaction: Transaction | None = connection.info.get(KEY)
         if transaction is not None:
             transaction.changes.forget_before()
+
+    def release_savepoint(self, connection: Connection, _name: Any, _context: Any) -> None:
+        """Lease what RELEASE may be about to make visible: on SQLite the outermost one commits."""
+        transaction: Transaction | None = connection.info.get(KEY)
+        if connection.dialect.name == "sqlite" and transaction is not None and transaction.changes:
+            transaction.settle()
+            take_leases(self.subscribers, transaction, connection)
 
     def commit(self, connection: Connection) -> None:
         """Lease what COMMIT is about to make visible."""
