@@ -201,14 +201,21 @@ class Watcher:
             asks=(keys is None or was_asked(context)) and tells_keys(writes, context),
             suffixed=bool(suffix),
         )
-        if autocommits(connection) or self._at_once(transaction):
-            # The rows are not known yet: the lease is on what they could be.
-            changes, transaction.changes = transaction.changes, ChangeSet()
-            underway = dict(transaction.underway)
-            transaction.settle()
-            take_leases(self.subscribers, transaction, connection)
-            transaction.changes, transaction.underway = changes, underway
+        if writes.opaque or autocommits(connection) or self._at_once(transaction):
+            self._lease_underway(transaction, connection, with_earlier=writes.opaque)
         return statement + suffix, parameters
+
+    def _lease_underway(
+        self, transaction: Transaction, connection: Connection, *, with_earlier: bool
+    ) -> None:
+        """Lease what a statement could commit: what it writes, and perhaps all before it."""
+        changes, transaction.changes = transaction.changes, ChangeSet()
+        if with_earlier:
+            transaction.changes.update(changes)
+        underway = dict(transaction.underway)
+        transaction.settle()  # the rows are not known yet: any that it could be
+        take_leases(self.subscribers, transaction, connection)
+        transaction.changes, transaction.underway = changes, underway
 
     def after_cursor_execute(
         self, connection: Connection, cursor: Any, statement: str, _: Any, context: Any, many: Any
@@ -273,11 +280,8 @@ class Watcher:
             publish(self.subscribers, transaction)
             if knows_transactions(connection):
                 transaction.changes = ChangeSet()
-        elif self._at_once(transaction):
+        elif self._at_once(transaction) or writes.opaque:
             publish(self.subscribers, transaction)
-        elif writes.opaque:
-            for subscriber in list(self.subscribers):
-                subscriber.publish(transaction.changes, None)
 
     def _names(self, table: TableName, connection: Connection, context: Any) -> list[TableName]:
         """Return all names under which a view may know a written table."""
@@ -304,7 +308,7 @@ class Watcher:
         if transaction.leases is not None:
             if not context.is_disconnect:
                 publish(self.subscribers, transaction)
-                if connection.dialect.name != "sqlite" or not in_transaction(connection):
+                if autocommits(connection):
                     transaction.changes = ChangeSet()
             else:
                 # Where each statement commits, this one may do so yet.
