@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, String, false, func, literal, select, sql, text
 
+from .actions import Action, undeclared_actions
 from .analysis import TableName, ViewPlan, table_label, table_name
 from .comparison import Comparison, StoredColumn, comparison
 from .exc import ViewDefinitionError
@@ -37,6 +38,9 @@ class Catalog:
 
     unfollowed: dict[TableName, str] = field(default_factory=dict)
     """Tables whose rows may get other keys than were sent, and why."""
+
+    actions: frozenset[Action] = frozenset()
+    """What foreign keys do to the tables, and no model declares."""
 
     def stored(self, plan: ViewPlan) -> dict[tuple[TableName, str], StoredColumn]:
         """Return how the columns that a view uses are stored."""
@@ -183,7 +187,8 @@ def probe(connection: Connection, plan: ViewPlan) -> Catalog:
         if schema == default and (None, name) not in plan.tables:
             related[None, name] = table
     computed = _computed(connection, plan)
-    return Catalog(columns, computed, related, frozenset(at_once), unfollowed)
+    actions = undeclared_actions(connection, plan)
+    return Catalog(columns, computed, related, frozenset(at_once), unfollowed, actions)
 
 
 def _translated(connection: Connection, table: TableName) -> TableName:

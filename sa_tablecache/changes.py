@@ -107,6 +107,18 @@ class ChangeSet:
         """Whether one of the tables was written."""
         return self.everything or any(t in self.tables or t in self.rows for t in tables)
 
+    def sets_off(self, table: TableName, columns: frozenset[str] | None) -> bool:
+        """Whether what was done to a table may set off actions of foreign keys that refer to it.
+
+        :param columns: those of ON UPDATE of certain columns; ``None`` for those of ON DELETE.
+        """
+        return table in self.tables or any(
+            written.before != ()
+            if written.columns is None
+            else columns is not None and not written.columns.isdisjoint(columns)
+            for written in self.rows.get(table, {}).values()
+        )
+
     def __bool__(self) -> bool:
         return self.everything or bool(self.tables) or bool(self.rows)
 

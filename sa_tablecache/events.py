@@ -84,7 +84,8 @@ class Watcher:
         """What prepared transactions have written, which any connection may commit."""
         for name in (
             "after_cursor_execute", "handle_error",
-            "begin", "begin_twophase", "commit", "rollback", "rollback_savepoint",
+            "begin", "begin_twophase", "commit", "rollback",
+            "release_savepoint", "rollback_savepoint",
             "prepare_twophase", "commit_twophase", "rollback_twophase",
             "engine_connect", "checkout", "checkin", "close_detached",
         ):  # fmt: skip
@@ -200,14 +201,21 @@ class Watcher:
             asks=(keys is None or was_asked(context)) and tells_keys(writes, context),
             suffixed=bool(suffix),
         )
-        if autocommits(connection) or self._at_once(transaction):
-            # The rows are not known yet: the lease is on what they could be.
-            changes, transaction.changes = transaction.changes, ChangeSet()
-            underway = dict(transaction.underway)
-            transaction.settle()
-            take_leases(self.subscribers, transaction, connection)
-            transaction.changes, transaction.underway = changes, underway
+        if writes.opaque or autocommits(connection) or self._at_once(transaction):
+            self._lease_underway(transaction, connection, with_earlier=writes.opaque)
         return statement + suffix, parameters
+
+    def _lease_underway(
+        self, transaction: Transaction, connection: Connection, *, with_earlier: bool
+    ) -> None:
+        """Lease what a statement could commit: what it writes, and perhaps all before it."""
+        changes, transaction.changes = transaction.changes, ChangeSet()
+        if with_earlier:
+            transaction.changes.update(changes)
+        underway = dict(transaction.underway)
+        transaction.settle()  # the rows are not known yet: any that it could be
+        take_leases(self.subscribers, transaction, connection)
+        transaction.changes, transaction.underway = changes, underway
 
     def after_cursor_execute(
         self, connection: Connection, cursor: Any, statement: str, _: Any, context: Any, many: Any
@@ -220,6 +228,8 @@ class Watcher:
         if executed is None:
             if transaction.changes:  # RELEASE of a savepoint commits on SQLite, say
                 self._publish_if_over(connection, transaction, NOTHING)
+            if connection.dialect.name == "sqlite" and not transaction.ending:
+                release(transaction)  # it did not
             return
         if executed.asks:
             return
@@ -270,11 +280,8 @@ class Watcher:
             publish(self.subscribers, transaction)
             if knows_transactions(connection):
                 transaction.changes = ChangeSet()
-        elif self._at_once(transaction):
+        elif self._at_once(transaction) or writes.opaque:
             publish(self.subscribers, transaction)
-        elif writes.opaque:
-            for subscriber in list(self.subscribers):
-                subscriber.publish(transaction.changes, None)
 
     def _names(self, table: TableName, connection: Connection, context: Any) -> list[TableName]:
         """Return all names under which a view may know a written table."""
@@ -301,7 +308,8 @@ class Watcher:
         if transaction.leases is not None:
             if not context.is_disconnect:
                 publish(self.subscribers, transaction)
-                transaction.changes = ChangeSet()
+                if autocommits(connection):
+                    transaction.changes = ChangeSet()
             else:
                 # Where each statement commits, this one may do so yet.
                 orphan(transaction, transaction.backend)
@@ -324,6 +332,13 @@ class Watcher:
         transaction: Transaction | None = connection.info.get(KEY)
         if transaction is not None:
             transaction.changes.forget_before()
+
+    def release_savepoint(self, connection: Connection, _name: Any, _context: Any) -> None:
+        """Lease what RELEASE may be about to make visible: on SQLite the outermost one commits."""
+        transaction: Transaction | None = connection.info.get(KEY)
+        if connection.dialect.name == "sqlite" and transaction is not None and transaction.changes:
+            transaction.settle()
+            take_leases(self.subscribers, transaction, connection)
 
     def commit(self, connection: Connection) -> None:
         """Lease what COMMIT is about to make visible."""

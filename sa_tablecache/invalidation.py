@@ -16,6 +16,7 @@ from typing import Any
 
 from sqlalchemy import Table, text
 
+from .actions import Action
 from .analysis import TableName, table_name
 from .cascades import all_cascades
 from .changes import ChangeSet, Marks
@@ -86,25 +87,37 @@ class Invalidation:
 
     def affecting(self, tables: frozenset[TableName]) -> frozenset[TableName]:
         """Return the tables of which a write reaches some tables: they, and by side effects."""
-        if not self._side_effects:
+        actions = self._actions()
+        if not self._side_effects and not actions:
             return tables
         grew = True
         while grew:
             sources = {s for s, found in self._side_effects.items() if not found.isdisjoint(tables)}
+            sources |= {action.parent for action in actions if action.child in tables}
             grew = not sources <= tables
             tables |= sources
         return tables
 
     def _add_side_effects(self, changes: ChangeSet) -> None:
         """Add to changes what the database itself changed because of them."""
-        added = bool(self._side_effects)
+        actions = self._actions()
+        added = bool(self._side_effects or actions)
         while added:
             added = False
+            for action in actions:
+                if action.child not in changes.tables and changes.sets_off(
+                    action.parent, action.columns
+                ):
+                    changes.add_table(action.child)
+                    added = True
             for source, targets in self._side_effects.items():
                 if changes.touches([source]) and not targets <= changes.tables:
                     for table in targets:
                         changes.add_table(table)
                     added = True
+
+    def _actions(self) -> frozenset[Action]:
+        return frozenset[Action]().union(*(layout.actions for layout in self._layouts()))
 
     # -- commits --------------------------------------------------------------------------------
 

@@ -104,6 +104,7 @@ class Layout:
         self.loader = Loader(plan, hidden, comparisons, dialect)
         self.tables: frozenset[TableName] = plan.tables | catalog.related.keys()
         """The tables of which a change concerns the view, partitions and the like included."""
+        self.actions = catalog.actions
         self.at_once = catalog.at_once
         """Those of them that have no transactions."""
         self._stored = catalog.stored(plan)
@@ -127,6 +128,7 @@ class Layout:
                 "was first used; until the application is started again, the database answers"
             )
         self.tables = self.plan.tables | catalog.related.keys()
+        self.actions = catalog.actions
         self.at_once = catalog.at_once
         self.automatic = automatic
         self.concerns = self._concerns(self.followed - catalog.unfollowed.keys())

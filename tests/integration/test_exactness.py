@@ -708,3 +708,73 @@ def test_two_phase_commits_mark_whoever_commits_them(postgres_url: URL) -> None:
             connection.commit_prepared("exact 2", recover=True)
         assert marks(cache) == {"all"}
     engine.dispose()
+
+
+def test_what_foreign_keys_do_that_no_model_declares(database_url: URL) -> None:
+    """ON DELETE and ON UPDATE of the database itself, several levels deep, are looked up."""
+
+    class Plain(DeclarativeBase):
+        """Models without the actions that the database has."""
+
+    class Top(Plain):
+        __tablename__ = "exact_top"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        note: Mapped[int] = mapped_column(default=0)
+
+    class Middle(Plain):
+        __tablename__ = "exact_middle"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        top_id: Mapped[int | None]
+
+    class Leaf(Plain):
+        __tablename__ = "exact_leaf"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        middle_id: Mapped[int | None]
+
+    class Leaves(CachedView):
+        __select__ = select(Leaf.id, Leaf.middle_id)
+
+    engine = create_engine(database_url)
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", lambda c, _: c.execute("PRAGMA foreign_keys = ON"))
+    tables = """
+        CREATE TABLE exact_top (id int PRIMARY KEY, note int);
+        CREATE TABLE exact_middle (id int PRIMARY KEY, top_id int,
+            FOREIGN KEY (top_id) REFERENCES exact_top (id) ON DELETE CASCADE);
+        CREATE TABLE exact_leaf (id int PRIMARY KEY, middle_id int,
+            FOREIGN KEY (middle_id) REFERENCES exact_middle (id)
+            ON DELETE SET NULL ON UPDATE CASCADE)
+    """
+    with engine.begin() as connection:
+        for statement in tables.split(";"):
+            connection.exec_driver_sql(statement)
+    with TableCache(engine, views=[Leaves]) as cache, Session(engine) as session:
+
+        def leaves() -> tuple[list[tuple[int, int | None]], str]:
+            with cache.sessionmaker()() as reader:
+                records = reader.scalars(select(Leaves)).all()
+                assert reader.last_read is not None
+                return sorted((r.id, r.middle_id) for r in records), reader.last_read.kind
+
+        for number in (1, 2):
+            session.add(Top(id=number))
+            session.flush()
+            session.add(Middle(id=number, top_id=number))
+            session.flush()
+            session.add(Leaf(id=number, middle_id=number))
+        session.commit()
+        cache.load(Leaves)
+        session.get_one(Top, 1).note = 5
+        session.add(Top(id=3))
+        session.commit()
+        assert cache.stats(Leaves).pending_marks == 0
+        session.execute(update(Middle).where(Middle.id == 2).values(id=22))
+        session.commit()
+        assert leaves() == ([(1, 1), (2, 22)], "hit")
+        session.delete(session.get_one(Top, 1))
+        session.flush()
+        with cache.sessionmaker()(bind=session.connection()) as own:
+            assert own.get(Leaves, 1).middle_id is None
+        session.commit()
+        assert leaves() == ([(1, None), (2, 22)], "hit")
+    engine.dispose()

@@ -331,3 +331,48 @@ def test_columns_that_are_not_used_concern_nobody(engine: Engine) -> None:
             assert ask(cache, everything) == ([(9,)], "hit")
         assert ask(cache, everything) == ([(9,)], "hit")
         assert cache.stats(Floors).pending_marks == 0
+
+
+def test_a_commit_that_is_text_is_leased_while_it_is_under_way(
+    engine: Engine, cache: TableCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What SQL itself commits is kept from storage from before it is sent until it is marked."""
+    seen: list[tuple[list[Any], str]] = []
+    execute = engine.dialect.do_execute
+
+    def and_then(cursor: Any, statement: str, *arguments: Any) -> None:
+        execute(cursor, statement, *arguments)
+        if statement == "COMMIT":
+            seen.append(floor(cache, 1))
+
+    monkeypatch.setattr(engine.dialect, "do_execute", and_then)
+    with engine.connect() as connection:
+        connection.execute(PAINT)
+        rows, kind = floor(cache, 1)
+        assert (rows[0], kind) == ((1, "red", "guest 1"), "hit")
+        connection.exec_driver_sql("COMMIT")
+    [(rows, kind)] = seen
+    assert (rows[0], kind) == ((1, "blue", "guest 1"), "bypass")
+    assert floor(cache, 1) == (rows, "hit")
+
+
+def test_an_opaque_statement_that_fails_leaves_what_was_written_before_it(
+    postgres_url: URL,
+) -> None:
+    """After a rollback to a savepoint before it the transaction commits the rest."""
+    engine = create_engine(postgres_url)
+    Base.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(Room), [{"id": 1, "floor": 1, "colour": "red"}])
+    with TableCache(engine, views=[Hotel]) as cache:
+        cache.load(Hotel)
+        with engine.begin() as connection:
+            connection.execute(PAINT)
+            savepoint = connection.begin_nested()
+            with pytest.raises(DBAPIError):
+                connection.exec_driver_sql("DO $$ BEGIN RAISE EXCEPTION 'no'; END $$")
+            savepoint.rollback()
+        assert cache.stats(Hotel).leases == 0
+        assert floor(cache, 1) == ([(1, "blue", None)], "hit")
+        cache._check()
+    engine.dispose()

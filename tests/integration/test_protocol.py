@@ -19,6 +19,7 @@ from sqlalchemy import (
     delete,
     event,
     func,
+    insert,
     select,
     text,
     update,
@@ -474,6 +475,37 @@ async def test_a_cancelled_refresh_does_not_poison_the_others(async_database_url
     cache._check()
     await cache.close()
     await engine.dispose()
+
+
+def test_a_savepoint_whose_release_commits_is_leased_while_it_does(sqlite_url: URL) -> None:
+    """On SQLite the outermost RELEASE commits, and is seen before the cache hears of its end."""
+    engine = create_engine(sqlite_url)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+    seen: list[Any] = []
+
+    # It is told of the end of a statement before the cache is.
+    @event.listens_for(engine, "after_cursor_execute")
+    def read_now(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("RELEASE"):
+            seen.append(read(cache)[0])
+
+    Base.metadata.create_all(engine)
+    write(engine, insert(Parent).values(id=1, name="one"))
+    with TableCache(engine, views=[Family]) as cache:
+        cache.load(Family)
+        with engine.connect() as connection, connection.begin_nested():
+            connection.execute(update(Parent).where(Parent.id == 1).values(name="two"))
+        assert seen == [[(1, "two", None, None)]]
+        settled(cache)
+        with engine.begin() as connection:
+            connection.execute(update(Parent).where(Parent.id == 1).values(name="three"))
+            with connection.begin_nested():
+                connection.execute(update(Parent).where(Parent.id == 1).values(name="four"))
+            assert cache.stats(Family).leases == 0, "it did not commit"
+        assert seen[1:] == [[(1, "two", None, None)]]
+        settled(cache)
+    engine.dispose()
 
 
 @pytest.mark.parametrize("attached", [True, False])

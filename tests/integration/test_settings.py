@@ -198,7 +198,8 @@ def test_statements_that_set_nothing_leave_hits(world: World):
             "INSERT INTO airports (faa, name) VALUES ('EWR', upper('newark'))",
             "UPDATE airports SET name = 'x' WHERE faa IN ('EWR', 'LGA')",
             "DELETE FROM airports WHERE faa = 'EWR'",
-            "CREATE TEMPORARY TABLE things (id int, name varchar(10))",
+            "CREATE TABLE things (id int, name varchar(10))",
+            "DROP TABLE things",
             "SELECT count(*) FROM airports",
         ):
             session.execute(text(statement))

@@ -27,6 +27,7 @@ from tests.mariadb import VARIABLE as MARIADB
 from tests.mariadb import configured_mariadb
 from tests.postgres import running_postgres
 from tests.stress.run import Run
+from tests.zoo import DEPOT
 
 ROUNDS_IN_A_TURN = 10
 
@@ -154,7 +155,7 @@ def _mariadb() -> Iterator[Database]:
     server = configured_mariadb()
     if server is None:
         sys.exit(f"name a MariaDB server in {MARIADB}")
-    with server.database() as url:
+    with server.database(name=DEPOT), server.database() as url:
         database = Database(url)
         database.create()
         yield database

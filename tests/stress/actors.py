@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
+from time import monotonic
 from typing import Any
 
 from sqlalchemy import Connection, Engine, func, insert, select, text
@@ -56,6 +57,9 @@ CUT = "tests.stress.cut"
 
 READ_ERRORS = (DBAPIError,)
 WRITE_ERRORS = (DBAPIError, StaleDataError, InvalidRequestError)
+
+LONGEST_WAIT = 60.0
+"""Seconds after which a transaction of unknown outcome counts as stuck."""
 
 
 @dataclass
@@ -204,11 +208,18 @@ class Actor:
 
     def _wait_for_end(self, pids: set[int]) -> None:
         """Wait until the server processes have ended what they did."""
+        deadline = monotonic() + LONGEST_WAIT
+
+        def pause() -> None:
+            if monotonic() > deadline:
+                raise TimeoutError("a transaction that was cut off holds its locks for ever")
+            self.scene.conductor.pause(0.01)
+
         if self.bystander.dialect.name == "postgresql":
             known = text("SELECT pid, xact_start FROM pg_stat_activity WHERE pid = ANY(:pids)")
             running = {(pid, at) for pid, at in self.bystander.execute(known, {"pids": [*pids]})}
             while running := {pair for pair in running if pair[1] is not None}:
-                self.scene.conductor.pause(0.01)
+                pause()
                 running &= {(p, at) for p, at in self.bystander.execute(known, {"pids": [*pids]})}
         elif self.bystander.dialect.name == "sqlite":
             # Who has the lock for writing knows that nobody else is about to commit.
@@ -217,7 +228,7 @@ class Actor:
                     self.bystander.exec_driver_sql("BEGIN IMMEDIATE")
                     self.bystander.exec_driver_sql("ROLLBACK")
                     return
-                self.scene.conductor.pause(0.01)
+                pause()
 
     def _new_states(self, names: list[int]) -> dict[Entity, Any]:
         rng, ledger = self.rng, self.scene.ledger

@@ -14,10 +14,11 @@ PACKAGE = Path(__file__).parents[2] / "sa_tablecache"
 
 ORDER = """
     exc scores comparison criteria options turns functions view readers expressions joins groups
-    keys analysis orders storage coverage clauses catalog loading shapes planner changes usage
-    triggers layout stale freshness deltas replacing cascades wording statements returning commits
-    drivers events figures table policies answering explaining invalidation attempts transactions
-    cache scopes reading results session asyncio feed migrations metrics testing __init__
+    keys analysis actions orders storage coverage clauses catalog loading shapes planner changes
+    usage triggers layout stale freshness deltas replacing cascades wording statements returning
+    commits drivers events figures table policies answering explaining invalidation attempts
+    transactions cache scopes reading results session asyncio feed migrations metrics testing
+    __init__
 """.split()
 
 MAX_LINES = 500
