@@ -222,13 +222,19 @@ class Actor:
                 pause()
                 running &= {(p, at) for p, at in self.bystander.execute(known, {"pids": [*pids]})}
         elif self.bystander.dialect.name == "sqlite":
-            # Who has the lock for writing knows that nobody else is about to commit.
-            while True:
-                with suppress(DBAPIError):
-                    self.bystander.exec_driver_sql("BEGIN IMMEDIATE")
-                    self.bystander.exec_driver_sql("ROLLBACK")
-                    return
-                pause()
+            # Who has the lock for writing knows that nobody else is about to commit. It does not
+            # wait for it: a task that did would keep who holds it from going on.
+            patience = self.bystander.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
+            self.bystander.exec_driver_sql("PRAGMA busy_timeout = 0")
+            try:
+                while True:
+                    with suppress(DBAPIError):
+                        self.bystander.exec_driver_sql("BEGIN IMMEDIATE")
+                        self.bystander.exec_driver_sql("ROLLBACK")
+                        return
+                    pause()
+            finally:
+                self.bystander.exec_driver_sql(f"PRAGMA busy_timeout = {patience}")
 
     def _new_states(self, names: list[int]) -> dict[Entity, Any]:
         rng, ledger = self.rng, self.scene.ledger
