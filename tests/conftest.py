@@ -40,7 +40,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     kinds = ["sqlite", "postgresql"]
     if metafunc.definition.get_closest_marker("every_database"):
         kinds.append("mariadb")
-    chosen = [str(mark.args[0]) for mark in metafunc.definition.iter_markers("parametrize")]
+    marks = metafunc.definition.iter_markers("parametrize")
+    chosen = {
+        name for m in marks for name in ([m.args[0]] if isinstance(m.args[0], str) else m.args[0])
+    }
     for name in ("database", "database_url"):
         if name in metafunc.fixturenames and name not in chosen:
             metafunc.parametrize(name, kinds, indirect=True)
