@@ -43,10 +43,10 @@ def sqlite(sqlite_url: URL) -> Database:
 @pytest.mark.slow
 # On SQLite tasks are for `make stress`: one that is cancelled may leave a lock for a long time.
 @pytest.mark.parametrize(
-    ("database", "asynchronous"),
+    ("database_url", "asynchronous"),
     [("sqlite", False), ("postgresql", False), ("postgresql", True)],
     ids=["sqlite-threads", "postgresql-threads", "postgresql-tasks"],
-    indirect=["database"],
+    indirect=["database_url"],
 )
 # What is killed or cancelled may leave a connection to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
