@@ -44,9 +44,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = {
         name for m in marks for name in ([m.args[0]] if isinstance(m.args[0], str) else m.args[0])
     }
-    for name in ("database", "database_url"):
-        if name in metafunc.fixturenames and name not in chosen:
-            metafunc.parametrize(name, kinds, indirect=True)
+    # A test has one of them; a ``database`` of its own file may be made from the URL.
+    for name in ("database_url", "database"):
+        if name in metafunc.fixturenames:
+            if name not in chosen:
+                metafunc.parametrize(name, kinds, indirect=True)
+            break
 
 
 def asynchronous(url: URL) -> URL:
