@@ -349,3 +349,113 @@ async def test_the_cache_is_fresh_afterwards(engine: AsyncEngine):
             assert record.balance == 200
             assert session.last_read is not None
             assert session.last_read.kind == "hit"
+
+
+async def test_a_deadlock_is_retried(engine: AsyncEngine, factory: Any):
+    """Two tasks that lock the same rows in different orders both get through."""
+    together = Meeting(engine)
+
+    @in_transaction(factory)
+    async def move(session: AsyncSession, source: int, target: int) -> None:
+        await add(session, source, -5)
+        await together.wait()
+        await add(session, target, 5)
+
+    assert await asyncio.gather(move(1, 2), move(2, 1)) == [None, None]
+    assert await balances(engine) == [100, 100]
+
+
+async def test_no_phantom_is_missed(engine: AsyncEngine, factory: Any):
+    """Of two that insert where they saw no row of the other, one sees it in its second try."""
+    together = Meeting(engine)
+
+    @in_transaction(factory)
+    async def open_one(session: AsyncSession, number: int) -> int:
+        found = len((await session.scalars(select(Account).where(Account.balance == 7))).all())
+        await together.wait()
+        session.add(Account(id=number, balance=7))
+        return found
+
+    assert sorted(await asyncio.gather(open_one(8), open_one(9))) == [0, 1]
+
+
+@pytest.mark.parametrize("relaxed", [True, False])
+async def test_what_is_read_is_of_one_moment(engine: AsyncEngine, factory: Any, relaxed: bool):
+    """No read skew: what is committed between two reads shows in none of them, or in both."""
+    moved: list[asyncio.Task[None]] = []
+
+    @in_transaction(factory)
+    async def move(session: AsyncSession) -> None:
+        await add(session, 1, -5)
+        await add(session, 2, 5)
+
+    @in_transaction(factory, relaxed=relaxed)
+    async def add_up(session: AsyncSession) -> int:
+        first = await session.scalar(select(Account.balance).where(Account.id == 1))
+        if not moved:
+            moved.append(asyncio.create_task(move()))
+            # On SQLite and MariaDB a writer may have to wait for this reader.
+            await asyncio.wait(moved, timeout=0.2)
+        second = await session.scalar(select(Account.balance).where(Account.id == 2))
+        return int(first or 0) + int(second or 0)
+
+    assert await add_up() == 200
+    await asyncio.gather(*moved)
+    assert await balances(engine) == [95, 105]
+
+
+async def test_a_conflict_at_commit(postgres_module_url: URL):
+    """Two that wrote what the other one had read: PostgreSQL tells the second one at its COMMIT."""
+    with bank(postgres_module_url):
+        engine = async_twin(postgres_module_url)
+        factory = async_sessionmaker(engine)
+        second = Transaction(factory)
+        with pytest.raises(TransactionConflict) as raised:
+            async with second, Transaction(async_sessionmaker(engine)) as first:
+                for session, number in ((first.session, 1), (second.session, 2)):
+                    (await session.scalars(select(Account.balance))).all()
+                    await add(session, number, 5)
+        assert attempts.is_conflict(raised.value.__cause__)
+        assert await balances(engine) == [105, 100]
+        await engine.dispose()
+
+
+async def test_money_is_moved_and_never_made(database_url: URL):
+    """16 tasks move money while others add it up in the cache: each sum is of one commit."""
+    with bank(database_url, [100] * 8):
+        engine = async_twin(database_url, pool_size=10)
+        async with AsyncTableCache(engine, views=[AccountBoard]) as cache:
+            await cache.load(AccountBoard)
+            readers = cache.sessionmaker()
+            kinds: set[str] = set()
+
+            async def total() -> int:
+                async with readers() as session:
+                    records = await session.range(AccountBoard.by_id)
+                    assert session.last_read is not None
+                    kinds.add(session.last_read.kind)
+                    return sum(record.balance for record in records)
+
+            @cache.in_transaction(tries=200)
+            async def move(session: Any, source: int, target: int) -> None:
+                await add(session, min(source, target), -1 if source < target else 1)
+                await add(session, max(source, target), 1 if source < target else -1)
+
+            async def write(seed: int) -> None:
+                for turn in range(2):
+                    source, target = (seed + turn) % 8 + 1, (seed * 3 + turn + 4) % 8 + 1
+                    if source != target:
+                        await move(source, target)
+                    assert await total() == 800
+
+            async def read(writers: asyncio.Future[Any]) -> None:
+                while not writers.done():
+                    assert await total() == 800
+                    await asyncio.sleep(0)
+
+            writers = asyncio.gather(*map(write, range(16)))
+            await asyncio.gather(writers, read(writers))
+            assert await total() == 800
+            assert "hit" in kinds
+            assert sum(await balances(engine)) == 800
+        await engine.dispose()
