@@ -17,7 +17,7 @@ SA20 := .venv-sa20
 # keeps `make test` under ten minutes. The stress test is left out: with 2.0 and aiosqlite a task that
 # is cancelled leaves a connection that holds its lock.
 SA20_TESTS := --ignore tests/stress -k 'not (test_random_writes and postgresql) \
-	and not (test_operators and not sqlite) and (not mariadb or test_write_paths)'
+	and not (test_operators and not sqlite) and (not mariadb or test_what_a_)'
 
 BIN := $(VENV)/bin
 PYTEST = $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
