@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import MetaData, Table
+from sqlalchemy.exc import NoReferenceError
 
 from .analysis import TableName, table_name
 
@@ -63,7 +64,7 @@ def _constraints_on(table: Table) -> Iterator[Any]:
             for constraint in child.foreign_key_constraints:
                 try:
                     parent = constraint.referred_table
-                except Exception:  # noqa: S112 - a table that is not declared (yet)
+                except NoReferenceError:  # to a table that is not declared (yet)
                     continue
                 references.setdefault(table_name(parent), []).append(constraint)
         known = _references[metadata] = (len(metadata.tables), references)

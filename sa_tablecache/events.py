@@ -56,6 +56,7 @@ from .returning import (
     hide_rows,
     read_rows,
     returning_suffix,
+    returns_more,
     suffixed_rows,
     tells_keys,
     was_asked,
@@ -189,16 +190,17 @@ class Watcher:
                 writes, further=writes.further | _tables(writes), key=(), primary_key=()
             )
         keys = rows_of(writes, context) if keeps_keys(connection) else None
-        suffix = ""
-        if writes.unnamed and writes.table is not None and declared is None:
-            if self._wanted(writes.table[1]) is not None:
-                suffix = returning_suffix(writes, context)
+        # Results of statements on other tables are nobody's business but their callers'.
+        followed = writes.table is not None and self._wanted(writes.table[1]) is not None
+        suffix = returning_suffix(writes, context) if followed and declared is None else ""
         transaction.underway[id(context)] = Underway(
             context,
             writes,
             {table: self._names(table, connection, context) for table in _tables(writes)},
             keys,
-            asks=(keys is None or was_asked(context)) and tells_keys(writes, context),
+            asks=(followed or was_asked(context))
+            and (keys is None or returns_more(context))
+            and tells_keys(writes, context),
             suffixed=bool(suffix),
         )
         if writes.opaque or autocommits(connection) or self._at_once(transaction):

@@ -158,6 +158,11 @@ def _reads_others(statement: Any, table: Table) -> bool:
 
 
 def was_asked(context: Any) -> bool:
+    """Whether RETURNING was added to a statement, which is to be hidden from its caller."""
+    return getattr(getattr(context, "invoked_statement", None), _ASKED, None) is not None
+
+
+def returns_more(context: Any) -> bool:
     """Whether a statement returns more than the keys of the rows that it writes."""
     return bool(getattr(getattr(context, "invoked_statement", None), _ASKED, ()))
 

@@ -219,10 +219,23 @@ def test_a_caller_sees_what_it_would_see_without_a_cache(database_url: URL, name
 
 
 def test_statements_on_other_tables_are_left_alone(sqlite_url: URL) -> None:
-    """Nothing is added to a statement unless a view follows its table."""
+    """Nothing is added to a statement, and its result is not looked at, if no view follows it."""
     engine = create_engine(sqlite_url)
     Base.metadata.create_all(engine)
-    with TableCache(engine, views=[Parts]), engine.begin() as connection:
-        result = connection.execute(parts.update().values(number=1))  # nothing is loaded
-        assert "RETURNING" not in result.context.statement
+    returning = parts.update().values(number=2).returning(parts.c.id)
+    with TableCache(engine, views=[Parts]) as cache:
+        with engine.begin() as connection:
+            connection.execute(insert(Part), [{"code": "a"}, {"code": "b"}])
+            result = connection.execute(parts.update().values(number=1))  # nothing is loaded
+            assert "RETURNING" not in result.context.statement
+            own = connection.execute(returning)
+            assert not own._soft_closed, "the caller's rows were fetched"
+            assert sorted(own.scalars()) == [1, 2]
+        cache.load(Parts)
+        with engine.begin() as connection:
+            own = connection.execute(returning.values(number=3))
+            assert own._soft_closed, "they tell which rows to mark"
+            assert sorted(own.scalars()) == [1, 2]
+        with cache.sessionmaker()() as session:
+            assert [r.number for r in session.range(Parts.by_number)] == [3, 3]
     engine.dispose()
