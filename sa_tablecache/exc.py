@@ -10,7 +10,8 @@
      ├── UnscopedRead                  a view with __scope__, read by somebody who has none
      ├── CacheUnavailable              the cache cannot be used now
      │    ├── Unbound                  used before bind()
-     │    └── Closed                   used after close()
+     │    ├── Closed                   used after close()
+     │    └── FeedUnavailable          no change feed that can be read
      ├── UnsuitableEngine              an engine through which no consistent snapshot can be read
      ├── TransactionError              a transaction that cannot be what was asked for
      │    └── TransactionConflict      other transactions kept it from being committed
@@ -58,6 +59,10 @@ class Unbound(CacheUnavailable):
 
 class Closed(CacheUnavailable):
     """The cache was used after it had been closed."""
+
+
+class FeedUnavailable(CacheUnavailable):
+    """The database has no change feed that can be read: none, or one of another version."""
 
 
 class UnsuitableEngine(TableCacheError):
