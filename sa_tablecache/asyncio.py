@@ -16,16 +16,18 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
 from sqlalchemy.util import greenlet_spawn
 
-from . import reading
+from . import ranges
 from .cache import Problem
 from .exc import TableCacheError, Unbound
 from .explaining import Explanation
 from .figures import Estimate, Stats
+from .listening import listen
 from .loading import Progress
-from .reading import Answer, LastRead, RangeRead
+from .ranges import RangeRead
+from .reading import Answer, LastRead
 from .results import result_of
 from .scopes import Scope, overrides
-from .session import CacheSession, TableCache, _check_range, listen
+from .session import CacheSession, TableCache, _check_range
 from .transactions import AsyncDecorator, TransactionOptions, decorator
 from .view import CachedView, ViewIndex, ViewMeta
 
@@ -291,12 +293,12 @@ class AsyncCacheSession(AsyncSession):
         if session._reads_by_statement(index.view) or self._executes_otherwise():
             table = session.cache.table(index.view)
             if after is None:
-                statement = reading.range_statement(session, table, read)
+                statement = ranges.range_statement(session, table, read)
             else:  # where the page begins may have to be asked
-                statement = await greenlet_spawn(reading.range_statement, session, table, read)
+                statement = await greenlet_spawn(ranges.range_statement, session, table, read)
             return list((await self.execute(statement)).scalars())
         if not session._is_filtered():
-            records = reading.range_from_cache(session.cache, session, read, fetch=False)
+            records = ranges.range_from_cache(session.cache, session, read, fetch=False)
             if records is not None:
                 return records
         return await greenlet_spawn(
