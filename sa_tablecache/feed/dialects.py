@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Final
 
-from ..exc import FeedUnavailable
+from sa_tablecache.exc import FeedUnavailable
 from .contract import Changelog
 
 _CHANGELOGS: Final = {
