@@ -10,6 +10,7 @@ Pure. Nothing is hidden from it: views with ``text()`` are refused.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,6 +51,30 @@ def placing_columns(plan: ViewPlan) -> Usage:
     shown = {column.name for column in plan.columns} - placing
     columns = [c for c in statement._raw_columns if getattr(c, "name", None) not in shown]
     return _columns_in([*columns, *statement._where_criteria, *statement.get_final_froms()])
+
+
+def score_columns(plan: ViewPlan) -> dict[TableName, tuple[tuple[str, str], ...]]:
+    """Return the columns by whose values all records with a row of a table are found.
+
+    Those that lead an index, of a table that is in each record exactly once: then every record with
+    one of some rows is between the smallest and the largest of their values in that index. Each
+    with the name of the index.
+    """
+    once = Counter(leaf.table for leaf in plan.leaves)
+    once.update(path.table for path in plan.paths)
+    found: dict[TableName, tuple[tuple[str, str], ...]] = {}
+    for leaf in plan.leaves:
+        if leaf.nullable or once[leaf.table] != 1 or leaf.table in plan.coarse:
+            continue
+        leads = []
+        for index in plan.view.__indexes__.values():
+            source = plan.column(index.column_names[0]).source
+            table = None if source is None else source.table
+            if isinstance(table, Table) and table_name(table) == leaf.table:
+                assert source is not None
+                leads.append((source.name, index.name))
+        found[leaf.table] = tuple(leads)
+    return found
 
 
 def _columns_in(elements: Iterable[Any]) -> Usage:
