@@ -37,6 +37,8 @@ class Written:
 
     A mapping may lack columns.
     """
+    logged: bool = False
+    """Whether a change feed says so, which has what the row really was and became, both."""
 
     def then(self, later: Written) -> Written:
         """Return both, one after the other."""
@@ -285,7 +287,8 @@ def marks_of(
             if not concern.followed:
                 return _THE_VIEW
             # What it was before an UPDATE is pieced together from the columns that it names.
-            before = written.before if not (concern.opaque and written.before) else None
+            pieced = concern.opaque and not written.logged
+            before = None if pieced and written.before else written.before
             for path in concern.paths:
                 groups = path.of_key(key) if path.follows_from_key else path.before(columns, before)
                 if groups is None:
@@ -295,4 +298,3 @@ def marks_of(
                 moves = columns is None or not columns.isdisjoint(concern.placing)
                 marks.add(Mark(table, key, moves))
     return frozenset(marks)
-

@@ -43,7 +43,6 @@ def read_coverage(layout: Layout, connection: Connection, coverage: Coverage) ->
     return layout.loader.read(connection, layout.coverage_clause(coverage), stream=True)
 
 
-
 class Touched(NamedTuple):
     """Which records are to be replaced."""
 
@@ -98,7 +97,9 @@ def read_touched(
         )
         if rows is not None:
             read = frozenset(GroupMark(names, v) for names, vs in groups.items() for v in vs)
-            return Delta(touched, rows, read)
+            delta = Delta(touched, rows, read)
+            _read_ranges(layout, connection, ranges, covered, delta)
+            return delta
     return Delta(None, read_coverage(layout, connection, coverage))
 
 
@@ -146,10 +147,7 @@ def _read_anchors(
     groups: dict[tuple[str, ...], set[RowKey]],
     ranges: list[RangeMark],
 ) -> tuple[Touched, Rows | None]:
-    """Read all records of the anchors that marks lead to; none if those are too many.
-
-    What no row has left or come to from elsewhere, an interval, is read as it is.
-    """
+    """Read all records of the anchors that marks lead to; none if those are too many."""
     plan = layout.plan
     anchor = plan.anchor
     assert anchor is not None
@@ -187,7 +185,8 @@ def _read_anchors(
     for mark in ranges:
         if mark.leave:
             stored = storage.orders[mark.index].between(mark.interval)
-            found = _read_range(layout, connection, mark.index, IntervalSet([mark.interval]), covered)
+            interval = IntervalSet([mark.interval])
+            found = _read_range(layout, connection, mark.index, interval, covered)
             for record, hidden in (*storage.with_hidden(stored), *found.pairs()):
                 touched.add(layout.anchor_key(record, hidden))
     rest = touched - complete.keys()
@@ -198,19 +197,29 @@ def _read_anchors(
         rows.records.append(record)
         if rows.hidden is not None:
             rows.hidden.append(cast("Hidden", hidden))
+    return result, rows
+
+
+def _read_ranges(
+    layout: Layout,
+    connection: Connection,
+    ranges: list[RangeMark],
+    covered: list[ColumnElement[bool]],
+    delta: Delta,
+) -> None:
+    """Read intervals that no record has left or come into, as they are: one SELECT an index."""
+    assert delta.touched is not None
+    key_of, rows = layout.orders[""].key_of, delta.rows
+    known = {key_of(record, hidden) for record, hidden in rows.pairs()}
     for index in dict.fromkeys(mark.index for mark in ranges if not mark.leave):
         intervals = IntervalSet(m.interval for m in ranges if m.index == index and not m.leave)
-        for record, hidden in _read_range(layout, connection, index, intervals, covered).pairs():
-            if layout.anchor_key(record, hidden) in touched or any(
-                layout.orders[other].key_of(record, hidden) in done
-                for other, done in result.ranges.items()
-            ):
-                continue  # it was read already
-            rows.records.append(record)
-            if rows.hidden is not None:
-                rows.hidden.append(cast("Hidden", hidden))
-        result.ranges[index] = intervals
-    return result, rows
+        delta.touched.ranges[index] = intervals
+        read = _read_range(layout, connection, index, intervals, covered).pairs()
+        new = [(r, h) for r, h in read if key_of(r, h) not in known]
+        known.update(key_of(record, hidden) for record, hidden in new)
+        rows.records += [record for record, _ in new]
+        if rows.hidden is not None:
+            rows.hidden += [cast("Hidden", hidden) for _, hidden in new]
 
 
 def _read_range(
@@ -222,9 +231,7 @@ def _read_range(
 ) -> Rows:
     """Read the covered records in intervals of an index: one SELECT."""
     where = [*layout.where(index, intervals), *covered]
-    return layout.only(
-        layout.loader.read(connection, where, stream=True), index, intervals
-    )
+    return layout.only(layout.loader.read(connection, where, stream=True), index, intervals)
 
 
 def _read(

@@ -1,8 +1,8 @@
 """Changes of this process that a change feed tells of again, and who has read them already.
 
 In: marks of local commits, and the positions in the changelog at which refreshes have read what is
-marked. Out: whether a change that the feed delivers was read by one of them, so that marking it
-again would only repeat the refresh.
+marked. Out: whether a change that the feed delivers was read by one of them: then marking it again
+would only repeat the refresh.
 
 A refresh at a position has read all that a change of the same row, group or view did if the position
 *sees* the change: whatever else has happened to the row since, and whoever did it. Only a load or
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MOST_EXPECTED: Final = 10_000
 """With more marks than this between two polls, the changes are simply marked again."""
+
 
 class Echoes:
     """What a view expects to hear again of the marks that local commits have made.

@@ -11,8 +11,8 @@ refreshes. Out: whether readers may be answered, and beside which rows. This is 
   since may be missing in what it read, so that it is pending again when that is applied.
 * Marks and leases that move records keep all readers from storage; those *in place* only the
   answers with the records of their rows.
-* :data:`.UNREAD` says that a change feed has changes that nobody has read. No refresh clears it, but
-  a poll that began after it was made, in one step with making the marks that it found.
+* :data:`.UNREAD` says that a change feed has changes that nobody has read. No refresh clears it,
+  but a poll that began after it was made, in one step with making the marks that it found.
 """
 
 from __future__ import annotations

@@ -268,7 +268,7 @@ class Layout:
                 opaque=table in self.automatic,
                 by_key=table in leaves or not all(path.follows_from_key for path in paths),
                 paths=paths,
-                scores=scores.get(table, ()),
+                scores=tuple((column.name, index) for column, index in scores.get(table, ())),
                 interval=self._interval,
             )
         return concerns

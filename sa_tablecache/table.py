@@ -44,7 +44,7 @@ from .coverage import Coverage
 from .deltas import Delta, read_coverage, read_touched
 from .figures import Stats, stored_bytes
 from .layout import Layout
-from .loading import Progress, Rows, Snapshots
+from .loading import Progress, Snapshots
 from .replacing import loaded, refreshed
 from .scores import IntervalSet
 from .state import State, ViewState

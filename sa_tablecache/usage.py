@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Select, Table
+from sqlalchemy import Column, Select, Table
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import ColumnClause
 from sqlalchemy.sql.selectable import Alias
@@ -53,28 +53,35 @@ def placing_columns(plan: ViewPlan) -> Usage:
     return _columns_in([*columns, *statement._where_criteria, *statement.get_final_froms()])
 
 
-def score_columns(plan: ViewPlan) -> dict[TableName, tuple[tuple[str, str], ...]]:
-    """Return the columns by whose values all records with a row of a table are found.
+def score_columns(plan: ViewPlan) -> dict[TableName, tuple[tuple[Column[Any], str], ...]]:
+    """Return the columns by whose values all records with a row of a table are found in an index.
 
-    Those that lead an index, of a table that is in each record exactly once: then every record with
-    one of some rows is between the smallest and the largest of their values in that index. Each
-    with the name of the index.
+    They lead the index, and the table is in each record exactly once: every record that some rows
+    are part of, before or after they changed, is then between the smallest and the largest of
+    these values. Each with the name of the index.
     """
-    once = Counter(leaf.table for leaf in plan.leaves)
-    once.update(path.table for path in plan.paths)
-    found: dict[TableName, tuple[tuple[str, str], ...]] = {}
-    for leaf in plan.leaves:
-        if leaf.nullable or once[leaf.table] != 1 or leaf.table in plan.coarse:
-            continue
-        leads = []
-        for index in plan.view.__indexes__.values():
-            source = plan.column(index.column_names[0]).source
-            table = None if source is None else source.table
-            if isinstance(table, Table) and table_name(table) == leaf.table:
-                assert source is not None
-                leads.append((source.name, index.name))
-        found[leaf.table] = tuple(leads)
-    return found
+    once = Counter([leaf.table for leaf in plan.leaves] + [path.table for path in plan.paths])
+    found: dict[TableName, list[tuple[Column[Any], str]]] = {}
+    for index in plan.view.__indexes__.values():
+        name = index.column_names[0]
+        source = plan.column(name).source
+        leads: list[tuple[TableName, Column[Any]]] = []
+        if plan.grouped:
+            leads = [
+                (path.table, column)
+                for path in plan.paths
+                for column, shown, vanishes in zip(
+                    path.columns, path.stored, path.vanishing, strict=True
+                )
+                if shown == name and not vanishes
+            ]
+        elif source is not None and isinstance(source.table, Table):
+            table = table_name(source.table)
+            leads = [(table, source) for v in plan.leaves if v.table == table and not v.nullable]
+        for table, column in leads:
+            if once[table] == 1 and table not in plan.coarse:
+                found.setdefault(table, []).append((column, index.name))
+    return {table: tuple(leads) for table, leads in found.items()}
 
 
 def _columns_in(elements: Iterable[Any]) -> Usage:

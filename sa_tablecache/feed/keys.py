@@ -93,6 +93,8 @@ class LoggedTable:
 
     logged: tuple[Column[Any] | None, ...]
     """The columns whose values are logged, as the model has them, in that order."""
+    columns: Mapping[str, Column[Any]]
+    """All columns of the table, by name."""
     key: tuple[int, ...]
     """Which of them are the primary key by which views follow the rows."""
     beside: tuple[int, ...]
@@ -114,7 +116,7 @@ class LoggedTable:
             return None
         key = tuple(positions[column.name] for column in primary_key)
         rest = tuple(at for at, n in enumerate(names) if at not in key and n in columns)
-        return cls(tuple(columns.get(name) for name in names), key, rest, dialect)
+        return cls(tuple(columns.get(name) for name in names), columns, key, rest, dialect)
 
     def row(self, values: Sequence[Any]) -> tuple[RowKey, dict[str, Any]]:
         """Return the key of a logged row, and what else is known of it.
@@ -136,26 +138,25 @@ class LoggedTable:
                 continue  # a group that it leads to is not known, then
         return key, beside
 
+    def ranges(self, logged: Mapping[str, tuple[Any, Any]]) -> Ranges:
+        """Return those of the logged ranges of values that are known exactly."""
+        found = {}
+        for name, (low, high) in logged.items():
+            column = self.columns.get(name)
+            if column is not None and (low is None) is (high is None):
+                try:
+                    found[name] = (
+                        from_json(column.type, low, self.dialect),
+                        from_json(column.type, high, self.dialect),
+                    )
+                except Unexact:
+                    continue
+        return found
+
     def _value(self, at: int, value: Any) -> Any:
         column = self.logged[at]
         assert column is not None
         return from_json(column.type, value, self.dialect)
-
-
-def ranges_from_json(
-    table: Table, ranges: Mapping[str, tuple[Any, Any]], dialect: Dialect
-) -> Ranges:
-    """Return the logged ranges of those columns of a table whose values are known exactly."""
-    columns = {column.name: column for column in table.columns}
-    found = {}
-    for name, (low, high) in ranges.items():
-        if name in columns and (low is None) is (high is None):
-            type_ = columns[name].type
-            try:
-                found[name] = from_json(type_, low, dialect), from_json(type_, high, dialect)
-            except Unexact:
-                continue
-    return found
 
 
 def one_key(keys: Iterable[tuple[Column[Any], ...]]) -> tuple[Column[Any], ...] | None:
