@@ -29,7 +29,7 @@ from .planner import ask, load_target, no_range
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
 from .statements import exact_value
-from .table import CachedTable
+from .table import CachedTable, Timer
 from .triggers import unexplained
 from .view import CachedView, ViewMeta
 
@@ -63,6 +63,8 @@ class BaseTableCache(Invalidation):
         self._given_load_engine = load_engine
         self._watched: list[Engine] = []
         self._views: list[type[CachedView]] = []
+        self.timers: list[Timer] = []
+        """Told how long each load and refresh took."""
         self._closed = False
         if engine is not None:
             self.bind(engine)
@@ -89,7 +91,12 @@ class BaseTableCache(Invalidation):
         self._engine = engine
         self._watch(engine)
         for view in self._views:
-            self._tables[view] = CachedTable(plan_of(view), self._snapshots)
+            self._tables[view] = self._new_table(view, self._snapshots)
+
+    def _new_table(self, view: type[CachedView], snapshots: Snapshots) -> CachedTable:
+        table = CachedTable(plan_of(view), snapshots)
+        table.timers = self.timers
+        return table
 
     def _watch(self, engine: Engine) -> None:
         watch(engine, self)
@@ -129,7 +136,7 @@ class BaseTableCache(Invalidation):
                 return
             self._views.append(view)
             if self._snapshots is not None:
-                self._tables[view] = CachedTable(plan, self._snapshots)
+                self._tables[view] = self._new_table(view, self._snapshots)
         for table, why in plan.coarse.items():
             log_coarse(plan, table, why)
 
