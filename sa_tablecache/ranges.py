@@ -32,7 +32,7 @@ from .reading import (
     lacking,
     remember,
 )
-from .scopes import database_reason
+from .scopes import database_reason, flush_pending
 from .scores import MAX, MIN, NULLS_LAST, Interval, IntervalSet
 from .state import State
 from .table import CachedTable
@@ -59,10 +59,16 @@ def range_from_cache(
     """Answer a range read from storage, or return ``None`` after noting why not."""
     table = cache.table(read.by.view)
     try:
-        if not fetch and not session._is_clean():
+        if fetch:
+            flush_pending(session)
+        elif not session._is_clean():
             return None
         refreshed = False
         for _ in range(ATTEMPTS):
+            if table.guards:
+                reason = table.guarded(session, fetch=fetch)
+                if reason is not None:
+                    raise Inexact(reason)
             # In this order: a transaction that has a snapshot may be answered from this state if
             # the view has not changed since, and from none that a refresh brings.
             state = table.current

@@ -33,7 +33,7 @@ from .figures import Reason, category_of
 from .options import BypassCache
 from .orders import Record
 from .planner import Candidate, Question, ask
-from .scopes import database_reason, in_own_scope
+from .scopes import database_reason, flush_pending, in_own_scope
 from .scores import IntervalSet
 from .shapes import Shape, shape_of, view_of
 from .state import State
@@ -130,10 +130,16 @@ def answer(
         for option in shape.options:
             if isinstance(option, BypassCache):
                 raise Inexact(Reason("requested", "bypass_cache()"))
-        if not fetch and not session._is_clean():
+        if fetch:
+            flush_pending(session)
+        elif not session._is_clean():
             return None
         refreshed = False
         for _ in range(ATTEMPTS):
+            if table.guards:
+                reason = table.guarded(session, statement, fetch=fetch)
+                if reason is not None:
+                    raise Inexact(reason)
             # In this order: a transaction that has a snapshot may be answered from this state if
             # the view has not changed since, and from none that a refresh brings.
             state = table.current

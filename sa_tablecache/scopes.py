@@ -138,7 +138,11 @@ def _listening_reason(session: Session, bind: Any) -> str | None:
 
 
 def flush_pending(session: Session) -> None:
-    """Flush as any query would, so that the session's own changes count as written."""
+    """Flush as any query would, so that the session's own changes count as written.
+
+    That comes before the state of a view is looked at, because it may change the state: where each
+    statement commits, for instance.
+    """
     # The public way, new/dirty/deleted, builds three sets for each read.
     if session.autoflush and not session._flushing and not session._is_clean():
         session.flush()
@@ -149,9 +153,10 @@ def database_reason(
 ) -> str | None:
     """Return why a session has to read the database, or ``None`` if it may use the cache.
 
+    Of a session without pending changes: see :func:`flush_pending`.
+
     :param statement: what it reads, where the session may choose its bind by that.
     """
-    flush_pending(session)
     if ATTEMPT in session.info:  # what the database does not see it finds in no conflict
         return Reason(
             "isolation", "the session is in a transaction of in_transaction or Transaction"

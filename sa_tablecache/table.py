@@ -32,7 +32,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeAlias
+
+from sqlalchemy.orm import Session
 
 from .analysis import TableName, ViewPlan, table_label
 from .catalog import Catalog, probe
@@ -56,6 +58,13 @@ Timer = Callable[["CachedTable", str, float], object]
 
 RECENT = 100
 """So many reads that were no plain hits are remembered, with their reasons."""
+
+Guard: TypeAlias = Callable[[Session, "CachedTable", Any, bool], str | None]
+"""Says why a session has to read the database now, or ``None``.
+
+It is given the session, the table, the statement (``None`` for range reads and reads by key), and
+whether it may ask the database itself; if it would have to and may not, it gives a reason.
+"""
 
 RESTARTS = 3
 """How often a refresh starts again because the coverage changed under it."""
@@ -84,6 +93,16 @@ class CachedTable(ViewState):
         """Those of the cache: one list for all of its tables."""
         self.recent: deque[Any] = deque(maxlen=RECENT)
         """The last reads that were no plain hits, as sessions remember them."""
+        self.guards: tuple[Guard, ...] = ()
+        """Asked at each read, before anything else."""
+
+    def guarded(self, session: Session, statement: Any = None, *, fetch: bool = True) -> str | None:
+        """Return why one of the guards sends a read to the database, or ``None``."""
+        for guard in self.guards:
+            reason = guard(session, self, statement, fetch)
+            if reason is not None:
+                return reason
+        return None
 
     # -- setting up -----------------------------------------------------------------------------
 
