@@ -6,7 +6,7 @@ In: an engine, views, and what the application says (load, evict, invalidate). A
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
@@ -67,6 +67,8 @@ class BaseTableCache(Invalidation):
         self._views: list[type[CachedView]] = []
         self.timers: list[Timer] = []
         """Told how long each load and refresh took."""
+        self.closing: list[Callable[[], object]] = []
+        """Called when the cache is closed, while its views are still there."""
         self._closed = False
         self.upkeep = Upkeep()
         """The jobs that run in the background once the cache is started."""
@@ -367,6 +369,8 @@ class BaseTableCache(Invalidation):
         if self._closed:
             return
         self.upkeep.stop()
+        for call in self.closing:
+            call()
         for engine in self._watched:
             unwatch(engine, self)
         self._closed = True

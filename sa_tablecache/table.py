@@ -195,8 +195,7 @@ class CachedTable(ViewState):
                 "view %s: loaded %d and expired %d records in %.3f s", self.plan.name,
                 len(rows.records), expired, seconds,
             )  # fmt: skip
-        for timer in self.timers:
-            timer(self, "load", seconds)
+        self._tell_timers("load", seconds)
 
     def evict(self, index: str, intervals: IntervalSet) -> None:
         """Give up records; those that the coverage of another index needs stay."""
@@ -282,8 +281,7 @@ class CachedTable(ViewState):
             "view %s: refreshed %d marks, %d records in %.3f s", self.plan.name, len(marks),
             len(read.records), seconds,
         )  # fmt: skip
-        for timer in self.timers:
-            timer(self, "refresh", seconds)
+        self._tell_timers("refresh", seconds)
 
     def _read_marked(
         self, layout: Layout, state: State, marks: dict[AnyMark, int]
@@ -328,6 +326,13 @@ class CachedTable(ViewState):
                 if self._is_still(state):
                     self._apply(token, State(storage, coverage), marks)
                     return True
+
+    def _tell_timers(self, what: str, seconds: float) -> None:
+        for timer in self.timers:
+            try:
+                timer(self, what, seconds)
+            except Exception:
+                log.exception("view %s: a timer failed", self.plan.name)
 
     def _pause(self, point: str) -> None:
         """Do nothing; tests stop a refresh here."""
