@@ -50,6 +50,10 @@ def range_from_cache(
         if not fetch and not session._is_clean():
             return None
         for _ in range(ATTEMPTS):
+            if table.guards:
+                reason = table.guarded(session, fetch=fetch)
+                if reason is not None:
+                    raise Inexact(reason)
             # In this order: a transaction that has a snapshot may be answered from this state if
             # the view has not changed since, and from none that a refresh brings.
             state = table.current

@@ -201,6 +201,8 @@ class CacheSession(Session):
             return None
         if not all(comparisons[name].equality for name in table.plan.key):
             return None
+        if table.guards and table.guarded(self) is not None:
+            return None
         if database_reason(self, _cache_of(self), table) is not None:
             return None
         state = table.current
@@ -325,7 +327,7 @@ class TableCache(BaseTableCache):
         Session = cache.sessionmaker()
 
     Every commit through the engine is noticed, whatever wrote it. Threads may share a cache. It is
-    a context manager that closes it.
+    a context manager that starts its upkeep and closes it.
 
     :raises UnsuitableEngine: if all connections of the engine's pool are one.
     """

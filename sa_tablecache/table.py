@@ -30,8 +30,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeAlias
+
+from sqlalchemy.orm import Session
 
 from .analysis import TableName, ViewPlan, table_label
 from .catalog import Catalog, probe
@@ -49,6 +52,13 @@ from .turns import Turn, new_future, wait_for
 from .usage import base_tables
 
 log = logging.getLogger(__name__)
+
+Guard: TypeAlias = Callable[[Session, "CachedTable", Any, bool], str | None]
+"""Says why a session has to read the database now, or ``None``.
+
+It is given the session, the table, the statement (``None`` for range reads and reads by key), and
+whether it may ask the database itself; if it would have to and may not, it gives a reason.
+"""
 
 RESTARTS = 3
 """How often a refresh starts again because the coverage changed under it."""
@@ -74,6 +84,16 @@ class CachedTable(ViewState):
         self.doubtful = False
         """Whether DDL ran, or what may have been, since the catalog was asked."""
         self.counts: Counter[str] = Counter()
+        self.guards: tuple[Guard, ...] = ()
+        """Asked at each read, before anything else."""
+
+    def guarded(self, session: Session, statement: Any = None, *, fetch: bool = True) -> str | None:
+        """Return why one of the guards sends a read to the database, or ``None``."""
+        for guard in self.guards:
+            reason = guard(session, self, statement, fetch)
+            if reason is not None:
+                return reason
+        return None
 
     # -- setting up -----------------------------------------------------------------------------
 
