@@ -165,6 +165,13 @@ class Mark(NamedTuple):
     where they were: answers without them are right.
     """
 
+    @property
+    def kind(self) -> str:
+        """By which marks are counted."""
+        if self.table != VIEW.table:
+            return "row"
+        return "view" if self == VIEW else "unread"
+
 
 VIEW: Final = Mark((None, ""), ())
 """The mark of a whole view."""
@@ -183,6 +190,8 @@ class GroupMark:
     """What they are in these groups."""
     moves: ClassVar[bool] = True
     """A group may have come or gone, and so may any aggregate of it."""
+    kind: ClassVar[str] = "group"
+    """By which marks are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +203,7 @@ class RangeMark:
     leave: bool = False
     """Whether records may have come into the interval from elsewhere, or left it."""
     moves: ClassVar[bool] = True
+    kind: ClassVar[str] = "range"
 
 
 AnyMark: TypeAlias = Mark | GroupMark | RangeMark

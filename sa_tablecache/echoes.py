@@ -1,8 +1,8 @@
 """Changes of this process that a change feed tells of again, and who has read them already.
 
-In: marks of local commits, and the positions in the changelog at which refreshes have read what is
-marked. Out: whether a change that the feed delivers was read by one of them: then marking it again
-would only repeat the refresh.
+In: marks of local commits, and the positions in the changelog at which refreshes have read what
+they are about. Out: whether a change that the feed delivers was read by one of them: then marking
+it again would only repeat the refresh.
 
 A refresh at a position has read all that a change of the same row, group or view did if the position
 *sees* the change: whatever else has happened to the row since, and whoever did it. Only a load or

@@ -50,6 +50,20 @@ def _leading(cut: Cut, end: Extreme) -> Cut:
     return (cut[0], end) if len(cut) > 1 else cut
 
 
+MOST_CLAUSES = 100
+"""So many intervals of an index at most are said in one SELECT."""
+
+
+def coarsened(intervals: IntervalSet) -> IntervalSet:
+    """Return few intervals that contain all of many."""
+    size = -(-len(intervals) // MOST_CLAUSES)
+    if size <= 1:
+        return intervals
+    all_ = intervals.intervals
+    groups = (all_[at : at + size] for at in range(0, len(all_), size))
+    return IntervalSet(Interval(group[0].lower, group[-1].upper) for group in groups)
+
+
 def log_coarse(plan: ViewPlan, table: TableName, why: str) -> None:
     """Tell that changes of a table cannot be followed to records."""
     log.info("view %s: any change of %s marks all of it (%s)", plan.name, table_label(table), why)
@@ -417,7 +431,7 @@ class Layout:
             return []
         clauses = []
         for index, intervals in coverage.sets.items():
-            where = self.where(index, intervals)
+            where = self.where(index, coarsened(intervals))
             if not where:
                 return []
             clauses += where

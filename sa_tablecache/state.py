@@ -15,6 +15,7 @@ from .changes import UNREAD, AnyMark, ChangeSet, Marks, RangeMark, in_place, mar
 from .coverage import Coverage
 from .echoes import Echoes
 from .events import tick
+from .figures import Counts
 from .freshness import Freshness
 from .layout import Layout
 from .scores import Interval
@@ -50,6 +51,7 @@ class ViewState:
         """When records, marks or leases changed last, as an :func:`.events.tick`."""
         self._freshness = Freshness()
         self.echoes = Echoes()
+        self.counts = Counts()
 
     def _set_state(self, state: State, added: Marks | None = None) -> None:
         """Publish what readers see; only under the lock.
@@ -146,6 +148,8 @@ class ViewState:
         )
         self._freshness.mark(frozenset(marks) - outside)
         self._freshness.note(outside)
+        for mark in marks:
+            self.counts.marks[mark.kind] += 1
 
     def _marked(self, marks: Marks, *, kept: bool) -> None:
         """Show readers what was marked.
@@ -181,6 +185,11 @@ class ViewState:
             unread = UNREAD in freshness.pending
             if marks or was_unread != unread:
                 self._marked(marks, kept=was_unread == unread)
+
+    def count_read(self, kind: str, category: str) -> None:
+        """Count a read that was not a plain hit."""
+        with self._lock:
+            self.counts.reads[kind, category] += 1
 
     def _begin(self) -> int:
         with self._lock:

@@ -7,11 +7,12 @@ whether each view may be answered from memory; tokens, and waiting for them.
   then, without waiting for anything, marks the views and moves the position. One that fails or is
   cancelled before that has done nothing: the next one finds the same changes. Polls take turns, so
   that each change is delivered once.
-* A position is *seeded* when there is none, or when changes since it may be missing: then everything
-  may have changed. So may all rows of a table that was not, or not all the time, watched since the
+* A position is *seeded* when there is none, or when changes since it may be missing: then
+  everything may have changed. So may all rows of a table that was not, or not all the time, watched since the
   last poll: one that is new, whose fingerprint has moved, or that can be trusted again.
 * A view is answered from memory if the last poll found all of its tables watched, and began not
-  longer ago than ``max_lag``; a reader who finds it older polls. If that fails, the database answers.
+  longer ago than ``max_lag``; a reader who finds it older polls. If that fails, the database
+  answers.
 """
 
 from __future__ import annotations
@@ -259,7 +260,7 @@ class Consumer:
             together = self._read(changes, called, found.logged)
             together.update(wholly)
         for table in list(self._tables()):
-            unknown = everything or not table.plan.tables & found.names.keys()
+            unknown = everything or not (table in until or table.plan.tables <= found.names.keys())
             if unknown:
                 marks = table.marks_of(ChangeSet(everything=True))
             elif table.echoes.silent:

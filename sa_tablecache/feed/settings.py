@@ -16,7 +16,7 @@ class ChangeFeed:
     ::
 
         cache = TableCache(engine, views=[FlightBoard], feed=ChangeFeed())
-        cache.install_feed()  # once: or by a migration, or by ``python -m sa_tablecache feed install``
+        cache.install_feed()  # once; or a migration does it, or the command line
 
     It says how; several caches may share one. A cache that was started polls in the background. One
     that was not is right as well: its readers poll when the last poll is older than ``max_lag``.
