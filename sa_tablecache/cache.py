@@ -6,7 +6,7 @@ In: an engine, views, and what the application says (load, evict, invalidate). A
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
@@ -30,7 +30,7 @@ from .planner import ask, load_target, no_range
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
 from .statements import exact_value
-from .table import CachedTable
+from .table import CachedTable, Timer
 from .triggers import unexplained
 from .upkeep import Upkeep
 from .view import CachedView, ViewMeta
@@ -65,6 +65,10 @@ class BaseTableCache(Invalidation):
         self._given_load_engine = load_engine
         self._watched: list[Engine] = []
         self._views: list[type[CachedView]] = []
+        self.timers: list[Timer] = []
+        """Told how long each load and refresh took."""
+        self.closing: list[Callable[[], object]] = []
+        """Called when the cache is closed, while its views are still there."""
         self._closed = False
         self.upkeep = Upkeep()
         """The jobs that run in the background once the cache is started."""
@@ -93,7 +97,12 @@ class BaseTableCache(Invalidation):
         self._engine = engine
         self._watch(engine)
         for view in self._views:
-            self._tables[view] = CachedTable(plan_of(view), self._snapshots)
+            self._tables[view] = self._new_table(view, self._snapshots)
+
+    def _new_table(self, view: type[CachedView], snapshots: Snapshots) -> CachedTable:
+        table = CachedTable(plan_of(view), snapshots)
+        table.timers = self.timers
+        return table
 
     def _watch(self, engine: Engine) -> None:
         watch(engine, self)
@@ -133,7 +142,7 @@ class BaseTableCache(Invalidation):
                 return
             self._views.append(view)
             if self._snapshots is not None:
-                self._tables[view] = CachedTable(plan, self._snapshots)
+                self._tables[view] = self._new_table(view, self._snapshots)
         for table, why in plan.coarse.items():
             log_coarse(plan, table, why)
 
@@ -360,6 +369,8 @@ class BaseTableCache(Invalidation):
         if self._closed:
             return
         self.upkeep.stop()
+        for call in self.closing:
+            call()
         for engine in self._watched:
             unwatch(engine, self)
         self._closed = True

@@ -30,6 +30,7 @@ from .results import result_of
 from .scopes import (
     Scope,
     database_reason,
+    flush_pending,
     in_own_scope,
     may_change_reads,
     overrides,
@@ -203,6 +204,7 @@ class CacheSession(Session):
             return None
         if table.guards and table.guarded(self) is not None:
             return None
+        flush_pending(self)
         if database_reason(self, _cache_of(self), table) is not None:
             return None
         state = table.current
