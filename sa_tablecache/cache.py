@@ -21,9 +21,10 @@ from .comparison import Inexact
 from .events import tables_of, unwatch, watch
 from .exc import Closed, CriteriaError, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
+from .feed import ChangeFeed
 from .figures import Estimate, Stats, estimate
+from .following import Following
 from .health import Health, health
-from .invalidation import Invalidation
 from .layout import log_coarse
 from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
@@ -32,7 +33,6 @@ from .shapes import shape_of, view_of
 from .statements import exact_value
 from .table import CachedTable, Timer
 from .triggers import unexplained
-from .upkeep import Upkeep
 from .view import CachedView, ViewMeta
 
 
@@ -47,7 +47,7 @@ class Problem:
         return f"{self.view}: {self.what}"
 
 
-class BaseTableCache(Invalidation):
+class BaseTableCache(Following):
     """What :class:`.TableCache` is but for its sessions, which stand to the right of this module.
 
     See there.
@@ -59,8 +59,10 @@ class BaseTableCache(Invalidation):
         *,
         views: Iterable[type[CachedView]] = (),
         load_engine: Engine | None = None,
+        feed: ChangeFeed | None = None,
+        exclusive_writer: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(feed, exclusive_writer=exclusive_writer)
         self._engine: Engine | None = None
         self._given_load_engine = load_engine
         self._watched: list[Engine] = []
@@ -70,8 +72,6 @@ class BaseTableCache(Invalidation):
         self.closing: list[Callable[[], object]] = []
         """Called when the cache is closed, while its views are still there."""
         self._closed = False
-        self.upkeep = Upkeep()
-        """The jobs that run in the background once the cache is started."""
         if engine is not None:
             self.bind(engine)
         for view in views:
@@ -83,6 +83,7 @@ class BaseTableCache(Invalidation):
         """Bind the cache to an engine, whose commits it notices from now on. Emits no SQL.
 
         :raises UnsuitableEngine: if all connections of the engine's pool are one.
+        :raises FeedUnavailable: if the cache has a feed, and there is none for the dialect.
         :raises TableCacheError: if it is bound already.
         """
         self._check_open()
@@ -93,7 +94,9 @@ class BaseTableCache(Invalidation):
                 f"a TableCache is bound to an Engine, not to a {type(engine).__name__}; for an "
                 "AsyncEngine use AsyncTableCache"
             )
-        self._snapshots = Snapshots(engine, self._given_load_engine)
+        snapshots = Snapshots(engine, self._given_load_engine)
+        self._follow(snapshots)
+        self._snapshots = snapshots
         self._engine = engine
         self._watch(engine)
         for view in self._views:
@@ -102,6 +105,7 @@ class BaseTableCache(Invalidation):
     def _new_table(self, view: type[CachedView], snapshots: Snapshots) -> CachedTable:
         table = CachedTable(plan_of(view), snapshots)
         table.timers = self.timers
+        self._follow_view(table)
         return table
 
     def _watch(self, engine: Engine) -> None:
@@ -305,7 +309,7 @@ class BaseTableCache(Invalidation):
 
         Asks the catalog about views that were not used yet.
         """
-        problems = []
+        problems = [Problem(view.__name__, why) for view, why in self.feed_problems().items()]
         for view, table in self._tables.items():
             columns = table.set_up().columns
             problems += [
@@ -359,7 +363,8 @@ class BaseTableCache(Invalidation):
             health = cache.health()
             return JSONResponse(health.reasons, status_code=200 if health.ok else 503)
         """
-        return health(self.upkeep)
+        feed = None if self.consumer is None else self.consumer.health()
+        return health(self.upkeep, feed, () if feed is None else feed.complaints)
 
     def close(self) -> None:
         """Stop noticing commits, give up all records, close the cache's own connections.

@@ -4,10 +4,10 @@ In: marks of local commits, and the positions in the changelog at which refreshe
 they are about. Out: whether a change that the feed delivers was read by one of them: then marking
 it again would only repeat the refresh.
 
-A refresh at a position has read all that a change of the same row, group or view did if the position
-*sees* the change: whatever else has happened to the row since, and whoever did it. Only a load or
-another refresh that was under way with an older snapshot could have brought back what was before;
-beside one nothing is remembered. Pure; the caller holds the table's lock.
+A refresh at a position has read all that a change of the same row, group or view did if the
+position *sees* the change: whatever else has happened to the row since, and whoever did it. Only a
+load that was under way with an older snapshot could have brought back what was before; beside one
+nothing is remembered. Pure; the caller holds the table's lock.
 """
 
 from __future__ import annotations

@@ -69,7 +69,10 @@ whether it may ask the database itself; if it would have to and may not, it give
 
 
 class Feed(Protocol):
-    """What a refresh asks of a change feed."""
+    """What loads and refreshes ask of a change feed."""
+
+    def seed(self) -> None:
+        """Begin to follow the view, before anything of it is read; do nothing if that fails."""
 
     def catch_up(self) -> None:
         """Read, and publish, all that was committed before this call."""
@@ -167,6 +170,8 @@ class CachedTable(ViewState):
 
         Only the difference is fetched and expired. A load that fails leaves everything as it was.
         """
+        if self.feed is not None:
+            self.feed.seed()
         layout = self._renewed()
         started = time.monotonic()
         with self._loading:

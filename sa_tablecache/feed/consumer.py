@@ -8,8 +8,8 @@ whether each view may be answered from memory; tokens, and waiting for them.
   cancelled before that has done nothing: the next one finds the same changes. Polls take turns, so
   that each change is delivered once.
 * A position is *seeded* when there is none, or when changes since it may be missing: then
-  everything may have changed. So may all rows of a table that was not, or not all the time, watched since the
-  last poll: one that is new, whose fingerprint has moved, or that can be trusted again.
+  everything may have changed. So may all rows of a table that was perhaps not watched all the time
+  since the last poll: one that is new, whose fingerprint has moved, or that can be trusted again.
 * A view is answered from memory if the last poll found all of its tables watched, and began not
   longer ago than ``max_lag``; a reader who finds it older polls. If that fails, the database
   answers.
@@ -21,7 +21,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -156,9 +156,10 @@ class Consumer:
             self._done, self._failed = number, None
 
     def seed(self) -> None:
-        """Begin to follow the changelog, if that was not begun: before anything is read."""
+        """Begin to follow views that are not followed yet; if that fails, readers hear of it."""
         if any(table not in self._known.reasons for table in self._tables()):
-            self.catch_up()
+            with suppress(Exception):
+                self.catch_up()
 
     def _poll(self) -> None:
         tables = list(self._tables())
@@ -260,7 +261,8 @@ class Consumer:
             together = self._read(changes, called, found.logged)
             together.update(wholly)
         for table in list(self._tables()):
-            unknown = everything or not (table in until or table.plan.tables <= found.names.keys())
+            known = table in until or table.plan.tables <= found.names.keys()
+            unknown = everything or not known
             if unknown:
                 marks = table.marks_of(ChangeSet(everything=True))
             elif table.echoes.silent:
@@ -341,6 +343,17 @@ class Consumer:
     def trusts(self, table: CachedTable) -> bool:
         """Whether the feed tells of all changes of a view, sooner or later."""
         return self._known.reasons.get(table, "") is None
+
+    def will_tell_of(self, changes: ChangeSet) -> bool:
+        """Whether the next poll tells of all rows that local changes may have been of."""
+        log = self.changelog
+        return (log.finds_anything or not changes.everything) and (
+            log.finds_replaced or not changes.unlogged
+        )
+
+    def concerns(self, changes: ChangeSet) -> bool:
+        """Whether changes are of a table of the views."""
+        return changes.touches(self._known.names)
 
     @property
     def lag(self) -> float | None:
