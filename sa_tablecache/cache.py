@@ -16,10 +16,10 @@ from sqlalchemy.sql import ColumnElement
 
 from .analysis import plan_of, table_label, table_name
 from .answering import covered_candidate
-from .changes import VIEW, ChangeSet
+from .changes import MOST_RANGES, VIEW, ChangeSet, Marks, RangeMark
 from .comparison import Inexact
 from .events import tables_of, unwatch, watch
-from .exc import Closed, CriteriaError, TableCacheError, Unbound, UnknownView
+from .exc import Closed, CriteriaError, NotExpressible, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
 from .feed import ChangeFeed
 from .figures import Estimate, Stats, estimate
@@ -259,15 +259,17 @@ class BaseTableCache(Following):
     def invalidate(self, target: Any, *what: Any) -> None:
         """Mark records as stale, so that they are read again before the next answer.
 
-        ``invalidate(View)`` marks the whole view, and so do criteria of a view for now.
-        ``invalidate(Model, key)`` marks what was made from a base row, ``invalidate(Model)``
-        what was made from its table. A key of several columns is a tuple. Emits no SQL.
+        ``invalidate(View)`` marks the whole view, ``invalidate(View, *criteria)`` the records that
+        meet the criteria, as they are stored or in the database (the whole view, if the criteria
+        are no range of an index). ``invalidate(Model, key)`` marks what was made from a base row,
+        ``invalidate(Model)`` what was made from its table. A key of several columns is a tuple.
+        Emits no SQL.
+
+        :raises CriteriaError: for what is no view, table, key or criterion of the view.
         """
         if isinstance(target, ViewMeta):
             view: Any = target
-            if what:
-                shape_of_criteria(view, what)
-            self.table(view).publish(frozenset({VIEW}))
+            self.table(view).publish(self._marks_where(view, what))
             return
         changes = ChangeSet()
         tables = tables_of(target)
@@ -292,7 +294,24 @@ class BaseTableCache(Following):
                 else:
                     changes.add_rows(table_name(table), [exact])
         assert self.engine is not None
-        self.publish(changes, None)
+        self.mark(changes)
+
+    def _marks_where(self, view: type[CachedView], criteria: Sequence[Any]) -> Marks:
+        """Return the marks of the records that meet criteria."""
+        whole: Marks = frozenset({VIEW})
+        if not criteria:
+            return whole
+        table = self.table(view)
+        if table.layout is None or table.plan.anchor is None:
+            shape_of_criteria(view, criteria)
+            return whole
+        try:
+            _, index, intervals = self._target(view, criteria)
+        except NotExpressible:
+            return whole
+        if intervals.is_everything or len(intervals) > MOST_RANGES:
+            return whole
+        return frozenset(RangeMark(index, interval, leave=True) for interval in intervals)
 
     def refresh(self, view: type[CachedView]) -> None:
         """Read again what is marked now, instead of before the next answer."""

@@ -10,7 +10,7 @@ import logging
 from datetime import timedelta
 from typing import Any, Final, TypeAlias
 
-from .analysis import TableName, plan_of
+from .analysis import plan_of
 from .changes import ChangeSet
 from .exc import TableCacheError
 from .feed import ChangeFeed, Consumer
@@ -59,7 +59,7 @@ class Following(Invalidation):
         if feed is None:
             return
         consumer = self.consumer = Consumer(
-            feed, snapshots, lambda: list(self._tables.values()), self._fed_by
+            feed, snapshots, lambda: list(self._tables.values()), self._side_effects
         )
         self.upkeep.add(POLL, self._poll)
         self.upkeep.add(TRIM, self._trim)
@@ -77,10 +77,6 @@ class Following(Invalidation):
                 "writes by other processes are invisible to this cache, and its answers miss them: "
                 "give it feed=ChangeFeed(), or say exclusive_writer=True if there are none"
             )
-
-    def _fed_by(self, name: TableName) -> frozenset[TableName]:
-        """Return the tables of which the application says that writing them writes a table."""
-        return frozenset(s for s, targets in self._side_effects.items() if name in targets)
 
     @property
     def _followed(self) -> Consumer:

@@ -176,6 +176,12 @@ class Invalidation:
             echoed = self.consumer is not None and self.consumer.trusts(table)
             table.publish(marks, leased.get(table), echoed=echoed)
 
+    def mark(self, changes: ChangeSet) -> None:
+        """Mark what the application says has changed, whatever a change feed tells."""
+        self._add_side_effects(changes)
+        for table in list(self._tables.values()):
+            table.publish(table.marks_of(changes))
+
     def _marks_of(self, table: CachedTable, changes: ChangeSet) -> Marks:
         """Return what changes mark of a view; those of unknown rows a feed may tell of."""
         consumer = self.consumer

@@ -96,8 +96,8 @@ class Consumer:
     """Follows one changelog for one cache.
 
     :param tables: returns the views of the cache.
-    :param fed_by: returns the tables from which the application says that triggers or the like fill
-        a table that cannot be watched itself.
+    :param fills: which tables, as the application says, triggers or the like fill when a row of a
+        table is written: some of them cannot be watched themselves.
     :raises FeedUnavailable: if the database can have no changelog.
     """
 
@@ -106,13 +106,13 @@ class Consumer:
         feed: ChangeFeed,
         snapshots: Snapshots,
         tables: Callable[[], Iterable[CachedTable]],
-        fed_by: Callable[[TableName], frozenset[TableName]],
+        fills: Mapping[TableName, frozenset[TableName]],
     ) -> None:
         self.feed = feed
         self.changelog = changelog_for(snapshots.dialect.name)
         self._snapshots = snapshots
         self._tables = tables
-        self._fed_by = fed_by
+        self._fills = fills
         self._max_lag = feed.max_lag.total_seconds()
         self._in_task = bool(snapshots.dialect.is_async)
         self._turn = Turn(in_task=self._in_task)
@@ -186,7 +186,9 @@ class Consumer:
         back = before.untrusted.keys() - untrusted.keys()
         self._deliver(
             poll,
-            _Found(names, logged, moved, frozenset(back), seeded=before.position is None),
+            _Found(
+                names, logged, moved, frozenset(back), untrusted, seeded=before.position is None
+            ),
             until,
         )
         for name in untrusted.keys() - before.untrusted.keys():
@@ -256,9 +258,10 @@ class Consumer:
             else:
                 called.setdefault(relation, []).append(name)
         changes = [change for change in poll.changes if change.relation in called]
+        self._add_filled(wholly, found)
         together = ChangeSet()
         if not everything:
-            together = self._read(changes, called, found.logged)
+            together = self._read(changes, called, found)
             together.update(wholly)
         for table in list(self._tables()):
             known = table in until or table.plan.tables <= found.names.keys()
@@ -271,7 +274,7 @@ class Consumer:
                 marks = table.marks_of(wholly).union(
                     *(
                         table.echoes.new(
-                            table.marks_of(self._read([change], called, found.logged)), change
+                            table.marks_of(self._read([change], called, found)), change
                         )
                         for change in changes
                     )
@@ -289,14 +292,14 @@ class Consumer:
         self,
         changes: Iterable[Change],
         called: Mapping[Relation, list[TableName]],
-        logged: Mapping[TableName, LoggedTable | None],
+        found: _Found,
     ) -> ChangeSet:
         """Return changes of the changelog as changes of the models' tables."""
         result = ChangeSet()
         rows: dict[TableName, dict[RowKey, list[dict[str, Any]]]] = {}
         for change in changes:
             for name in called[change.relation]:
-                how = logged[name]
+                how = found.logged[name]
                 if how is None or (change.keys is None and change.ranges is None):
                     result.add_table(name)
                 elif change.keys is None:
@@ -316,7 +319,20 @@ class Consumer:
             for key, befores in known.items():
                 written = Written(before=tuple(befores), logged=True) if befores else UNKNOWN
                 result.add_rows(name, [key], written)
+        self._add_filled(result, found)
         return result
+
+    def _add_filled(self, changes: ChangeSet, found: _Found) -> None:
+        """Add tables that cannot be watched, where what fills them has changed."""
+        added = bool(self._fills)
+        while added:
+            added = False
+            for source, targets in list(self._fills.items()):
+                unseen = {t for t in targets if t in found.untrusted or t not in found.names}
+                if not unseen <= changes.tables and changes.touches([source]):
+                    for table in unseen:
+                        changes.add_table(table)
+                    added = True
 
     # -- trust ----------------------------------------------------------------------------------
 
@@ -334,7 +350,7 @@ class Consumer:
             why = untrusted.get(name, None if name in names else "there is no such table")
             if why is None:
                 continue
-            sources = self._fed_by(name) - seen
+            sources = {s for s, targets in self._fills.items() if name in targets} - seen
             if not sources or not sources <= names.keys():
                 return f"changes of {table_label(name)} are not seen: {why}"
             todo |= sources
@@ -464,4 +480,5 @@ class _Found:
     """Those that are new, or whose fingerprint is another."""
     back: frozenset[TableName]
     """Tables that can be trusted again."""
+    untrusted: Mapping[TableName, str]
     seeded: bool

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Date, DateTime, Enum, Integer, Numeric, String, Time
+from sqlalchemy import CHAR, Date, DateTime, Enum, Integer, Numeric, String, Time
 
 from sa_tablecache.analysis import TableName, ViewPlan, table_name
 from sa_tablecache.usage import base_tables, score_columns
@@ -58,4 +58,4 @@ def needs_of(plans: Iterable[ViewPlan]) -> dict[TableName, Need]:
 def _has_extremes(type_: Any) -> bool:
     """Whether each database has MIN and MAX of a type, and JSON a form of it that has its order."""
     ordered = isinstance(type_, Integer | Numeric | Date | DateTime | Time | String)
-    return ordered and not isinstance(type_, Enum)
+    return ordered and not isinstance(type_, Enum | CHAR)

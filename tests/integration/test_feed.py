@@ -14,7 +14,7 @@ from sqlalchemy import Engine, delete, event, insert, select, text, update
 from sa_tablecache import ChangeFeed, TableCache
 from tests.integration.databases import Database
 from tests.integration.flights import World, flight, hour, insert_flights
-from tests.zoo import Flight, OuterBoard, Plane
+from tests.zoo import Airline, Flight, OuterBoard, Plane
 
 pytestmark = pytest.mark.every_database
 
@@ -80,3 +80,39 @@ def test_a_write_elsewhere_is_seen_behind_a_barrier(world: World) -> None:
         assert session.last_read.kind == "hit"
     assert world.cache.consumer.counts["invalidations"] == 1
     world.cache._check()
+
+
+WRITES: dict[str, Any] = {
+    "an UPDATE of some rows": update(Flight).where(Flight.carrier == "AA").values(delay=7.0),
+    "a DELETE of some rows": delete(Flight).where(Flight.hour > hour(2)),
+    "an INSERT FROM SELECT": insert(Flight).from_select(
+        ["id", "hour", "carrier", "tailnum", "origin", "dest", "delay"],
+        select(
+            Flight.id + 100, Flight.hour, Flight.carrier, Flight.tailnum, Flight.origin,
+            Flight.dest, Flight.delay,
+        ),
+    ),
+    "text": text("UPDATE flights SET delay = 8 WHERE carrier = 'UA'"),
+    "text that names several tables": text(
+        "UPDATE flights SET delay = 9 WHERE tailnum IN (SELECT tailnum FROM planes)"
+    ),
+    "a cascade": delete(Plane).where(Plane.model.is_(None)),
+    "a key that moves": update(Airline).where(Airline.carrier == "UA").values(carrier="XX"),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_local_write_of_unknown_rows_becomes_exact(world: World, write: str) -> None:
+    """After a local write that names no rows, the first read polls once and refreshes exactly."""
+    cache = world.cache
+    with world.Session() as session:
+        session.execute(WRITES[write].execution_options(synchronize_session=False))
+        session.commit()
+    with world.Session() as session:
+        cached = session.scalars(select(OuterBoard).order_by(OuterBoard.id)).all()
+        assert session.last_read.kind == "hit"
+    with world.outside() as session:
+        assert cached == session.scalars(select(OuterBoard).order_by(OuterBoard.id)).all()
+    cache.barrier()
+    print(cache.stats(OuterBoard).marks, cache.consumer.counts)
+    assert cache.consumer.counts["invalidations"] == 1
