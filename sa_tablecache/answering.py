@@ -19,7 +19,7 @@ from .orders import NAN, Record
 from .planner import Candidate, Columns, Question
 from .scores import NULLS_FIRST, NULLS_LAST, IntervalSet
 from .shapes import Ordering, Shape
-from .table import State
+from .state import State
 
 
 def covered_candidate(layout: Layout, question: Question, state: State) -> Candidate | None:

@@ -16,16 +16,19 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
 from sqlalchemy.util import greenlet_spawn
 
-from . import reading
+from . import ranges
 from .cache import Problem
 from .exc import TableCacheError, Unbound
 from .explaining import Explanation
 from .figures import Estimate, Stats
+from .health import Health
+from .listening import listen
 from .loading import Progress
-from .reading import Answer, LastRead, RangeRead
+from .ranges import RangeRead
+from .reading import Answer, LastRead
 from .results import result_of
 from .scopes import Scope, overrides
-from .session import CacheSession, TableCache, _check_range, listen
+from .session import CacheSession, TableCache, _check_range
 from .transactions import AsyncDecorator, TransactionOptions, decorator
 from .view import CachedView, ViewIndex, ViewMeta
 
@@ -204,11 +207,20 @@ class AsyncTableCache:
         else:
             self.sync_cache.attach(target, scope=scope)
 
+    def start(self) -> None:
+        """See :meth:`.TableCache.start`; the jobs are tasks of the running event loop."""
+        self.sync_cache.start()
+
+    def health(self) -> Health:
+        """See :meth:`.TableCache.health`."""
+        return self.sync_cache.health()
+
     async def close(self) -> None:
-        """See :meth:`.TableCache.close`."""
+        """See :meth:`.TableCache.close`; steps that are under way are cancelled."""
         await greenlet_spawn(self.sync_cache.close)
 
     async def __aenter__(self) -> Self:
+        self.start()
         return self
 
     async def __aexit__(
@@ -291,12 +303,12 @@ class AsyncCacheSession(AsyncSession):
         if session._reads_by_statement(index.view) or self._executes_otherwise():
             table = session.cache.table(index.view)
             if after is None:
-                statement = reading.range_statement(session, table, read)
+                statement = ranges.range_statement(session, table, read)
             else:  # where the page begins may have to be asked
-                statement = await greenlet_spawn(reading.range_statement, session, table, read)
+                statement = await greenlet_spawn(ranges.range_statement, session, table, read)
             return list((await self.execute(statement)).scalars())
         if not session._is_filtered():
-            records = reading.range_from_cache(session.cache, session, read, fetch=False)
+            records = ranges.range_from_cache(session.cache, session, read, fetch=False)
             if records is not None:
                 return records
         return await greenlet_spawn(

@@ -11,13 +11,11 @@ asked, wholly or in part? Every "no" is a reason to ask the database, never an e
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import DateTime, Select, literal, select
+from sqlalchemy import DateTime, Select, select
 from sqlalchemy.orm import Session
-from sqlalchemy.sql.elements import ColumnElement
 
 from .answering import (
     check_sortable,
@@ -31,16 +29,16 @@ from .answering import (
 from .cache import BaseTableCache
 from .clauses import intervals_clause
 from .comparison import Inexact, to_utc
-from .exc import CriteriaError
-from .layout import Layout
+from .figures import Reason, category_of
 from .options import BypassCache
 from .orders import Record
 from .planner import Candidate, Question, ask
-from .scopes import database_reason, in_own_scope
-from .scores import MAX, MIN, NULLS_LAST, Interval, IntervalSet
+from .scopes import database_reason, flush_pending, in_own_scope
+from .scores import IntervalSet
 from .shapes import Shape, shape_of, view_of
-from .table import CachedTable, State
-from .view import CachedView, ViewIndex
+from .state import State
+from .table import CachedTable
+from .view import CachedView
 
 log = logging.getLogger(__name__)
 
@@ -69,27 +67,42 @@ class Answer(NamedTuple):
 
 def remember(session: Any, table: CachedTable, kind: str, reason: str = "") -> None:
     """Note how a read was answered."""
-    table.counts[kind] += 1
-    session.last_read = LastRead(kind, reason, table.view)
-    if kind != "hit":
+    session.last_read = read = LastRead(kind, reason, table.view)
+    if kind == "hit" and not reason:
+        table.counts.hits += 1
+    else:
+        table.count_read(kind, category_of(reason))
+        table.recent.append(read)
         log.debug("view %s: %s (%s)", table.plan.name, kind, reason)
 
 
 # -- what the cache can say --------------------------------------------------------------------
 
 
-def _freshen(session: Session, cache: BaseTableCache, table: CachedTable) -> bool:
+COMMIT_UNDER_WAY: Final = Reason("commit", "a commit is under way")
+NOT_LOADED: Final = Reason("not_loaded", "nothing is loaded")
+CHANGED: Final = Reason("changed", "the view changed while gaps were fetched")
+OVERRUN: Final = Reason("overrun", "changes arrive faster than refreshes")
+REFRESHED: Final = Reason("refresh", "after a refresh of what was marked")
+
+
+def lacking(state: State) -> Reason:
+    """Return why storage does not help a reader: the coverage is another."""
+    return Reason("coverage", f"the coverage is {state.coverage}")
+
+
+def freshen(session: Session, cache: BaseTableCache, table: CachedTable) -> bool:
     """Do what can be done for a reader whom marks or leases concern; note why, if nothing."""
     if table.waits_for_commit or not table.refresh_needed:
         cache.settle_orphans()
         if table.waits_for_commit or (table.leased and not table.refresh_needed):
-            remember(session, table, "bypass", "a commit is under way")
+            remember(session, table, "bypass", COMMIT_UNDER_WAY)
             return False
     try:
         table.refresh()
     except Exception as error:
         log.warning("view %s: refresh failed: %s", table.plan.name, error)
-        remember(session, table, "bypass", f"the refresh failed: {error}")
+        remember(session, table, "bypass", Reason("refresh_failed", f"the refresh failed: {error}"))
         return False
     return True
 
@@ -116,10 +129,17 @@ def answer(
         shape, parameters = shape_of(statement)
         for option in shape.options:
             if isinstance(option, BypassCache):
-                raise Inexact("bypass_cache()")
-        if not fetch and not session._is_clean():
+                raise Inexact(Reason("requested", "bypass_cache()"))
+        if fetch:
+            flush_pending(session)
+        elif not session._is_clean():
             return None
+        refreshed = False
         for _ in range(ATTEMPTS):
+            if table.guards:
+                reason = table.guarded(session, statement, fetch=fetch)
+                if reason is not None:
+                    raise Inexact(reason)
             # In this order: a transaction that has a snapshot may be answered from this state if
             # the view has not changed since, and from none that a refresh brings.
             state = table.current
@@ -129,7 +149,7 @@ def answer(
             if state is not None:
                 if not state.coverage:
                     if fetch:
-                        remember(session, table, "miss", "nothing is loaded")
+                        remember(session, table, "miss", NOT_LOADED)
                     return None
                 layout = table.set_up()
                 question = ask(shape, parameters, layout.columns)
@@ -139,26 +159,24 @@ def answer(
                         return None
                     partial = partial_candidate(layout, question, state)
                     if partial is None:
-                        remember(session, table, "miss", f"the coverage is {state.coverage}")
+                        remember(session, table, "miss", lacking(state))
                         return None
                     found, missing = partial
                     if not state.is_stale(found.index, found.intervals - missing):
                         return _partial(session, table, statement, question, state, *partial)
                 elif not state.is_stale(candidate.index, candidate.intervals):
                     rows = from_state(layout, question, state, candidate)
-                    remember(session, table, "hit")
+                    remember(session, table, "hit", REFRESHED if refreshed else "")
                     return Answer(rows, shape)
-            if not fetch or not _freshen(session, cache, table):
+            if not fetch or not freshen(session, cache, table):
                 return None
+            refreshed = True
         remember(session, table, "bypass", OVERRUN)
         return None
     except Inexact as reason:
         if fetch:
-            remember(session, table, "bypass", str(reason))
+            remember(session, table, "bypass", reason.args[0])
         return None
-
-
-OVERRUN = "changes arrive faster than refreshes"
 
 
 def _partial(
@@ -185,12 +203,12 @@ def _partial(
     fetched = fetch_records(session, table.view, gaps)
     if not table.still_answers(state, candidate.index, present):
         # Something was written between the two halves: together they may be no answer at all.
-        remember(session, table, "miss", "the view changed while gaps were fetched")
+        remember(session, table, "miss", CHANGED)
         return None
     records = records_in(state, candidate.index, present)
     kept = filter_records(question.shape, candidate.residual, question, columns, records)
     rows = finished(layout, question, [*kept, *fetched], ordered=not question.shape.orderings)
-    remember(session, table, "partial", f"{missing} was fetched")
+    remember(session, table, "partial", Reason("gaps", f"{missing} was fetched"))
     return Answer(rows, question.shape)
 
 
@@ -220,244 +238,3 @@ def fetch_records(session: Session, view: type[CachedView], statement: Select[An
     result = session.execute(statement, execution_options={SKIP: True})
     make = record_maker(view)
     return [make(*row) for row in result]
-
-
-# -- ranges ------------------------------------------------------------------------------------
-
-
-class RangeRead(NamedTuple):
-    """The arguments of one ``session.range(...)``."""
-
-    by: ViewIndex[Any]
-    prefix: tuple[Any, ...]
-    ge: Any
-    gt: Any
-    le: Any
-    lt: Any
-    descending: bool
-    limit: int | None
-    after: Any
-
-
-def range_from_cache(
-    cache: BaseTableCache, session: Session, read: RangeRead, *, fetch: bool = True
-) -> list[Record] | None:
-    """Answer a range read from storage, or return ``None`` after noting why not."""
-    table = cache.table(read.by.view)
-    try:
-        if not fetch and not session._is_clean():
-            return None
-        for _ in range(ATTEMPTS):
-            # In this order: a transaction that has a snapshot may be answered from this state if
-            # the view has not changed since, and from none that a refresh brings.
-            state = table.current
-            reason = database_reason(session, cache, table)
-            if reason is not None:
-                raise Inexact(reason)
-            if state is not None:
-                if not state.coverage:
-                    if fetch:
-                        remember(session, table, "miss", "nothing is loaded")
-                    return None
-                layout, name = table.set_up(), read.by.name
-                interval = range_interval(layout, read, state)
-                covered = (
-                    state.coverage.everything
-                    or state.coverage.of(name).covers(interval)
-                    or _covered_otherwise(layout, read, state)
-                )
-                if not (covered or fetch):
-                    return None
-                if state.is_stale(name, (interval,)):
-                    pass
-                elif not covered:
-                    return _partial_range(session, table, read, state, interval)
-                else:
-                    order = state.storage.orders[name]
-                    if read.limit is None:
-                        records = order.between(interval)
-                        if read.descending:
-                            records.reverse()
-                    else:
-                        records = order.some(interval, read.limit, from_end=read.descending)
-                    remember(session, table, "hit")
-                    return layout.given(records)
-            if not fetch or not _freshen(session, cache, table):
-                return None
-        remember(session, table, "bypass", OVERRUN)
-        return None
-    except Inexact as inexact:
-        if fetch:
-            remember(session, table, "bypass", str(inexact))
-        return None
-
-
-def _partial_range(
-    session: Session, table: CachedTable, read: RangeRead, state: State, interval: Interval
-) -> list[Record] | None:
-    """Fetch what storage lacks of a range, and merge: one SELECT, in the session."""
-    layout, name = table.set_up(), read.by.name
-    missing = state.coverage.missing(name, IntervalSet([interval]))
-    present = IntervalSet([interval]) - missing
-    order = state.storage.orders[name]
-    if not present or order.order.stored or not layout.is_expressible(name, missing):
-        remember(session, table, "miss", f"the coverage is {state.coverage}")
-        return None
-    gaps = range_statement(session, table, read).where(
-        intervals_clause(layout.score_columns(name), missing)
-    )
-    fetched = fetch_records(session, table.view, gaps)
-    if not table.still_answers(state, name, present):
-        remember(session, table, "miss", "the view changed while gaps were fetched")
-        return None
-    records = layout.given([r for i in present for r in order.between(i)]) + fetched
-    records.sort(key=order.order.prefixes[-1], reverse=read.descending)
-    remember(session, table, "partial", f"{missing} was fetched")
-    return records if read.limit is None else records[: read.limit]
-
-
-def _covered_otherwise(layout: Layout, read: RangeRead, state: State) -> bool:
-    """Whether the coverage of another index contains the range.
-
-    A range of ("tailnum", "time_hour") is covered by times that contain its times, for instance.
-    """
-    names = read.by.column_names
-    at = len(read.prefix)
-    for index, covered in state.coverage.sets.items():
-        parts = layout.orders[index].parts
-        if not parts or parts[0].name not in names[: at + 1]:
-            continue
-        position = names.index(parts[0].name)
-        if position < at:
-            inner = layout.orders[index].prefix((read.prefix[position],))
-        else:
-            inner = _bounds(layout, read, position, ())
-        if covered.covers(inner):
-            return True
-    return False
-
-
-def _bounds(layout: Layout, read: RangeRead, position: int, prefix: tuple[Any, ...]) -> Interval:
-    """Return the interval of the bounds on one score, below a prefix of others."""
-    part = layout.orders[read.by.name].parts[position]
-    how = layout.columns.comparisons[part.name]
-    bounded = not (read.ge is None and read.gt is None and read.le is None and read.lt is None)
-    if bounded and not how.order:
-        raise Inexact(f"{part.name}: {how.reason or 'no order that Python knows'}")
-    lower: tuple[Any, ...] = (*prefix, MIN)
-    upper: tuple[Any, ...] = (*prefix, MAX)
-    if bounded and part.nullable:
-        null = layout.orders[read.by.name].cut_values((None,) * (position + 1))[position]
-        if null is NULLS_LAST:
-            upper = (*prefix, null, MIN)
-        else:
-            lower = (*prefix, null, MAX)
-    if read.ge is not None:
-        lower = max(lower, (*prefix, how.parameter(read.ge), MIN))
-    if read.gt is not None:
-        lower = max(lower, (*prefix, how.parameter(read.gt), MAX))
-    if read.le is not None:
-        upper = min(upper, (*prefix, how.parameter(read.le), MAX))
-    if read.lt is not None:
-        upper = min(upper, (*prefix, how.parameter(read.lt), MIN))
-    return Interval(lower, upper)
-
-
-def range_interval(layout: Layout, read: RangeRead, state: State) -> Interval:
-    """Return the interval of the index that a range read asks for.
-
-    :raises Inexact: if the database has to answer.
-    """
-    columns = layout.columns
-    order = layout.orders[read.by.name]
-    values = []
-    for value, part in zip(read.prefix, order.parts, strict=False):
-        how = columns.comparisons[part.name]
-        if not how.equality:
-            raise Inexact(f"{part.name}: {how.reason}")
-        values.append(None if value is None else how.parameter(value))
-    prefix = order.cut_values(values)
-    paged = read.limit is not None or read.after is not None
-    for part in order.parts[len(prefix) : None if paged else order.scores]:
-        if part.hashed or not columns.comparisons[part.name].order:
-            raise Inexact(f"{part.name}: {columns.comparisons[part.name].reason}")
-    if len(prefix) == order.scores:
-        lower, upper = Interval((*prefix, MIN), (*prefix, MAX))
-    else:
-        lower, upper = _bounds(layout, read, len(prefix), prefix)
-    if read.after is not None:
-        key = _key_after(layout, read, state)
-        if read.descending:
-            upper = min(upper, (*key, MIN))
-        else:
-            lower = max(lower, (*key, MAX))
-    return Interval(lower, upper)
-
-
-def _key_after(layout: Layout, read: RangeRead, state: State) -> tuple[Any, ...]:
-    """Return the place in the index of the record that a page comes after."""
-    order = layout.orders[read.by.name]
-    if not order.stored:
-        return order.key_of(read.after, None)
-    found = state.storage.get(layout.plan.key_tuple(read.after))
-    if found is None:
-        raise Inexact("the score of the record to go on after is not in storage")
-    return order.key_of(*found)
-
-
-def range_statement(session: Session, table: CachedTable, read: RangeRead) -> Select[Any]:
-    """Return the SELECT that answers a range read from the database.
-
-    With ``after=`` of an index that sorts by an expression, it emits one to learn the score.
-    """
-    index = read.by
-    columns: list[ColumnElement[Any]] = list(index.columns)
-    statement = select(index.view)
-    for column, value in zip(columns, read.prefix, strict=False):
-        statement = statement.where(
-            column.is_(None) if value is None else column == literal(value, column.type)
-        )
-    rest = columns[len(read.prefix) :]
-    bounds = ((operator.ge, read.ge), (operator.gt, read.gt),
-              (operator.le, read.le), (operator.lt, read.lt))  # fmt: skip
-    for compare, value in bounds:
-        if value is not None:
-            statement = statement.where(compare(rest[0], literal(value, rest[0].type)))
-    if read.after is not None:
-        layout = table.set_up()
-        cut = _database_key(session, layout, read)
-        interval = (
-            Interval((MIN,), (*cut, MIN)) if read.descending else Interval((*cut, MAX), (MAX,))
-        )
-        statement = statement.where(
-            intervals_clause(layout.score_columns(index.name), IntervalSet([interval]))
-        )
-    names = [name for name in table.plan.key if name not in index.column_names]
-    ordered = [*rest, *(index.view.__table__.c[name] for name in names)]
-    if read.descending:
-        ordered = [column.desc() for column in ordered]
-    return statement.order_by(*ordered).limit(read.limit)
-
-
-def _database_key(session: Session, layout: Layout, read: RangeRead) -> tuple[Any, ...]:
-    """Return the place in the index of the record that a page comes after, asking if need be."""
-    order = layout.orders[read.by.name]
-    public = {column.name for column in layout.plan.columns}
-    values = {name: getattr(read.after, name) for name in public}
-    hidden = [part.name for part in order.parts if part.hidden is not None]
-    if hidden:
-        key = zip(layout.plan.key, layout.plan.key_tuple(read.after), strict=True)
-        columns = read.by.view.__table__.c
-        scores = select(*(layout.plan.column(name).clause for name in hidden)).where(
-            *(columns[name] == value for name, value in key)
-        )
-        row = session.execute(scores, execution_options={SKIP: True}).first()
-        if row is None:
-            raise CriteriaError(
-                f"after={read.after!r} is no record of {layout.plan.name} any more, so that its "
-                f"place in {read.by.name} is not known: start again from the first page"
-            )
-        values |= dict(zip(hidden, row, strict=True))
-    nulls = order.cut_values((None,) * len(order.parts))
-    wanted = [values[part.name] for part in order.parts]
-    return tuple(n if v is None else v for v, n in zip(wanted, nulls, strict=True))

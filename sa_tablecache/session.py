@@ -3,128 +3,44 @@
 In: what applications call. Out: what SQLAlchemy would have given them. A :class:`CacheSession` *is*
 a :class:`sqlalchemy.orm.Session`. Two ways lead to the cache, both to ``reading.py``:
 
-* ``do_orm_execute``, for any attached session, however a statement gets there;
+* ``do_orm_execute`` (``listening.py``), for any attached session;
 * overridden ``execute``, ``scalars`` and ``scalar`` of :class:`CacheSession`, which save the event
   on a hit, and :meth:`CacheSession.range` and :meth:`CacheSession.get`.
 """
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
-from sqlalchemy import Connection, Engine, Exists, Select, event, exists, func, literal, select
-from sqlalchemy.engine.result import Result
+from sqlalchemy import Engine, Exists, Select, exists, func, literal, select
 from sqlalchemy.exc import UnboundExecutionError
-from sqlalchemy.orm import ORMExecuteState, Query, Session, sessionmaker
+from sqlalchemy.orm import Query, Session, sessionmaker
 from sqlalchemy.orm.scoping import scoped_session
 
-from . import reading
+from . import ranges, reading
 from .cache import BaseTableCache
 from .comparison import Inexact
 from .exc import CriteriaError, TableCacheError
 from .explaining import Explanation
-from .readers import reading_as
-from .reading import SKIP, Answer, LastRead, RangeRead
-from .results import result_of, selects_views, with_records, without_row_order
+from .listening import OTHER_LISTENERS, listen
+from .ranges import RangeRead
+from .reading import Answer, LastRead
+from .results import result_of
 from .scopes import (
-    CONNECTIONS,
-    Attachment,
     Scope,
     database_reason,
-    harmless,
+    flush_pending,
     in_own_scope,
     may_change_reads,
     overrides,
     scope_of,
 )
-from .shapes import HARMLESS_OPTIONS, view_of
+from .shapes import view_of
 from .transactions import SyncDecorator, TransactionOptions, decorator
 from .view import CachedView, ViewIndex, ViewMeta, ViewTable
 
 V = TypeVar("V", bound=CachedView)
-
-OTHER_LISTENERS = "the application listens to do_orm_execute, and may add criteria"
-
-
-# -- listening ---------------------------------------------------------------------------------
-
-
-def listen(cache: BaseTableCache, target: Any, scope: Scope | None = None) -> None:
-    """Have sessions answered by the cache: a Session class, a Session, or a factory of them."""
-
-    def do_orm_execute(state: ORMExecuteState) -> Result[Any] | None:
-        if scope is None:
-            return answered(state)
-        with reading_as(partial(scope_of, state.session)):
-            # What goes on to the database goes on here, where it is known who reads.
-            result = answered(state)
-            return state.invoke_statement() if result is None else result
-
-    def answered(state: ORMExecuteState) -> Result[Any] | None:
-        if state.local_execution_options.get(SKIP):
-            return None
-        if cache.closed and not isinstance(state.session, CacheSession):
-            return None
-        statement = state.statement
-        if not isinstance(statement, Select):
-            return None
-        view = view_of(statement)
-        if view is not None and (view in cache.views or isinstance(state.session, CacheSession)):
-            if _others_follow(state.session, do_orm_execute):
-                reading.remember(state.session, cache.table(view), "bypass", OTHER_LISTENERS)
-            elif (
-                not state.parameters
-                and "bind" not in state.bind_arguments
-                and _plain(state.local_execution_options)
-            ):
-                answer = reading.answer(cache, state.session, statement)
-                if answer is not None:
-                    return result_of(answer, statement)
-            else:
-                reading.remember(
-                    state.session,
-                    cache.table(view),
-                    "bypass",
-                    "parameters or execution options of the call",
-                )
-        if view is not None:
-            state.statement = statement = without_row_order(statement)
-        if selects_views(statement):
-            result = state.invoke_statement(execution_options={SKIP: True})
-            return with_records(statement, result)
-        return None
-
-    def after_begin(session: Session, _: Any, connection: Connection) -> None:
-        known = session.info.setdefault(CONNECTIONS, [])
-        known[:] = [c for c in known if not c.closed and c is not connection]
-        known.append(connection)
-
-    listeners: tuple[Any, ...] = (do_orm_execute, after_begin)
-    for listener in listeners:
-        harmless(listener)._sa_tablecache = Attachment(cache, scope)
-    event.listen(target, "do_orm_execute", do_orm_execute)
-    event.listen(target, "after_begin", after_begin)
-    if isinstance(target, Session) and target.in_transaction():
-        # Its transaction began before anybody listened: its own writes could be missed.
-        transaction = target.get_transaction()
-        assert transaction is not None
-        known = target.info.setdefault(CONNECTIONS, [])
-        known += [entry[0] for entry in transaction._connections.values()]
-
-
-def _others_follow(session: Session, mine: Any) -> bool:
-    """Whether listeners of the application, which may add criteria, run after this one."""
-    listeners = list(session.dispatch.do_orm_execute)
-    return mine in listeners and any(map(may_change_reads, listeners[listeners.index(mine) :]))
-
-
-def _plain(options: Any) -> bool:
-    """Whether the execution options of a call change nothing about which rows are right."""
-    return not options or all(
-        name in HARMLESS_OPTIONS or name.startswith(("_sa_orm_", "_result_")) for name in options
-    )
-
 
 # -- the session -------------------------------------------------------------------------------
 
@@ -286,6 +202,9 @@ class CacheSession(Session):
             return None
         if not all(comparisons[name].equality for name in table.plan.key):
             return None
+        if table.guards and table.guarded(self) is not None:
+            return None
+        flush_pending(self)
         if database_reason(self, _cache_of(self), table) is not None:
             return None
         state = table.current
@@ -349,15 +268,15 @@ class CacheSession(Session):
         read = RangeRead(index, prefix, ge, gt, le, lt, descending, limit, after)
         cache = _cache_of(self)
         if self._reads_by_statement(index.view):
-            statement = reading.range_statement(self, cache.table(index.view), read)
+            statement = ranges.range_statement(self, cache.table(index.view), read)
             return list(self.execute(statement).scalars())
         records = None
         if self._is_filtered():
             reading.remember(self, cache.table(index.view), "bypass", OTHER_LISTENERS)
         else:
-            records = reading.range_from_cache(cache, self, read)
+            records = ranges.range_from_cache(cache, self, read)
         if records is None:
-            statement = reading.range_statement(self, cache.table(index.view), read)
+            statement = ranges.range_statement(self, cache.table(index.view), read)
             records = reading.fetch_records(self, index.view, statement)
         return records
 
@@ -410,7 +329,7 @@ class TableCache(BaseTableCache):
         Session = cache.sessionmaker()
 
     Every commit through the engine is noticed, whatever wrote it. Threads may share a cache. It is
-    a context manager that closes it.
+    a context manager that starts its upkeep and closes it.
 
     :raises UnsuitableEngine: if all connections of the engine's pool are one.
     """

@@ -29,49 +29,48 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
+
+from sqlalchemy.orm import Session
 
 from .analysis import TableName, ViewPlan, table_label
 from .catalog import Catalog, probe
-from .changes import VIEW, AnyMark, ChangeSet, Mark, Marks, in_place, marks_of
+from .changes import VIEW, AnyMark, Mark
 from .coverage import Coverage
 from .deltas import Touched, read_coverage, read_touched
-from .events import tick
 from .figures import Stats, stored_bytes
-from .freshness import Freshness
 from .layout import Layout
 from .loading import Progress, Rows, Snapshots
 from .replacing import loaded, refreshed
-from .scores import Interval, IntervalSet
-from .stale import StaleRecords
-from .storage import Storage
+from .scores import IntervalSet
+from .state import State, ViewState
 from .triggers import Automatic, automatic
-from .turns import Section, Turn, new_future, wait_for
+from .turns import Turn, new_future, wait_for
 from .usage import base_tables
 
 log = logging.getLogger(__name__)
+
+Timer = Callable[["CachedTable", str, float], object]
+"""Told of each ``"load"`` and ``"refresh"`` of a view, and how many seconds it took."""
+
+RECENT = 100
+"""So many reads that were no plain hits are remembered, with their reasons."""
+
+Guard: TypeAlias = Callable[[Session, "CachedTable", Any, bool], str | None]
+"""Says why a session has to read the database now, or ``None``.
+
+It is given the session, the table, the statement (``None`` for range reads and reads by key), and
+whether it may ask the database itself; if it would have to and may not, it gives a reason.
+"""
 
 RESTARTS = 3
 """How often a refresh starts again because the coverage changed under it."""
 
 
-class State(NamedTuple):
-    """What readers see: records and what is known to be among them."""
-
-    storage: Storage
-    coverage: Coverage
-    stale: StaleRecords | None = None
-    """Those of the records that may be stale; ``None`` if none is."""
-
-    def is_stale(self, index: str, intervals: Iterable[Interval]) -> bool:
-        """Whether one of the records in the intervals of an index may be stale."""
-        return self.stale is not None and self.stale.touch(index, intervals)
-
-
-class CachedTable:
+class CachedTable(ViewState):
     """The records of one view, and everything that happens to them.
 
     :param plan: the view's plan.
@@ -79,27 +78,31 @@ class CachedTable:
     """
 
     def __init__(self, plan: ViewPlan, snapshots: Snapshots) -> None:
-        self.plan = plan
+        super().__init__(plan)
         self.view = plan.view
         self.base_tables = base_tables(plan)
         self._snapshots = snapshots
         self._in_task = bool(snapshots.dialect.is_async)
-        self._lock = Section()
         self._loading = Turn(in_task=self._in_task)
         self._refreshing = Turn(in_task=self._in_task)
         self._ready: Future[Any] = new_future()
         self._setting_up = Turn(in_task=self._in_task)
         self.doubtful = False
         """Whether DDL ran, or what may have been, since the catalog was asked."""
-        self.layout: Layout | None = None
-        """How records lie in memory; ``None`` until the database was asked."""
+        self.timers: list[Timer] = []
+        """Those of the cache: one list for all of its tables."""
+        self.recent: deque[Any] = deque(maxlen=RECENT)
+        """The last reads that were no plain hits, as sessions remember them."""
+        self.guards: tuple[Guard, ...] = ()
+        """Asked at each read, before anything else."""
 
-        self._state = State(Storage({}, {}), Coverage())
-        self._current: State | None = self._state
-        self.changed_at = 0
-        """When records, marks or leases changed last, as an :func:`.events.tick`."""
-        self._freshness = Freshness()
-        self.counts: Counter[str] = Counter()
+    def guarded(self, session: Session, statement: Any = None, *, fetch: bool = True) -> str | None:
+        """Return why one of the guards sends a read to the database, or ``None``."""
+        for guard in self.guards:
+            reason = guard(session, self, statement, fetch)
+            if reason is not None:
+                return reason
+        return None
 
     # -- setting up -----------------------------------------------------------------------------
 
@@ -133,112 +136,9 @@ class CachedTable:
             return probe(connection, self.plan), automatic(connection, self.plan)
 
     @property
-    def tables(self) -> frozenset[TableName]:
-        """The tables of which a change concerns the view."""
-        return self.plan.tables if self.layout is None else self.layout.tables
-
-    @property
     def coarse(self) -> dict[TableName, str]:
         """Tables of which any change marks the whole view, and why."""
         return self.plan.coarse if self.layout is None else self.layout.coarse
-
-    # -- state ----------------------------------------------------------------------------------
-
-    def _set_state(self, state: State, added: Marks | None = None) -> None:
-        """Publish what readers see; only under the lock.
-
-        :param added: the marks and leases that came, if none went and the records are the same.
-        """
-        freshness, layout = self._freshness, self.layout
-        stale = state.stale
-        if added is None or freshness.clean:
-            stale = None
-        elif stale is not None:
-            stale.add(in_place(added))
-        blocked = freshness.blocked or (layout is None and not freshness.clean)
-        if stale is None and layout is not None and not (blocked or freshness.clean):
-            stale = StaleRecords(layout, state.storage, freshness.in_place())
-        self._state = State(state.storage, state.coverage, stale)
-        self._current = None if blocked else self._state
-        self.changed_at = tick()
-
-    def _is_still(self, state: State) -> bool:
-        """Whether records and coverage are those of a state."""
-        now = self._state
-        return now.storage is state.storage and now.coverage is state.coverage
-
-    def still_answers(self, state: State, index: str, intervals: Iterable[Interval]) -> bool:
-        """Whether what an earlier state holds in intervals is still what readers may be given."""
-        now = self._current
-        return now is not None and self._is_still(state) and not now.is_stale(index, intervals)
-
-    @property
-    def current(self) -> State | None:
-        """What readers may be answered from, beside its stale records; ``None`` for none."""
-        return self._current
-
-    @property
-    def state(self) -> State:
-        """Records and coverage, fresh or not."""
-        return self._state
-
-    @property
-    def refresh_needed(self) -> bool:
-        """Whether marks are pending."""
-        return bool(self._freshness.pending)
-
-    @property
-    def leased(self) -> bool:
-        """Whether a commit that touches the view is under way."""
-        return self._freshness.leases > 0
-
-    @property
-    def waits_for_commit(self) -> bool:
-        """Whether no refresh helps any reader, because a commit is under way."""
-        return self._freshness.waits_for_commit
-
-    def marks_of(self, changes: ChangeSet) -> Marks:
-        """Return what changes mark of the view."""
-        concerns = {} if self.layout is None else self.layout.concerns
-        return marks_of(self.tables, concerns, changes)
-
-    def lease(self, marks: Marks) -> None:
-        """Have readers whom these marks would concern ask the database until :meth:`publish`."""
-        with self._lock:
-            self._freshness.lease(marks)
-            self._set_state(self._state, marks)
-
-    def publish(self, marks: Marks, lease: Marks | None = None) -> None:
-        """Mark what changed and end the lease, in one critical section."""
-        if not marks and lease is None:
-            return
-        with self._lock:
-            freshness = self._freshness
-            freshness.mark(marks)
-            if lease is not None:
-                freshness.release(lease)
-            kept = lease is None or all(map(freshness.has, lease))
-            if not self._state.coverage and not freshness.underway:
-                freshness.forget()
-                kept = False
-            self._set_state(self._state, marks if kept else None)
-
-    def _begin(self) -> int:
-        with self._lock:
-            return self._freshness.begin()
-
-    def _end(self, token: int) -> None:
-        with self._lock:
-            freshness = self._freshness
-            freshness.end(token)
-            if not self._state.coverage and not freshness.underway and freshness.pending:
-                freshness.forget()
-                self._set_state(self._state)
-
-    def _apply(self, token: int, state: State, cleared: dict[AnyMark, int]) -> None:
-        """Publish what a load or refresh made; only under the lock."""
-        self._freshness.apply(token, cleared)
-        self._set_state(state)
 
     # -- loading --------------------------------------------------------------------------------
 
@@ -286,13 +186,16 @@ class CachedTable:
                             break
             finally:
                 self._end(token)
-            self.counts["loads"] += 1
-            self.counts["records_loaded"] += len(rows.records)
-            self.counts["records_expired"] += expired
+            seconds = time.monotonic() - started
+            self.counts.loads += 1
+            self.counts.load_seconds += seconds
+            self.counts.records_loaded += len(rows.records)
+            self.counts.records_expired += expired
             log.info(
                 "view %s: loaded %d and expired %d records in %.3f s", self.plan.name,
-                len(rows.records), expired, time.monotonic() - started,
+                len(rows.records), expired, seconds,
             )  # fmt: skip
+        self._tell_timers("load", seconds)
 
     def evict(self, index: str, intervals: IntervalSet) -> None:
         """Give up records; those that the coverage of another index needs stay."""
@@ -317,7 +220,7 @@ class CachedTable:
                             break
             finally:
                 self._end(token)
-            self.counts["records_expired"] += len(gone)
+            self.counts.records_expired += len(gone)
 
     def clear(self) -> None:
         """Give up all records."""
@@ -371,11 +274,14 @@ class CachedTable:
                 return
         finally:
             self._end(token)
-        self.counts["refreshes"] += 1
+        seconds = time.monotonic() - started
+        self.counts.refreshes += 1
+        self.counts.refresh_seconds += seconds
         log.debug(
             "view %s: refreshed %d marks, %d records in %.3f s", self.plan.name, len(marks),
-            len(read.records), time.monotonic() - started,
+            len(read.records), seconds,
         )  # fmt: skip
+        self._tell_timers("refresh", seconds)
 
     def _read_marked(
         self, layout: Layout, state: State, marks: dict[AnyMark, int]
@@ -421,6 +327,13 @@ class CachedTable:
                     self._apply(token, State(storage, coverage), marks)
                     return True
 
+    def _tell_timers(self, what: str, seconds: float) -> None:
+        for timer in self.timers:
+            try:
+                timer(self, what, seconds)
+            except Exception:
+                log.exception("view %s: a timer failed", self.plan.name)
+
     def _pause(self, point: str) -> None:
         """Do nothing; tests stop a refresh here."""
 
@@ -428,6 +341,7 @@ class CachedTable:
 
     def stats(self) -> Stats:
         """Return the figures of the view."""
+        counts = self.counts
         with self._lock:
             state = self._state
             oldest = self._freshness.oldest
@@ -436,14 +350,20 @@ class CachedTable:
             records=len(state.storage) if self.layout is not None else 0,
             bytes=stored_bytes(state.storage),
             coverage=repr(state.coverage),
-            hits=self.counts["hit"],
-            partial_hits=self.counts["partial"],
-            misses=self.counts["miss"],
-            bypasses=self.counts["bypass"],
-            loads=self.counts["loads"],
-            refreshes=self.counts["refreshes"],
-            records_loaded=self.counts["records_loaded"],
-            records_expired=self.counts["records_expired"],
+            hits=counts.hits + counts.reads_of("hit"),
+            hits_with_refresh=counts.reads["hit", "refresh"],
+            partial_hits=counts.reads_of("partial"),
+            misses=counts.reads_of("miss"),
+            bypasses=counts.reads_of("bypass"),
+            reasons=counts.reasons,
+            mismatches=counts.mismatches,
+            loads=counts.loads,
+            load_seconds=counts.load_seconds,
+            refreshes=counts.refreshes,
+            refresh_seconds=counts.refresh_seconds,
+            records_loaded=counts.records_loaded,
+            records_expired=counts.records_expired,
+            marks=dict(counts.marks),
             pending_marks=pending,
             oldest_mark=0.0 if oldest is None else time.monotonic() - oldest,
             leases=leases,

@@ -1,0 +1,160 @@
+"""What readers see of one view, and the marks and leases that say whether they may.
+
+In: leases and marks of commits, and what loads and refreshes made. Out: one immutable
+:class:`State`, replaced as a whole. No I/O: the sections under the lock are short. The protocol is
+told in ``table.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .analysis import TableName, ViewPlan
+from .changes import AnyMark, ChangeSet, Marks, in_place, marks_of
+from .coverage import Coverage
+from .events import tick
+from .figures import Counts
+from .freshness import Freshness
+from .layout import Layout
+from .scores import Interval
+from .stale import StaleRecords
+from .storage import Storage
+from .turns import Section
+
+
+class State(NamedTuple):
+    """What readers see: records and what is known to be among them."""
+
+    storage: Storage
+    coverage: Coverage
+    stale: StaleRecords | None = None
+    """Those of the records that may be stale; ``None`` if none is."""
+
+    def is_stale(self, index: str, intervals: Iterable[Interval]) -> bool:
+        """Whether one of the records in the intervals of an index may be stale."""
+        return self.stale is not None and self.stale.touch(index, intervals)
+
+
+class ViewState:
+    """The state of one view; :class:`.CachedTable` adds what asks the database."""
+
+    def __init__(self, plan: ViewPlan) -> None:
+        self.plan = plan
+        self.layout: Layout | None = None
+        """How records lie in memory; ``None`` until the database was asked."""
+        self._lock = Section()
+        self._state = State(Storage({}, {}), Coverage())
+        self._current: State | None = self._state
+        self.changed_at = 0
+        """When records, marks or leases changed last, as an :func:`.events.tick`."""
+        self._freshness = Freshness()
+        self.counts = Counts()
+
+    def _set_state(self, state: State, added: Marks | None = None) -> None:
+        """Publish what readers see; only under the lock.
+
+        :param added: the marks and leases that came, if none went and the records are the same.
+        """
+        freshness, layout = self._freshness, self.layout
+        stale = state.stale
+        if added is None or freshness.clean:
+            stale = None
+        elif stale is not None:
+            stale.add(in_place(added))
+        blocked = freshness.blocked or (layout is None and not freshness.clean)
+        if stale is None and layout is not None and not (blocked or freshness.clean):
+            stale = StaleRecords(layout, state.storage, freshness.in_place())
+        self._state = State(state.storage, state.coverage, stale)
+        self._current = None if blocked else self._state
+        self.changed_at = tick()
+
+    def _is_still(self, state: State) -> bool:
+        """Whether records and coverage are those of a state."""
+        now = self._state
+        return now.storage is state.storage and now.coverage is state.coverage
+
+    def still_answers(self, state: State, index: str, intervals: Iterable[Interval]) -> bool:
+        """Whether what an earlier state holds in intervals is still what readers may be given."""
+        now = self._current
+        return now is not None and self._is_still(state) and not now.is_stale(index, intervals)
+
+    @property
+    def current(self) -> State | None:
+        """What readers may be answered from, beside its stale records; ``None`` for none."""
+        return self._current
+
+    @property
+    def state(self) -> State:
+        """Records and coverage, fresh or not."""
+        return self._state
+
+    @property
+    def refresh_needed(self) -> bool:
+        """Whether marks are pending."""
+        return bool(self._freshness.pending)
+
+    @property
+    def leased(self) -> bool:
+        """Whether a commit that touches the view is under way."""
+        return self._freshness.leases > 0
+
+    @property
+    def waits_for_commit(self) -> bool:
+        """Whether no refresh helps any reader, because a commit is under way."""
+        return self._freshness.waits_for_commit
+
+    @property
+    def tables(self) -> frozenset[TableName]:
+        """The tables of which a change concerns the view."""
+        return self.plan.tables if self.layout is None else self.layout.tables
+
+    def marks_of(self, changes: ChangeSet) -> Marks:
+        """Return what changes mark of the view."""
+        concerns = {} if self.layout is None else self.layout.concerns
+        return marks_of(self.tables, concerns, changes)
+
+    def lease(self, marks: Marks) -> None:
+        """Have readers whom these marks would concern ask the database until :meth:`publish`."""
+        with self._lock:
+            self._freshness.lease(marks)
+            self._set_state(self._state, marks)
+
+    def publish(self, marks: Marks, lease: Marks | None = None) -> None:
+        """Mark what changed and end the lease, in one critical section."""
+        if not marks and lease is None:
+            return
+        with self._lock:
+            freshness = self._freshness
+            freshness.mark(marks)
+            for mark in marks:
+                self.counts.marks[mark.kind] += 1
+            if lease is not None:
+                freshness.release(lease)
+            kept = lease is None or all(map(freshness.has, lease))
+            if not self._state.coverage and not freshness.underway:
+                freshness.forget()
+                kept = False
+            self._set_state(self._state, marks if kept else None)
+
+    def count_read(self, kind: str, category: str) -> None:
+        """Count a read that was not a plain hit."""
+        with self._lock:
+            self.counts.reads[kind, category] += 1
+
+    def _begin(self) -> int:
+        with self._lock:
+            return self._freshness.begin()
+
+    def _end(self, token: int) -> None:
+        with self._lock:
+            freshness = self._freshness
+            freshness.end(token)
+            if not self._state.coverage and not freshness.underway and freshness.pending:
+                freshness.forget()
+                self._set_state(self._state)
+
+    def _apply(self, token: int, state: State, cleared: dict[AnyMark, int]) -> None:
+        """Publish what a load or refresh made; only under the lock."""
+        self._freshness.apply(token, cleared)
+        self._set_state(state)
