@@ -164,9 +164,16 @@ class Changelog(ABC):
 
     @abstractmethod
     def propose(
-        self, connection: Connection, relation: Relation, ranges: Sequence[str] = ()
+        self,
+        connection: Connection,
+        relation: Relation,
+        ranges: Sequence[str] = (),
+        key: Sequence[str] = (),
     ) -> Watch:
-        """Return how a table is best watched: its primary key, its cascades."""
+        """Return how a table is best watched: its primary key, its cascades.
+
+        :param key: columns to log instead of the primary key; what a write does depends on them.
+        """
 
     @abstractmethod
     def owned(self) -> frozenset[Relation]:

@@ -33,19 +33,18 @@ def wanted_watches(
             log.warning("%s is not watched: there is no such table", table_label(name))
             continue
         known = watches.get(relation)
-        ranges = dict.fromkeys((*(known.ranges if known is not None else ()), *need.ranges))
-        watch = changelog.propose(connection, relation, tuple(ranges))
-        key = need.key or watch.key
+        key, ranges = need.key, need.ranges
         if known is not None:
             key = tuple(dict.fromkeys((*known.key, *key)))
-        watches[relation] = replace(watch, key=key)
+            ranges = tuple(dict.fromkeys((*known.ranges, *ranges)))
+        watches[relation] = changelog.propose(connection, relation, ranges, key)
     return watches
 
 
 def install(connection: Connection, changelog: Changelog, plans: Iterable[ViewPlan]) -> int:
     """Install the changelog, watch what views read, and say of how many tables that was new.
 
-    What others watch stays as it is, and of a table what they log stays logged.
+    What others watch stays as it is, and of a table what they have logged stays logged.
     """
     for statement in changelog.create():
         connection.exec_driver_sql(statement)
@@ -54,14 +53,11 @@ def install(connection: Connection, changelog: Changelog, plans: Iterable[ViewPl
     for relation, wanted in wanted_watches(connection, changelog, needs_of(plans)).items():
         watch, known = wanted, have.watched.get(relation)
         if known is not None:
-            watch = replace(
-                wanted,
-                key=tuple(dict.fromkeys((*wanted.key, *known.key))),
-                ranges=tuple(dict.fromkeys((*known.ranges, *wanted.ranges))),
-                limit=known.limit,
-            )
-            same = replace(watch, key=()) == replace(known, key=())
-            if same and set(watch.key) == set(known.key) and relation not in have.outdated:
+            key = known.key if set(known.key) >= set(wanted.key) else (*wanted.key, *known.key)
+            ranges = tuple(dict.fromkeys((*known.ranges, *wanted.ranges)))
+            watch = changelog.propose(connection, relation, ranges, tuple(dict.fromkeys(key)))
+            watch = replace(watch, limit=known.limit)
+            if watch == known and relation not in have.outdated:
                 continue
         for statement in changelog.watch(watch):
             connection.exec_driver_sql(statement)
@@ -71,8 +67,5 @@ def install(connection: Connection, changelog: Changelog, plans: Iterable[ViewPl
 
 def uninstall(connection: Connection, changelog: Changelog) -> None:
     """Remove the changelog, with all triggers."""
-    for relation in changelog.installed(connection).watched:
-        for statement in changelog.unwatch(relation):
-            connection.exec_driver_sql(statement)
-    for statement in changelog.drop():
+    for statement in changelog.drop(changelog.installed(connection).watched):
         connection.exec_driver_sql(statement)

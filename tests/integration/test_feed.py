@@ -88,8 +88,13 @@ WRITES: dict[str, Any] = {
     "an INSERT FROM SELECT": insert(Flight).from_select(
         ["id", "hour", "carrier", "tailnum", "origin", "dest", "delay"],
         select(
-            Flight.id + 100, Flight.hour, Flight.carrier, Flight.tailnum, Flight.origin,
-            Flight.dest, Flight.delay,
+            Flight.id + 100,
+            Flight.hour,
+            Flight.carrier,
+            Flight.tailnum,
+            Flight.origin,
+            Flight.dest,
+            Flight.delay,
         ),
     ),
     "text": text("UPDATE flights SET delay = 8 WHERE carrier = 'UA'"),

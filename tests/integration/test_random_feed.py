@@ -83,7 +83,8 @@ def test_a_view_is_the_databases_after_random_writes_here_and_elsewhere(
                     expected = session.scalars(statement).all()
                 with counting() as statements, own() as session:
                     assert set(session.scalars(statement)) == set(expected)
-                assert not statements, "the cache was of use, all the time"
+                    how = session.last_read
+                assert not statements, f"the cache was of use, all the time, but {how}"
                 assert cache.consumer is not None
                 assert cache.consumer.counts["invalidations"] == 1, "only when it was seeded"
         finally:
