@@ -172,9 +172,7 @@ class Invalidation:
         leased = lease.marks if lease is not None else {}
         for table in list(self._tables.values()):
             table.doubtful = table.doubtful or changes.everything
-            marks = self._marks_of(table, changes)
-            echoed = self.consumer is not None and self.consumer.trusts(table)
-            table.publish(marks, leased.get(table), echoed=echoed)
+            table.publish(self._marks_of(table, changes), leased.get(table))
 
     def mark(self, changes: ChangeSet) -> None:
         """Mark what the application says has changed, whatever a change feed tells."""

@@ -8,12 +8,11 @@ told in ``table.py``.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .analysis import TableName, ViewPlan
 from .changes import UNREAD, AnyMark, ChangeSet, Marks, RangeMark, in_place, marks_of
 from .coverage import Coverage
-from .echoes import Echoes
 from .events import tick
 from .figures import Counts
 from .freshness import Freshness
@@ -50,7 +49,6 @@ class ViewState:
         self.changed_at = 0
         """When records, marks or leases changed last, as an :func:`.events.tick`."""
         self._freshness = Freshness()
-        self.echoes = Echoes()
         self.counts = Counts()
 
     def _set_state(self, state: State, added: Marks | None = None) -> None:
@@ -122,23 +120,18 @@ class ViewState:
             self._freshness.lease(marks)
             self._set_state(self._state, marks)
 
-    def publish(self, marks: Marks, lease: Marks | None = None, *, echoed: bool = False) -> None:
-        """Mark what changed and end the lease, in one critical section.
-
-        :param echoed: whether a change feed will tell of it again.
-        """
+    def publish(self, marks: Marks, lease: Marks | None = None) -> None:
+        """Mark what changed and end the lease, in one critical section."""
         if not marks and lease is None:
             return
         with self._lock:
             self._mark(marks)
-            if echoed:
-                self.echoes.expect(marks, self._freshness.sequence)
             freshness = self._freshness
             if lease is not None:
                 freshness.release(lease)
             self._marked(marks, kept=lease is None or all(map(freshness.has, lease)))
 
-    def _mark(self, marks: Iterable[AnyMark]) -> None:
+    def _mark(self, marks: Iterable[AnyMark], reader: object = None) -> None:
         """Make marks pending but for those of records of which none is stored."""
         layout, coverage = self.layout, self._state.coverage
         outside = frozenset(
@@ -146,8 +139,8 @@ class ViewState:
             for mark in marks
             if isinstance(mark, RangeMark) and (layout is None or layout.is_outside(coverage, mark))
         )
-        self._freshness.mark(frozenset(marks) - outside)
-        self._freshness.note(outside)
+        self._freshness.mark(frozenset(marks) - outside, reader)
+        self._freshness.note(outside, reader)
         for mark in marks:
             self.counts.marks[mark.kind] += 1
 
@@ -169,18 +162,17 @@ class ViewState:
         with self._lock:
             return self._freshness.sequence
 
-    def deliver(self, marks: Marks, until: int, position: Any) -> None:
+    def deliver(self, marks: Marks, until: int, reader: object = None) -> None:
         """Mark what a poll found: what was unread when it began is not any more, in one step.
 
         :param until: the :attr:`sequence` from before the poll began.
-        :param position: how far it has read.
+        :param reader: the load or refresh in whose snapshot it polled.
         """
         with self._lock:
             freshness = self._freshness
-            self.echoes.delivered(until, position)
             was_unread = UNREAD in freshness.pending
             if marks:
-                self._mark(marks)
+                self._mark(marks, reader)
             freshness.read(until)
             unread = UNREAD in freshness.pending
             if marks or was_unread != unread:
@@ -203,9 +195,11 @@ class ViewState:
                 freshness.forget()
                 self._set_state(self._state)
 
-    def _apply(self, token: int, state: State, cleared: dict[AnyMark, int]) -> None:
+    def _apply(
+        self, token: int, state: State, cleared: dict[AnyMark, int], reader: object = None
+    ) -> None:
         """Publish what a load or refresh made; only under the lock."""
-        self._freshness.apply(token, cleared)
+        self._freshness.apply(token, cleared, reader)
         if self.layout is not None:
             self._freshness.drop(
                 mark

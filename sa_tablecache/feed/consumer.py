@@ -21,9 +21,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection
 
@@ -92,6 +92,15 @@ class _Known:
     """For each view, why it is not to be trusted; ``None`` if it is."""
 
 
+class _Before(NamedTuple):
+    """What is noted before a poll."""
+
+    at: float
+    """The time, by the monotonic clock."""
+    until: Mapping[CachedTable, int]
+    """The number of the last mark of each view."""
+
+
 class Consumer:
     """Follows one changelog for one cache.
 
@@ -142,18 +151,48 @@ class Consumer:
                 return
             if self._failed is not None and self._failed[0] >= wanted:
                 raise self._failed[2]
-            self._began += 1
-            number = self._began
-            try:
-                self._poll()
-            except Exception as error:
-                if self._failed is None:
-                    log.warning("the change feed cannot be read: %s", error)
-                self._failed = number, time.monotonic(), error
-                raise
-            if self._failed is not None:
-                log.info("the change feed is read again")
-            self._done, self._failed = number, None
+            with self._numbered():
+                before = self._before()
+                with self.connect() as connection:
+                    self._poll(connection, before)
+
+    @contextmanager
+    def snapshot(self, table: CachedTable, reader: object) -> Iterator[Connection]:
+        """Open a snapshot to read a view in, after publishing all changes up to it: a poll.
+
+        Not where the feed has not begun to follow anything: when it does, everything is marked.
+        """
+        with ExitStack() as stack:
+            # In turn from before the snapshot: no poll is to have read more than is in it.
+            with self._turn:
+                if self._known.position is None:
+                    connection = stack.enter_context(self._snapshots.open())
+                else:
+                    with self._numbered():
+                        before = self._before()
+                        connection = stack.enter_context(self._snapshots.open())
+                        self._poll(connection, before, (table, reader))
+            yield connection
+
+    def _before(self) -> _Before:
+        """Return what has to be noted before a poll opens its snapshot."""
+        return _Before(time.monotonic(), {table: table.sequence for table in self._tables()})
+
+    @contextmanager
+    def _numbered(self) -> Iterator[None]:
+        """Note how a poll ends; only in turn."""
+        self._began += 1
+        number = self._began
+        try:
+            yield
+        except Exception as error:
+            if self._failed is None:
+                log.warning("the change feed cannot be read: %s", error)
+            self._failed = number, time.monotonic(), error
+            raise
+        if self._failed is not None:
+            log.info("the change feed is read again")
+        self._done, self._failed = number, None
 
     def seed(self) -> None:
         """Begin to follow views that are not followed yet; if that fails, readers hear of it."""
@@ -161,25 +200,25 @@ class Consumer:
             with suppress(Exception):
                 self.catch_up()
 
-    def _poll(self) -> None:
-        tables = list(self._tables())
-        until = {table: table.sequence for table in tables}
-        began = time.monotonic()
-        before = self._known
-        with self.connect() as connection:
-            names = self._names(connection, tables)
-            position = before.position
-            if position is None:
-                position = self.changelog.position(connection)
-            poll = self.changelog.poll(connection, position, frozenset(names.values()))
-            prints = {relation: poll.fingerprints.get(relation) for relation in names.values()}
-            moved = {
-                relation
-                for relation, fingerprint in prints.items()
-                if relation not in before.fingerprints
-                or before.fingerprints[relation] != fingerprint
-            }
-            logged = self._logged(connection, tables, names, moved)
+    def _poll(
+        self,
+        connection: Connection,
+        start: _Before,
+        reading: tuple[CachedTable, object] | None = None,
+    ) -> None:
+        tables, before = list(start.until), self._known
+        names = self._names(connection, tables)
+        position = before.position
+        if position is None:
+            position = self.changelog.position(connection)
+        poll = self.changelog.poll(connection, position, frozenset(names.values()))
+        prints = {relation: poll.fingerprints.get(relation) for relation in names.values()}
+        moved = {
+            relation
+            for relation, fingerprint in prints.items()
+            if relation not in before.fingerprints or before.fingerprints[relation] != fingerprint
+        }
+        logged = self._logged(connection, tables, names, moved)
         self._pause("polled")
         # From here on nothing waits, so that nothing can be half done.
         untrusted = {n: poll.untrusted[r] for n, r in names.items() if r in poll.untrusted}
@@ -189,7 +228,8 @@ class Consumer:
             _Found(
                 names, logged, moved, frozenset(back), untrusted, seeded=before.position is None
             ),
-            until,
+            start.until,
+            reading,
         )
         for name in untrusted.keys() - before.untrusted.keys():
             log.warning("changes of %s are not seen: %s", table_label(name), untrusted[name])
@@ -197,7 +237,7 @@ class Consumer:
             log.info("changes of %s are seen again", table_label(name))
         self._known = _Known(
             poll.position,
-            began,
+            start.at,
             names,
             bool(moved),
             logged,
@@ -247,7 +287,13 @@ class Consumer:
 
     # -- publishing -----------------------------------------------------------------------------
 
-    def _deliver(self, poll: Poll, found: _Found, until: Mapping[CachedTable, int]) -> None:
+    def _deliver(
+        self,
+        poll: Poll,
+        found: _Found,
+        until: Mapping[CachedTable, int],
+        reading: tuple[CachedTable, object] | None,
+    ) -> None:
         """Mark what a poll found, in all views: those too that were added meanwhile."""
         everything = found.seeded or poll.gap is not None
         wholly = ChangeSet(everything=everything)
@@ -266,22 +312,11 @@ class Consumer:
         for table in list(self._tables()):
             known = table in until or table.plan.tables <= found.names.keys()
             unknown = everything or not known
-            if unknown:
-                marks = table.marks_of(ChangeSet(everything=True))
-            elif table.echoes.silent:
-                marks = table.marks_of(together)
-            else:
-                marks = table.marks_of(wholly).union(
-                    *(
-                        table.echoes.new(
-                            table.marks_of(self._read([change], called, found)), change
-                        )
-                        for change in changes
-                    )
-                )
+            marks = table.marks_of(ChangeSet(everything=True) if unknown else together)
             if unknown or wholly.touches(table.plan.tables):
                 table.doubtful = True
-            table.deliver(marks, until.get(table, -1), None if everything else poll.position)
+            reader = reading[1] if reading is not None and reading[0] is table else None
+            table.deliver(marks, until.get(table, -1), reader)
         self.counts["polls"] += 1
         self.counts["changes"] += len(changes)
         if everything:
@@ -403,10 +438,6 @@ class Consumer:
         return known.reasons.get(table, "the change feed does not follow the view yet")
 
     # -- others ---------------------------------------------------------------------------------
-
-    def position(self, connection: Connection) -> Position:
-        """Return the position of a snapshot in the changelog: one SELECT."""
-        return self.changelog.position(connection)
 
     def token(self) -> str:
         """Return a token of all that was committed until now: one SELECT."""
