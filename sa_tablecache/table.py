@@ -33,7 +33,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeAlias
@@ -50,7 +50,7 @@ from .figures import Stats, stored_bytes
 from .layout import Layout
 from .loading import Progress, Snapshots
 from .replacing import loaded, refreshed
-from .scores import IntervalSet
+from .scores import Interval, IntervalSet
 from .state import State, ViewState
 from .triggers import Automatic, automatic
 from .turns import Turn, new_future, wait_for
@@ -345,6 +345,19 @@ class CachedTable(ViewState):
         else:
             with self.feed.snapshot(self, reader) as connection:
                 yield connection
+
+    def may_merge(self, state: State, index: str, intervals: Iterable[Interval]) -> bool:
+        """Whether what a reader has just fetched goes with what a state holds in intervals.
+
+        Together they are of one moment if nothing of the latter has changed: here, or elsewhere,
+        as a poll of the change feed tells.
+        """
+        if self.feed is not None:
+            try:
+                self.feed.catch_up()
+            except Exception:
+                return False
+        return self.still_answers(state, index, intervals)
 
     def _replace(
         self,

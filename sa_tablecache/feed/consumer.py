@@ -29,6 +29,7 @@ from sqlalchemy import Connection
 
 from sa_tablecache.analysis import TableName, table_label, table_name
 from sa_tablecache.changes import UNKNOWN, ChangeSet, RowKey, Written
+from sa_tablecache.figures import Reason
 from sa_tablecache.loading import Snapshots
 from sa_tablecache.table import CachedTable
 from sa_tablecache.turns import Turn, new_future, wait_for
@@ -387,7 +388,7 @@ class Consumer:
                 continue
             sources = {s for s, targets in self._fills.items() if name in targets} - seen
             if not sources or not sources <= names.keys():
-                return f"changes of {table_label(name)} are not seen: {why}"
+                return Reason("feed", f"changes of {table_label(name)} are not seen: {why}")
             todo |= sources
         return None
 
@@ -426,16 +427,18 @@ class Consumer:
         now = time.monotonic()
         if table not in known.reasons or now - known.began > bound:
             if not fetch:
-                return "the change feed has to be read first"
+                return Reason("feed", "the change feed has to be read first")
             failed = self._failed
             if failed is not None and now - failed[1] < RETRY_SECONDS:
-                return f"the change feed cannot be read: {failed[2]}"
+                return Reason("feed", f"the change feed cannot be read: {failed[2]}")
             try:
                 self.catch_up()
             except Exception as error:
-                return f"the change feed cannot be read: {error}"
+                return Reason("feed", f"the change feed cannot be read: {error}")
             known = self._known
-        return known.reasons.get(table, "the change feed does not follow the view yet")
+        return known.reasons.get(
+            table, Reason("feed", "the change feed does not follow the view yet")
+        )
 
     # -- others ---------------------------------------------------------------------------------
 

@@ -537,7 +537,7 @@ def test_a_poll_that_fails_or_is_given_up_loses_nothing(world: World) -> None:
     del consumer._pause
     world.cache.barrier()
     check(world)
-    assert consumer.counts["changes"] == (2 if world.database.dialect != "postgresql" else 2)
+    assert consumer.counts["changes"] == 2
 
 
 def test_barriers_at_the_same_time_share_a_poll(world: World) -> None:
