@@ -29,6 +29,7 @@ from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
+from .staleness import Refreshing
 from .statements import exact_value
 from .table import CachedTable, Timer
 from .triggers import unexplained
@@ -72,6 +73,7 @@ class BaseTableCache(Invalidation):
         self._closed = False
         self.upkeep = Upkeep()
         """The jobs that run in the background once the cache is started."""
+        self.refreshing = Refreshing(self.upkeep)
         if engine is not None:
             self.bind(engine)
         for view in views:
@@ -102,6 +104,7 @@ class BaseTableCache(Invalidation):
     def _new_table(self, view: type[CachedView], snapshots: Snapshots) -> CachedTable:
         table = CachedTable(plan_of(view), snapshots)
         table.timers = self.timers
+        self.refreshing.watch(table)
         return table
 
     def _watch(self, engine: Engine) -> None:
@@ -263,7 +266,9 @@ class BaseTableCache(Invalidation):
             view: Any = target
             if what:
                 shape_of_criteria(view, what)
-            self.table(view).publish(frozenset({VIEW}))
+            marked = self.table(view)
+            marked.publish(frozenset({VIEW}))
+            marked.observers.tell()
             return
         changes = ChangeSet()
         tables = tables_of(target)

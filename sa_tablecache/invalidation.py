@@ -170,6 +170,8 @@ class Invalidation:
         for table in list(self._tables.values()):
             table.doubtful = table.doubtful or changes.everything
             table.publish(table.marks_of(changes), leased.get(table))
+        for table in list(self._tables.values()):
+            table.observers.tell()
 
     def orphan(self, lease: _Lease, backend: Backend | None) -> None:
         """Keep a lease until the transaction of a lost connection has ended."""
