@@ -124,19 +124,15 @@ class Freshness:
     def mark(self, marks: Marks) -> None:
         """Make marks pending, each with a number of its own."""
         if len(self.pending) + len(marks) > MOST_PENDING:
-            oldest = self.oldest
+            since = [] if self.oldest is None else [self.oldest]
             self.forget()
             marks = frozenset({VIEW})
         else:
-            oldest = None
-        now: float | None = None
+            since = []
+        # It is not known here whose they are: they are as old as any commit that is under way.
+        first = min((*since, *self._leased_since.values()), default=time.monotonic())
         for mark in marks:
-            since = oldest or self._leased_since.get(mark)
-            if since is None:
-                # One that was leased as another, coarser or finer, is as old as any that was.
-                now = now or min(self._leased_since.values(), default=time.monotonic())
-                since = now
-            self._set(mark, since)
+            self._set(mark, first)
             if self._underway:
                 self._log.append((self.sequence, mark))
 

@@ -71,7 +71,7 @@ class ViewEvents(event.Events[Hub]):
     ) -> None:
         """Records came or went because of what is to be covered: by load, extend, evict, clear.
 
-        :param loaded: the records that came.
+        :param loaded: the records that came; and those that were there, and found to be others.
         :param expired: those that went.
         """
 
@@ -174,7 +174,7 @@ class Observers:
 
 def _loaded(before: Storage, after: Storage, key_of: KeyOf) -> tuple[list[Any], list[Any]] | None:
     old, new = _different(before, after, key_of)
-    loaded = [record for key, record in new.items() if record is not old.get(key)]
+    loaded = [r for key, r in new.items() if key not in old or not _same(old[key], r)]
     expired = [record for key, record in old.items() if key not in new]
     return (loaded, expired) if loaded or expired else None
 
