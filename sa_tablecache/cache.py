@@ -30,6 +30,7 @@ from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
+from .staleness import Refreshing
 from .statements import exact_value
 from .table import CachedTable, Timer
 from .triggers import unexplained
@@ -72,6 +73,7 @@ class BaseTableCache(Following):
         self.closing: list[Callable[[], object]] = []
         """Called when the cache is closed, while its views are still there."""
         self._closed = False
+        self.refreshing = Refreshing(self.upkeep)
         if engine is not None:
             self.bind(engine)
         for view in views:
@@ -106,6 +108,7 @@ class BaseTableCache(Following):
         table = CachedTable(plan_of(view), snapshots)
         table.timers = self.timers
         self._follow_view(table)
+        self.refreshing.watch(table)
         return table
 
     def _watch(self, engine: Engine) -> None:
@@ -269,7 +272,9 @@ class BaseTableCache(Following):
         """
         if isinstance(target, ViewMeta):
             view: Any = target
-            self.table(view).publish(self._marks_where(view, what))
+            marked = self.table(view)
+            marked.publish(self._marks_where(view, what))
+            marked.observers.tell()
             return
         changes = ChangeSet()
         tables = tables_of(target)
