@@ -21,6 +21,7 @@ from .cache import Problem
 from .exc import TableCacheError, Unbound
 from .explaining import Explanation
 from .figures import Estimate, Stats
+from .health import Health
 from .listening import listen
 from .loading import Progress
 from .ranges import RangeRead
@@ -206,11 +207,20 @@ class AsyncTableCache:
         else:
             self.sync_cache.attach(target, scope=scope)
 
+    def start(self) -> None:
+        """See :meth:`.TableCache.start`; the jobs are tasks of the running event loop."""
+        self.sync_cache.start()
+
+    def health(self) -> Health:
+        """See :meth:`.TableCache.health`."""
+        return self.sync_cache.health()
+
     async def close(self) -> None:
-        """See :meth:`.TableCache.close`."""
+        """See :meth:`.TableCache.close`; steps that are under way are cancelled."""
         await greenlet_spawn(self.sync_cache.close)
 
     async def __aenter__(self) -> Self:
+        self.start()
         return self
 
     async def __aexit__(

@@ -6,7 +6,7 @@ In: an engine, views, and what the application says (load, evict, invalidate). A
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
@@ -22,6 +22,7 @@ from .events import tables_of, unwatch, watch
 from .exc import Closed, CriteriaError, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
 from .figures import Estimate, Stats, estimate
+from .health import Health, health
 from .invalidation import Invalidation
 from .layout import log_coarse
 from .loading import Progress, Snapshots
@@ -29,8 +30,9 @@ from .planner import ask, load_target, no_range
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
 from .statements import exact_value
-from .table import CachedTable
+from .table import CachedTable, Timer
 from .triggers import unexplained
+from .upkeep import Upkeep
 from .view import CachedView, ViewMeta
 
 
@@ -63,7 +65,13 @@ class BaseTableCache(Invalidation):
         self._given_load_engine = load_engine
         self._watched: list[Engine] = []
         self._views: list[type[CachedView]] = []
+        self.timers: list[Timer] = []
+        """Told how long each load and refresh took."""
+        self.closing: list[Callable[[], object]] = []
+        """Called when the cache is closed, while its views are still there."""
         self._closed = False
+        self.upkeep = Upkeep()
+        """The jobs that run in the background once the cache is started."""
         if engine is not None:
             self.bind(engine)
         for view in views:
@@ -89,7 +97,12 @@ class BaseTableCache(Invalidation):
         self._engine = engine
         self._watch(engine)
         for view in self._views:
-            self._tables[view] = CachedTable(plan_of(view), self._snapshots)
+            self._tables[view] = self._new_table(view, self._snapshots)
+
+    def _new_table(self, view: type[CachedView], snapshots: Snapshots) -> CachedTable:
+        table = CachedTable(plan_of(view), snapshots)
+        table.timers = self.timers
+        return table
 
     def _watch(self, engine: Engine) -> None:
         watch(engine, self)
@@ -129,7 +142,7 @@ class BaseTableCache(Invalidation):
                 return
             self._views.append(view)
             if self._snapshots is not None:
-                self._tables[view] = CachedTable(plan, self._snapshots)
+                self._tables[view] = self._new_table(view, self._snapshots)
         for table, why in plan.coarse.items():
             log_coarse(plan, table, why)
 
@@ -324,12 +337,40 @@ class BaseTableCache(Invalidation):
             raise CriteriaError("this is not a SELECT of a cached view")
         return explain(self.table(view), statement)
 
-    # -- sessions and end -----------------------------------------------------------------------
+    # -- start and end --------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the upkeep: what the cache does in the background. Entering the cache does it, too.
+
+        Each job has a daemon thread (of an :class:`.AsyncTableCache`: a task of the running event
+        loop). One that fails is tried again, after 0.5 s and then less and less often, down to
+        every 30 s; :meth:`health` tells. A cache that was started lives until it is closed. After a
+        fork the child's upkeep starts by itself.
+
+        :raises TableCacheError: if it was started already.
+        """
+        self.upkeep.start(in_task=bool(self.engine.dialect.is_async))
+
+    def health(self) -> Health:
+        """Return how the cache is doing: its upkeep, and whether something keeps failing.
+
+        Emits no SQL. ::
+
+            health = cache.health()
+            return JSONResponse(health.reasons, status_code=200 if health.ok else 503)
+        """
+        return health(self.upkeep)
 
     def close(self) -> None:
-        """Stop noticing commits, give up all records, close the cache's own connections."""
+        """Stop noticing commits, give up all records, close the cache's own connections.
+
+        The upkeep is stopped first: steps that are under way get five seconds to end.
+        """
         if self._closed:
             return
+        self.upkeep.stop()
+        for call in self.closing:
+            call()
         for engine in self._watched:
             unwatch(engine, self)
         self._closed = True
@@ -343,6 +384,7 @@ class BaseTableCache(Invalidation):
         return self._closed
 
     def __enter__(self) -> Self:
+        self.start()
         return self
 
     def __exit__(

@@ -135,6 +135,11 @@ class Mark(NamedTuple):
     where they were: answers without them are right.
     """
 
+    @property
+    def kind(self) -> str:
+        """By which marks are counted."""
+        return "view" if self == VIEW else "row"
+
 
 VIEW: Final = Mark((None, ""), ())
 """The mark of a whole view."""
@@ -150,6 +155,8 @@ class GroupMark:
     """What they are in these groups."""
     moves: ClassVar[bool] = True
     """A group may have come or gone, and so may any aggregate of it."""
+    kind: ClassVar[str] = "group"
+    """By which marks are counted."""
 
 
 AnyMark: TypeAlias = Mark | GroupMark

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, Self
 
 from sqlalchemy import Connection, func, select
 
@@ -16,6 +18,49 @@ from .storage import Storage
 
 SAMPLE = 1_000
 """Rows that an estimate looks at."""
+
+
+# -- reads ----------------------------------------------------------------------------------------
+
+REASONS: Final[Mapping[str, str]] = {
+    "refresh": "marked records were read again first",
+    "gaps": "what memory lacked was fetched and merged",
+    "not_loaded": "nothing of the view is loaded",
+    "coverage": "the coverage lacks what was asked, and no part of it could be used",
+    "changed": "the view changed while gaps were fetched",
+    "statement": "the statement, or a value in it, is one that only the database can answer",
+    "requested": "the statement asked for the database",
+    "own_writes": "the session's transaction wrote a table of the view",
+    "isolation": "the session's transaction has a snapshot or locks of its own",
+    "connection": "the connection ran SET or the like, or a cursor of the driver was used",
+    "listener": "the application listens where it could change what is read",
+    "bind": "the session is bound to another database or schema",
+    "commit": "a commit that touches the view was under way",
+    "refresh_failed": "the refresh failed",
+    "overrun": "changes arrived faster than refreshes",
+}
+"""The categories by which reads that were not plain hits are counted, and what each means."""
+
+
+class Reason(str):
+    """Why a read was not a plain hit: in words, with the category by which it is counted.
+
+    Words name statements, columns and the coverage; there are as many as reads. Categories are the
+    few of :data:`REASONS`, which is what a metric can bear.
+    """
+
+    __slots__ = ("category",)
+    category: str
+
+    def __new__(cls, category: str, words: str) -> Self:
+        reason = super().__new__(cls, words)
+        reason.category = category
+        return reason
+
+
+def category_of(reason: object) -> str:
+    """Return the category of a reason; of words that came with none, that of the statement."""
+    return getattr(reason, "category", "statement")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +81,64 @@ class Stats:
     """Estimated from a sample; repeated values are shared, and counted once."""
     coverage: str
     hits: int
+    hits_with_refresh: int
+    """Those of the hits for which marked records had to be read again first."""
     partial_hits: int
     misses: int
     bypasses: int
+    reasons: dict[str, int]
+    """How many reads were no plain hits, by the categories of :data:`REASONS`."""
+    mismatches: int
+    """Answers of the cache that were found not to be those of the database."""
     loads: int
+    load_seconds: float
     refreshes: int
+    refresh_seconds: float
     records_loaded: int
     records_expired: int
+    marks: dict[str, int]
+    """How many marks were made, by kind: ``row``, ``group``, ``view`` and the like."""
     pending_marks: int
     oldest_mark: float
+    """How long the oldest of them has been pending."""
     leases: int
     coarse: dict[str, str] = field(default_factory=dict)
+
+
+class Counts:
+    """What has happened to one view since its cache was made. Numbers only grow.
+
+    Hits are counted without a lock: with the interpreter's lock, ``counts.hits += 1`` is never
+    interrupted between reading and writing, and a lock of its own would take longer than all else
+    that a hit does to be counted. The rest is counted in sections that exclude each other.
+    """
+
+    def __init__(self) -> None:
+        self.hits = 0
+        """Plain hits: no SQL, no waiting."""
+        self.reads: Counter[tuple[str, str]] = Counter()
+        """All other reads, by kind and category."""
+        self.marks: Counter[str] = Counter()
+        """Marks by kind."""
+        self.mismatches = 0
+        self.loads = 0
+        self.load_seconds = 0.0
+        self.refreshes = 0
+        self.refresh_seconds = 0.0
+        self.records_loaded = 0
+        self.records_expired = 0
+
+    def reads_of(self, kind: str) -> int:
+        """Return how many reads were of a kind, plain hits aside."""
+        return sum(number for (each, _), number in self.reads.copy().items() if each == kind)
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many reads were no plain hits, by category."""
+        totals: Counter[str] = Counter()
+        for (_, category), number in self.reads.copy().items():
+            totals[category] += number
+        return dict(totals)
 
 
 def stored_bytes(storage: Storage) -> int:

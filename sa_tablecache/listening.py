@@ -15,13 +15,16 @@ from sqlalchemy.orm import ORMExecuteState, Session
 
 from . import reading
 from .cache import BaseTableCache
+from .figures import Reason
 from .readers import reading_as
 from .reading import SKIP
 from .results import result_of, selects_views, with_records, without_row_order
 from .scopes import CONNECTIONS, Attachment, Scope, harmless, may_change_reads, scope_of
 from .shapes import HARMLESS_OPTIONS, view_of
 
-OTHER_LISTENERS = "the application listens to do_orm_execute, and may add criteria"
+OTHER_LISTENERS = Reason(
+    "listener", "the application listens to do_orm_execute, and may add criteria"
+)
 
 
 def listen(cache: BaseTableCache, target: Any, scope: Scope | None = None) -> None:

@@ -17,10 +17,22 @@ from .cache import BaseTableCache
 from .clauses import intervals_clause
 from .comparison import Inexact
 from .exc import CriteriaError
+from .figures import Reason
 from .layout import Layout
 from .orders import Record
-from .reading import ATTEMPTS, OVERRUN, SKIP, fetch_records, freshen, remember
-from .scopes import database_reason
+from .reading import (
+    ATTEMPTS,
+    CHANGED,
+    NOT_LOADED,
+    OVERRUN,
+    REFRESHED,
+    SKIP,
+    fetch_records,
+    freshen,
+    lacking,
+    remember,
+)
+from .scopes import database_reason, flush_pending
 from .scores import MAX, MIN, NULLS_LAST, Interval, IntervalSet
 from .state import State
 from .table import CachedTable
@@ -47,9 +59,16 @@ def range_from_cache(
     """Answer a range read from storage, or return ``None`` after noting why not."""
     table = cache.table(read.by.view)
     try:
-        if not fetch and not session._is_clean():
+        if fetch:
+            flush_pending(session)
+        elif not session._is_clean():
             return None
+        refreshed = False
         for _ in range(ATTEMPTS):
+            if table.guards:
+                reason = table.guarded(session, fetch=fetch)
+                if reason is not None:
+                    raise Inexact(reason)
             # In this order: a transaction that has a snapshot may be answered from this state if
             # the view has not changed since, and from none that a refresh brings.
             state = table.current
@@ -59,7 +78,7 @@ def range_from_cache(
             if state is not None:
                 if not state.coverage:
                     if fetch:
-                        remember(session, table, "miss", "nothing is loaded")
+                        remember(session, table, "miss", NOT_LOADED)
                     return None
                 layout, name = table.set_up(), read.by.name
                 interval = range_interval(layout, read, state)
@@ -82,15 +101,16 @@ def range_from_cache(
                             records.reverse()
                     else:
                         records = order.some(interval, read.limit, from_end=read.descending)
-                    remember(session, table, "hit")
+                    remember(session, table, "hit", REFRESHED if refreshed else "")
                     return layout.given(records)
             if not fetch or not freshen(session, cache, table):
                 return None
+            refreshed = True
         remember(session, table, "bypass", OVERRUN)
         return None
     except Inexact as inexact:
         if fetch:
-            remember(session, table, "bypass", str(inexact))
+            remember(session, table, "bypass", inexact.args[0])
         return None
 
 
@@ -103,18 +123,18 @@ def _partial_range(
     present = IntervalSet([interval]) - missing
     order = state.storage.orders[name]
     if not present or order.order.stored or not layout.is_expressible(name, missing):
-        remember(session, table, "miss", f"the coverage is {state.coverage}")
+        remember(session, table, "miss", lacking(state))
         return None
     gaps = range_statement(session, table, read).where(
         intervals_clause(layout.score_columns(name), missing)
     )
     fetched = fetch_records(session, table.view, gaps)
     if not table.still_answers(state, name, present):
-        remember(session, table, "miss", "the view changed while gaps were fetched")
+        remember(session, table, "miss", CHANGED)
         return None
     records = layout.given([r for i in present for r in order.between(i)]) + fetched
     records.sort(key=order.order.prefixes[-1], reverse=read.descending)
-    remember(session, table, "partial", f"{missing} was fetched")
+    remember(session, table, "partial", Reason("gaps", f"{missing} was fetched"))
     return records if read.limit is None else records[: read.limit]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import DateTime, Select, select
 from sqlalchemy.orm import Session
@@ -29,10 +29,11 @@ from .answering import (
 from .cache import BaseTableCache
 from .clauses import intervals_clause
 from .comparison import Inexact, to_utc
+from .figures import Reason, category_of
 from .options import BypassCache
 from .orders import Record
 from .planner import Candidate, Question, ask
-from .scopes import database_reason, in_own_scope
+from .scopes import database_reason, flush_pending, in_own_scope
 from .scores import IntervalSet
 from .shapes import Shape, shape_of, view_of
 from .state import State
@@ -66,13 +67,28 @@ class Answer(NamedTuple):
 
 def remember(session: Any, table: CachedTable, kind: str, reason: str = "") -> None:
     """Note how a read was answered."""
-    table.counts[kind] += 1
-    session.last_read = LastRead(kind, reason, table.view)
-    if kind != "hit":
+    session.last_read = read = LastRead(kind, reason, table.view)
+    if kind == "hit" and not reason:
+        table.counts.hits += 1
+    else:
+        table.count_read(kind, category_of(reason))
+        table.recent.append(read)
         log.debug("view %s: %s (%s)", table.plan.name, kind, reason)
 
 
 # -- what the cache can say --------------------------------------------------------------------
+
+
+COMMIT_UNDER_WAY: Final = Reason("commit", "a commit is under way")
+NOT_LOADED: Final = Reason("not_loaded", "nothing is loaded")
+CHANGED: Final = Reason("changed", "the view changed while gaps were fetched")
+OVERRUN: Final = Reason("overrun", "changes arrive faster than refreshes")
+REFRESHED: Final = Reason("refresh", "after a refresh of what was marked")
+
+
+def lacking(state: State) -> Reason:
+    """Return why storage does not help a reader: the coverage is another."""
+    return Reason("coverage", f"the coverage is {state.coverage}")
 
 
 def freshen(session: Session, cache: BaseTableCache, table: CachedTable) -> bool:
@@ -80,13 +96,13 @@ def freshen(session: Session, cache: BaseTableCache, table: CachedTable) -> bool
     if table.waits_for_commit or not table.refresh_needed:
         cache.settle_orphans()
         if table.waits_for_commit or (table.leased and not table.refresh_needed):
-            remember(session, table, "bypass", "a commit is under way")
+            remember(session, table, "bypass", COMMIT_UNDER_WAY)
             return False
     try:
         table.refresh()
     except Exception as error:
         log.warning("view %s: refresh failed: %s", table.plan.name, error)
-        remember(session, table, "bypass", f"the refresh failed: {error}")
+        remember(session, table, "bypass", Reason("refresh_failed", f"the refresh failed: {error}"))
         return False
     return True
 
@@ -113,10 +129,17 @@ def answer(
         shape, parameters = shape_of(statement)
         for option in shape.options:
             if isinstance(option, BypassCache):
-                raise Inexact("bypass_cache()")
-        if not fetch and not session._is_clean():
+                raise Inexact(Reason("requested", "bypass_cache()"))
+        if fetch:
+            flush_pending(session)
+        elif not session._is_clean():
             return None
+        refreshed = False
         for _ in range(ATTEMPTS):
+            if table.guards:
+                reason = table.guarded(session, statement, fetch=fetch)
+                if reason is not None:
+                    raise Inexact(reason)
             # In this order: a transaction that has a snapshot may be answered from this state if
             # the view has not changed since, and from none that a refresh brings.
             state = table.current
@@ -126,7 +149,7 @@ def answer(
             if state is not None:
                 if not state.coverage:
                     if fetch:
-                        remember(session, table, "miss", "nothing is loaded")
+                        remember(session, table, "miss", NOT_LOADED)
                     return None
                 layout = table.set_up()
                 question = ask(shape, parameters, layout.columns)
@@ -136,26 +159,24 @@ def answer(
                         return None
                     partial = partial_candidate(layout, question, state)
                     if partial is None:
-                        remember(session, table, "miss", f"the coverage is {state.coverage}")
+                        remember(session, table, "miss", lacking(state))
                         return None
                     found, missing = partial
                     if not state.is_stale(found.index, found.intervals - missing):
                         return _partial(session, table, statement, question, state, *partial)
                 elif not state.is_stale(candidate.index, candidate.intervals):
                     rows = from_state(layout, question, state, candidate)
-                    remember(session, table, "hit")
+                    remember(session, table, "hit", REFRESHED if refreshed else "")
                     return Answer(rows, shape)
             if not fetch or not freshen(session, cache, table):
                 return None
+            refreshed = True
         remember(session, table, "bypass", OVERRUN)
         return None
     except Inexact as reason:
         if fetch:
-            remember(session, table, "bypass", str(reason))
+            remember(session, table, "bypass", reason.args[0])
         return None
-
-
-OVERRUN = "changes arrive faster than refreshes"
 
 
 def _partial(
@@ -182,12 +203,12 @@ def _partial(
     fetched = fetch_records(session, table.view, gaps)
     if not table.still_answers(state, candidate.index, present):
         # Something was written between the two halves: together they may be no answer at all.
-        remember(session, table, "miss", "the view changed while gaps were fetched")
+        remember(session, table, "miss", CHANGED)
         return None
     records = records_in(state, candidate.index, present)
     kept = filter_records(question.shape, candidate.residual, question, columns, records)
     rows = finished(layout, question, [*kept, *fetched], ordered=not question.shape.orderings)
-    remember(session, table, "partial", f"{missing} was fetched")
+    remember(session, table, "partial", Reason("gaps", f"{missing} was fetched"))
     return Answer(rows, question.shape)
 
 

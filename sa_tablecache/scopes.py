@@ -23,6 +23,7 @@ from .commits import KEY, Transaction
 from .drivers import CURSOR, TAINTED
 from .events import Watcher, root_of
 from .exc import UnscopedRead
+from .figures import Reason
 from .readers import in_scope
 from .table import CachedTable
 from .view import CachedView
@@ -30,7 +31,8 @@ from .view import CachedView
 CONNECTIONS: Final = "sa_tablecache.connections"
 """In ``Session.info``: the connections of its transaction."""
 
-_ASKED_ON_ENGINE: Final = "an isolation level was asked for on the engine"
+_ASKED_ON_ENGINE: Final = Reason("isolation", "an isolation level was asked for on the engine")
+ANOTHER_SCHEMA: Final = Reason("bind", "another schema_translate_map")
 _ASKED: Final = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
 
 
@@ -125,7 +127,10 @@ def _listening_reason(session: Session, bind: Any) -> str | None:
         for listener in listeners:
             # SQLAlchemy itself sets isolation levels in one; those are looked at by themselves.
             if may_change_reads(listener) and not _is_sqlalchemys(listener):
-                return f"the application listens to {listeners.name}, and may SET something there"
+                return Reason(
+                    "listener",
+                    f"the application listens to {listeners.name}, and may SET something there",
+                )
     return None
 
 
@@ -133,7 +138,11 @@ def _listening_reason(session: Session, bind: Any) -> str | None:
 
 
 def flush_pending(session: Session) -> None:
-    """Flush as any query would, so that the session's own changes count as written."""
+    """Flush as any query would, so that the session's own changes count as written.
+
+    That comes before the state of a view is looked at, because it may change the state: where each
+    statement commits, for instance.
+    """
     # The public way, new/dirty/deleted, builds three sets for each read.
     if session.autoflush and not session._flushing and not session._is_clean():
         session.flush()
@@ -144,11 +153,14 @@ def database_reason(
 ) -> str | None:
     """Return why a session has to read the database, or ``None`` if it may use the cache.
 
+    Of a session without pending changes: see :func:`flush_pending`.
+
     :param statement: what it reads, where the session may choose its bind by that.
     """
-    flush_pending(session)
     if ATTEMPT in session.info:  # what the database does not see it finds in no conflict
-        return "the session is in a transaction of in_transaction or Transaction"
+        return Reason(
+            "isolation", "the session is in a transaction of in_transaction or Transaction"
+        )
     engine = cache.engine
     bind = session.bind
     if bind is not engine or _has_binds(session) or overrides(session):
@@ -201,13 +213,13 @@ def _foreign_bind(session: Session, engine: Engine, clause: Any) -> str | None:
     try:
         bind = session.get_bind(clause=clause)
     except Exception:
-        return "the session has no bind that the cache could recognise"
+        return Reason("bind", "the session has no bind that the cache could recognise")
     other = bind.engine
     if root_of(other) is not root_of(engine):
-        return "the session is bound to another engine"
+        return Reason("bind", "the session is bound to another engine")
     mine, theirs = (e.get_execution_options().get("schema_translate_map") for e in (engine, bind))
     if mine != theirs:
-        return "another schema_translate_map"
+        return ANOTHER_SCHEMA
     return _ASKED_ON_ENGINE if isolation_asked_for(other) else None
 
 
@@ -245,26 +257,29 @@ def _connection_reason(
 ) -> str | None:
     transaction: Transaction | None = connection.info.get(KEY)
     if transaction is not None and transaction.touches(cache.affecting(table.tables)):
-        return "the transaction wrote a table of the view"
+        return Reason("own_writes", "the transaction wrote a table of the view")
     if transaction is not None and transaction.locks:
-        return "the transaction has locked tables, for which a refresh could have to wait"
+        return Reason(
+            "isolation",
+            "the transaction has locked tables, for which a refresh could have to wait",
+        )
     if CURSOR in connection.info:
-        return "the transaction used a cursor of the driver"
+        return Reason("connection", "the transaction used a cursor of the driver")
     if connection.info.get(TAINTED):
-        return "the connection ran SET or the like"
+        return Reason("connection", "the connection ran SET or the like")
     options = connection.get_execution_options()
     asked = options.get("isolation_level")
     if asked in _ASKED:
-        return f"{asked} was asked for"
+        return Reason("isolation", f"{asked} was asked for")
     if options.get("schema_translate_map") != engine.get_execution_options().get(
         "schema_translate_map"
     ):
-        return "another schema_translate_map"
+        return ANOTHER_SCHEMA
     if (
         asked is None
         and engine.dialect.name != "postgresql"
         and connection.in_transaction()
         and (transaction is None or transaction.began < table.changed_at)
     ):
-        return "the view changed since the transaction began"
+        return Reason("isolation", "the view changed since the transaction began")
     return None

@@ -30,6 +30,7 @@ from .results import result_of
 from .scopes import (
     Scope,
     database_reason,
+    flush_pending,
     in_own_scope,
     may_change_reads,
     overrides,
@@ -201,6 +202,9 @@ class CacheSession(Session):
             return None
         if not all(comparisons[name].equality for name in table.plan.key):
             return None
+        if table.guards and table.guarded(self) is not None:
+            return None
+        flush_pending(self)
         if database_reason(self, _cache_of(self), table) is not None:
             return None
         state = table.current
@@ -325,7 +329,7 @@ class TableCache(BaseTableCache):
         Session = cache.sessionmaker()
 
     Every commit through the engine is noticed, whatever wrote it. Threads may share a cache. It is
-    a context manager that closes it.
+    a context manager that starts its upkeep and closes it.
 
     :raises UnsuitableEngine: if all connections of the engine's pool are one.
     """

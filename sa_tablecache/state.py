@@ -14,6 +14,7 @@ from .analysis import TableName, ViewPlan
 from .changes import AnyMark, ChangeSet, Marks, in_place, marks_of
 from .coverage import Coverage
 from .events import tick
+from .figures import Counts
 from .freshness import Freshness
 from .layout import Layout
 from .scores import Interval
@@ -48,6 +49,7 @@ class ViewState:
         self.changed_at = 0
         """When records, marks or leases changed last, as an :func:`.events.tick`."""
         self._freshness = Freshness()
+        self.counts = Counts()
 
     def _set_state(self, state: State, added: Marks | None = None) -> None:
         """Publish what readers see; only under the lock.
@@ -125,6 +127,8 @@ class ViewState:
         with self._lock:
             freshness = self._freshness
             freshness.mark(marks)
+            for mark in marks:
+                self.counts.marks[mark.kind] += 1
             if lease is not None:
                 freshness.release(lease)
             kept = lease is None or all(map(freshness.has, lease))
@@ -132,6 +136,11 @@ class ViewState:
                 freshness.forget()
                 kept = False
             self._set_state(self._state, marks if kept else None)
+
+    def count_read(self, kind: str, category: str) -> None:
+        """Count a read that was not a plain hit."""
+        with self._lock:
+            self.counts.reads[kind, category] += 1
 
     def _begin(self) -> int:
         with self._lock:

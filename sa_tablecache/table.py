@@ -29,9 +29,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeAlias
+
+from sqlalchemy.orm import Session
 
 from .analysis import TableName, ViewPlan, table_label
 from .catalog import Catalog, probe
@@ -49,6 +52,19 @@ from .turns import Turn, new_future, wait_for
 from .usage import base_tables
 
 log = logging.getLogger(__name__)
+
+Timer = Callable[["CachedTable", str, float], object]
+"""Told of each ``"load"`` and ``"refresh"`` of a view, and how many seconds it took."""
+
+RECENT = 100
+"""So many reads that were no plain hits are remembered, with their reasons."""
+
+Guard: TypeAlias = Callable[[Session, "CachedTable", Any, bool], str | None]
+"""Says why a session has to read the database now, or ``None``.
+
+It is given the session, the table, the statement (``None`` for range reads and reads by key), and
+whether it may ask the database itself; if it would have to and may not, it gives a reason.
+"""
 
 RESTARTS = 3
 """How often a refresh starts again because the coverage changed under it."""
@@ -73,7 +89,20 @@ class CachedTable(ViewState):
         self._setting_up = Turn(in_task=self._in_task)
         self.doubtful = False
         """Whether DDL ran, or what may have been, since the catalog was asked."""
-        self.counts: Counter[str] = Counter()
+        self.timers: list[Timer] = []
+        """Those of the cache: one list for all of its tables."""
+        self.recent: deque[Any] = deque(maxlen=RECENT)
+        """The last reads that were no plain hits, as sessions remember them."""
+        self.guards: tuple[Guard, ...] = ()
+        """Asked at each read, before anything else."""
+
+    def guarded(self, session: Session, statement: Any = None, *, fetch: bool = True) -> str | None:
+        """Return why one of the guards sends a read to the database, or ``None``."""
+        for guard in self.guards:
+            reason = guard(session, self, statement, fetch)
+            if reason is not None:
+                return reason
+        return None
 
     # -- setting up -----------------------------------------------------------------------------
 
@@ -157,13 +186,16 @@ class CachedTable(ViewState):
                             break
             finally:
                 self._end(token)
-            self.counts["loads"] += 1
-            self.counts["records_loaded"] += len(rows.records)
-            self.counts["records_expired"] += expired
+            seconds = time.monotonic() - started
+            self.counts.loads += 1
+            self.counts.load_seconds += seconds
+            self.counts.records_loaded += len(rows.records)
+            self.counts.records_expired += expired
             log.info(
                 "view %s: loaded %d and expired %d records in %.3f s", self.plan.name,
-                len(rows.records), expired, time.monotonic() - started,
+                len(rows.records), expired, seconds,
             )  # fmt: skip
+        self._tell_timers("load", seconds)
 
     def evict(self, index: str, intervals: IntervalSet) -> None:
         """Give up records; those that the coverage of another index needs stay."""
@@ -188,7 +220,7 @@ class CachedTable(ViewState):
                             break
             finally:
                 self._end(token)
-            self.counts["records_expired"] += len(gone)
+            self.counts.records_expired += len(gone)
 
     def clear(self) -> None:
         """Give up all records."""
@@ -242,11 +274,14 @@ class CachedTable(ViewState):
                 return
         finally:
             self._end(token)
-        self.counts["refreshes"] += 1
+        seconds = time.monotonic() - started
+        self.counts.refreshes += 1
+        self.counts.refresh_seconds += seconds
         log.debug(
             "view %s: refreshed %d marks, %d records in %.3f s", self.plan.name, len(marks),
-            len(read.records), time.monotonic() - started,
+            len(read.records), seconds,
         )  # fmt: skip
+        self._tell_timers("refresh", seconds)
 
     def _read_marked(
         self, layout: Layout, state: State, marks: dict[AnyMark, int]
@@ -292,6 +327,13 @@ class CachedTable(ViewState):
                     self._apply(token, State(storage, coverage), marks)
                     return True
 
+    def _tell_timers(self, what: str, seconds: float) -> None:
+        for timer in self.timers:
+            try:
+                timer(self, what, seconds)
+            except Exception:
+                log.exception("view %s: a timer failed", self.plan.name)
+
     def _pause(self, point: str) -> None:
         """Do nothing; tests stop a refresh here."""
 
@@ -299,6 +341,7 @@ class CachedTable(ViewState):
 
     def stats(self) -> Stats:
         """Return the figures of the view."""
+        counts = self.counts
         with self._lock:
             state = self._state
             oldest = self._freshness.oldest
@@ -307,14 +350,20 @@ class CachedTable(ViewState):
             records=len(state.storage) if self.layout is not None else 0,
             bytes=stored_bytes(state.storage),
             coverage=repr(state.coverage),
-            hits=self.counts["hit"],
-            partial_hits=self.counts["partial"],
-            misses=self.counts["miss"],
-            bypasses=self.counts["bypass"],
-            loads=self.counts["loads"],
-            refreshes=self.counts["refreshes"],
-            records_loaded=self.counts["records_loaded"],
-            records_expired=self.counts["records_expired"],
+            hits=counts.hits + counts.reads_of("hit"),
+            hits_with_refresh=counts.reads["hit", "refresh"],
+            partial_hits=counts.reads_of("partial"),
+            misses=counts.reads_of("miss"),
+            bypasses=counts.reads_of("bypass"),
+            reasons=counts.reasons,
+            mismatches=counts.mismatches,
+            loads=counts.loads,
+            load_seconds=counts.load_seconds,
+            refreshes=counts.refreshes,
+            refresh_seconds=counts.refresh_seconds,
+            records_loaded=counts.records_loaded,
+            records_expired=counts.records_expired,
+            marks=dict(counts.marks),
             pending_marks=pending,
             oldest_mark=0.0 if oldest is None else time.monotonic() - oldest,
             leases=leases,

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Final
 
 from sa_tablecache.exc import FeedUnavailable
+
 from .contract import Changelog
 
 _CHANGELOGS: Final = {

@@ -817,6 +817,25 @@ def test_pending_objects_are_flushed_before_a_read(world: World):
         assert len(session.range(OuterBoard.by_hour)) == 6
 
 
+def test_pending_objects_are_flushed_before_a_read_where_each_statement_commits(
+    postgresql: Database,
+):
+    """In AUTOCOMMIT mode the flush commits, and the read that it is made for sees it."""
+    with (
+        flights_world(postgresql),
+        postgresql.lent_engine(isolation_level="AUTOCOMMIT") as engine,
+        TableCache(engine, views=[OuterBoard]) as cache,
+    ):
+        cache.load(OuterBoard)
+        with cache.sessionmaker()() as session:
+            session.add(Flight(**flight(7, 0)))
+            assert 7 in ids(session.scalars(select(OuterBoard)))
+            session.add(Flight(**flight(8, 0)))
+            assert 8 in ids(session.range(OuterBoard.by_hour))
+            session.get_one(Flight, 8).delay = 60.0
+            assert session.get(OuterBoard, 8).delay == 60.0
+
+
 def test_sessions_on_one_connection_share_its_writes(world: World):
     """What one session wrote is seen by another on the same connection."""
     with world.engine.connect() as connection, connection.begin() as transaction:

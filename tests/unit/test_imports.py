@@ -16,7 +16,7 @@ ORDER = """
     exc scores comparison criteria options turns functions view readers expressions joins groups
     keys analysis actions orders storage coverage clauses catalog loading shapes planner changes
     usage indexing triggers layout stale freshness deltas replacing cascades wording statements returning
-    commits drivers events figures state table feed invalidation upkeep policies answering
+    commits drivers events figures state table feed invalidation upkeep health policies answering
     explaining attempts transactions cache scopes modes reading ranges results listening session
     middleware metrics asyncio migrations testing __init__ __main__
 """.split()
