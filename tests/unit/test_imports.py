@@ -18,7 +18,7 @@ ORDER = """
     usage indexing triggers layout stale freshness deltas replacing cascades wording statements returning
     commits drivers events figures state table feed invalidation upkeep health policies answering
     explaining attempts transactions cache scopes modes reading ranges results listening session
-    middleware metrics asyncio migrations testing __init__ __main__
+    middleware metrics asyncio commands inspecting migrations testing __init__ __main__
 """.split()
 
 MAX_LINES = 500
