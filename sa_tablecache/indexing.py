@@ -1,7 +1,7 @@
 """Which database indexes the reads of a cache need, and which of these there are not.
 
 In: plans of views, and the indexes that are known of each table. Out: the indexes that are lacking,
-each with the reason. Pure, but for :func:`existing_indexes`, which asks an inspector.
+each with the reason. Pure, but for :func:`existing_indexes`, which asks the catalog.
 
 What a cache reads by, and what an index is therefore needed for:
 
@@ -24,13 +24,14 @@ from typing import Any, NamedTuple, TypeAlias
 from sqlalchemy import (
     JSON,
     Column,
+    Connection,
     Enum,
     ForeignKeyConstraint,
-    Inspector,
     LargeBinary,
     String,
     Table,
     UniqueConstraint,
+    inspect,
 )
 from sqlalchemy.types import ARRAY
 
@@ -89,21 +90,39 @@ def declared_indexes(table: Table, dialect: str) -> list[KnownIndex]:
     return found
 
 
-def existing_indexes(inspector: Inspector, table: TableName) -> list[KnownIndex]:
-    """Return the indexes that a table has in the database: three questions to its catalog."""
-    schema, name = table
+def existing_indexes(connection: Connection, table: TableName) -> list[KnownIndex]:
+    """Return the indexes that a table has in the database: three questions to its catalog.
+
+    :raises NoSuchTableError: if there is no such table.
+    """
+    inspector = inspect(connection)
+    translate = connection.get_execution_options().get("schema_translate_map") or {}
+    schema, name = translate.get(table[0], table[0]), table[1]
     key = inspector.get_pk_constraint(name, schema)
     found = [KnownIndex(tuple(key["constrained_columns"]), unique=True)]
-    for constraint in inspector.get_unique_constraints(name, schema):
-        found.append(KnownIndex(tuple(constraint["column_names"]), unique=True))
+    found += [
+        KnownIndex(tuple(constraint["column_names"]), unique=True)
+        for constraint in inspector.get_unique_constraints(name, schema)
+    ]
     for index in inspector.get_indexes(name, schema):
         options: Mapping[str, Any] = index.get("dialect_options", {})
         sorts = options.get("postgresql_using", "btree") == "btree"
-        partial = any(key.endswith("_where") and value for key, value in options.items())
+        partial = any(
+            key.endswith("_where") and value is not None for key, value in options.items()
+        )
         names = tuple(column for column in index["column_names"] if column is not None)
         if sorts and not partial and len(names) == len(index["column_names"]):
             found.append(KnownIndex(names, bool(index["unique"])))
     return found
+
+
+def indexes_lacking_in(connection: Connection, plans: Iterable[ViewPlan]) -> list[LackingIndex]:
+    """Return the indexes that reads of views need and that a database does not have."""
+    return lacking_indexes(
+        plans,
+        lambda table: existing_indexes(connection, table_name(table)),
+        connection.dialect.name,
+    )
 
 
 def lacking_indexes(plans: Iterable[ViewPlan], known: Known, dialect: str) -> list[LackingIndex]:

@@ -24,15 +24,15 @@ import msgspec
 from alembic.autogenerate.api import AutogenContext
 from alembic.operations import MigrateOperation, ops
 from alembic.util import PriorityDispatchResult
-from sqlalchemy import Table
 
 from sa_tablecache.analysis import TableName, ViewPlan, plan_of, table_label, table_name
 from sa_tablecache.exc import FeedUnavailable
-from sa_tablecache.feed.contract import MOST_KEYS, VERSION, Installation, Relation, Watch
+from sa_tablecache.feed.contract import VERSION, Installation, Relation, Watch
 from sa_tablecache.feed.dialects import changelog_for
 from sa_tablecache.feed.needs import Need, needs_of
 from sa_tablecache.usage import base_tables
 from sa_tablecache.view import CachedView
+
 from .indexes import compare_indexes
 from .operations import CreateChangeFeedOp, UnwatchTableOp, WatchTableOp, name_of
 
@@ -57,9 +57,7 @@ def leave_out_own_tables(context: AutogenContext, *_: Any) -> PriorityDispatchRe
     return PriorityDispatchResult.CONTINUE
 
 
-def compare(
-    context: AutogenContext, upgrade_ops: ops.UpgradeOps, _: Any
-) -> PriorityDispatchResult:
+def compare(context: AutogenContext, upgrade_ops: ops.UpgradeOps, _: Any) -> PriorityDispatchResult:
     """Add what is needed to the operations of a migration."""
     plans = [plan_of(view) for view in declared_views(context)]
     try:
@@ -218,19 +216,23 @@ class _Comparison:
     def _wanted(self, relation: Relation, need: Need | None, have: Watch | None) -> Watch:
         """Return how a table should be watched after the migration."""
         removed = self._removed_columns(relation)
-        ranges: tuple[str, ...] = () if need is None else need.ranges
-        if have is not None and not self.cleanup:
-            # Workers of the release before may need them.
-            ranges = tuple(dict.fromkeys((*have.ranges, *ranges)))
-        ranges = tuple(column for column in ranges if column not in removed)
         if need is None and have is not None:
-            return replace(have, ranges=ranges)
-        wanted = self.changelog.propose(self.connection, relation)
-        key = wanted.key
-        if need is not None and need.key and set(need.key) != set(key):
-            key = need.key  # what the models take for the key
-        limit = MOST_KEYS if have is None else have.limit
-        return replace(wanted, key=key, ranges=ranges, limit=limit)
+            wanted = have
+        else:
+            wanted = self.changelog.propose(self.connection, relation)
+            if need is not None:
+                wanted = replace(wanted, key=need.key or wanted.key, ranges=need.ranges)
+        if have is not None:
+            wanted = replace(wanted, limit=have.limit)
+            if not self.cleanup:  # workers of the release before may need what is logged now
+                wanted = replace(
+                    wanted, key=(*wanted.key, *have.key), ranges=(*have.ranges, *wanted.ranges)
+                )
+        return replace(
+            wanted,
+            key=tuple(column for column in dict.fromkeys(wanted.key) if column not in removed),
+            ranges=tuple(c for c in dict.fromkeys(wanted.ranges) if c not in removed),
+        )
 
     def _watch(self, name: TableName, wanted: Watch, have: Watch | None) -> None:
         """Watch a table so, unless it is watched so already."""
@@ -245,9 +247,7 @@ class _Comparison:
             log.info("Detected table '%s' that is not watched", wanted.relation)
         elif why is not None:
             log.info("Detected table '%s' whose watch is outdated: %s", wanted.relation, why)
-        elif replace(have, ranges=()) != replace(wanted, ranges=()) or set(have.ranges) != set(
-            wanted.ranges
-        ):
+        elif _in_order(have) != _in_order(wanted):
             log.info("Detected table '%s' that is watched otherwise", wanted.relation)
         else:
             return
@@ -314,5 +314,6 @@ class _Comparison:
         )
 
 
-def _table_of(tables: dict[TableName, Table], name: TableName) -> Table:
-    return tables[name]
+def _in_order(watch: Watch) -> Watch:
+    """Return a watch for comparison: in which order columns are logged does not matter."""
+    return replace(watch, key=tuple(sorted(watch.key)), ranges=tuple(sorted(watch.ranges)))

@@ -35,13 +35,14 @@ def compare_indexes(
     dialect = context.dialect.name
     tables = {table_name(table): table for table in context.sorted_tables}
     # By the metadata alone, so that an index is needed before it exists and afterwards.
+    assert context.connection is not None
     for lacking in lacking_indexes(plans, lambda t: declared_indexes(t, dialect), dialect):
         table = tables.get(table_name(lacking.table))
         if table is None:
             continue  # what Alembic does not look after
         _keep(upgrade_ops, lacking)
         try:
-            existing = existing_indexes(context.inspector, table_name(table))
+            existing = existing_indexes(context.connection, table_name(table))
             taken = {index["name"] for index in context.inspector.get_indexes(*_place(table))}
         except NoSuchTableError:  # created by this migration
             existing, taken = [], set()
@@ -86,6 +87,6 @@ def _named(table: Table, columns: tuple[str, ...], taken: set[Any]) -> Index:
         schema=table.schema,
     )
     index = Index(None, *(copy.c[name] for name in columns))
-    if index.name in taken:
-        index.name = "_".join(("ix", table.name, *columns))
-    return index
+    if index.name not in taken:
+        return index
+    return Index("_".join(("ix", table.name, *columns)), *(copy.c[name] for name in columns))
