@@ -15,7 +15,7 @@ Where nothing is to be done nothing is added, so that ``alembic check`` passes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Final
@@ -41,16 +41,19 @@ log = logging.getLogger(__name__)
 OURS: Final = "sa_tablecache"
 
 
-def leave_out_own_tables(context: AutogenContext, *_: Any) -> PriorityDispatchResult:
+def leave_out_own_tables(
+    context: AutogenContext, _: Any, schemas: set[str | None]
+) -> PriorityDispatchResult:
     """Keep autogenerate from looking at the changelog, which no metadata declares."""
     try:
         owned = changelog_for(context.dialect.name).owned()
     except FeedUnavailable:
         return PriorityDispatchResult.CONTINUE
-    names = {name_of(context.dialect, relation) for relation in owned}
+    schemas -= {relation.schema for relation in owned if relation.schema}
+    names = {relation.name for relation in owned if not relation.schema}
 
     def is_not_ours(name: str | None, kind: str, parents: Any) -> bool:
-        return kind != "table" or (parents.get("schema_name"), name) not in names
+        return kind != "table" or name not in names
 
     # There is no public way to add a filter to those of env.py.
     context._name_filters.append(is_not_ours)
@@ -127,6 +130,11 @@ class _Comparison:
         return self.changelog.installed(self.connection)
 
     @cached_property
+    def outdated(self) -> Mapping[Relation, str]:
+        """The tables that have to be watched again, and why."""
+        return self.installed.outdated
+
+    @cached_property
     def relations(self) -> dict[TableName, Relation]:
         """The relations of all tables that there are."""
         return dict(self.changelog.resolve(self.connection, self.tables))
@@ -153,6 +161,7 @@ class _Comparison:
         elif version < VERSION - 1 or (version < VERSION and self.cleanup):
             self.ops.append(CreateChangeFeedOp(renewed=True))
         elif version < VERSION:
+            self.outdated = {}
             log.info(
                 "the changelog of the database has version %s, which workers of the release before "
                 "read; when none is left, op.create_change_feed() (or sa_tablecache_cleanup) "
@@ -242,7 +251,7 @@ class _Comparison:
             self.ops.insert(at, UnwatchTableOp(name[1], schema=name[0], previous=before))
             self.ops.append(WatchTableOp.of(*name, wanted))
             return
-        why = self.installed.outdated.get(wanted.relation)
+        why = self.outdated.get(wanted.relation)
         if have is None:
             log.info("Detected table '%s' that is not watched", wanted.relation)
         elif why is not None:

@@ -278,10 +278,11 @@ def _create_change_feed(operations: Operations, op: CreateChangeFeedOp) -> None:
 @Operations.implementation_for(DropChangeFeedOp)
 def _drop_change_feed(operations: Operations, op: DropChangeFeedOp) -> None:
     changelog = _changelog(operations)
-    if not operations.get_context().as_sql:
-        for relation in changelog.installed(operations.get_bind()).watched:
-            _run(operations, changelog.unwatch(relation))
-    _run(operations, changelog.drop())
+    online = not operations.get_context().as_sql
+    _run(
+        operations,
+        changelog.drop(changelog.installed(operations.get_bind()).watched if online else ()),
+    )
 
 
 @Operations.implementation_for(WatchTableOp)
