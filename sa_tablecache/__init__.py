@@ -19,7 +19,7 @@ from .exc import (
 )
 from .explaining import Explanation
 from .figures import Estimate, Stats
-from .options import bypass_cache, no_store
+from .options import bypass_cache, max_staleness, no_store
 from .reading import LastRead
 from .scopes import harmless
 from .session import CacheSession, TableCache
@@ -57,5 +57,6 @@ __all__ = [
     "bypass_cache",
     "harmless",
     "in_transaction",
+    "max_staleness",
     "no_store",
 ]

@@ -32,7 +32,7 @@ from .groups import GroupPath
 from .loading import Loader, Rows
 from .orders import Hidden, Order, Part, Record
 from .planner import Columns
-from .scores import Extreme, IntervalSet
+from .scores import Extreme, Interval, IntervalSet
 from .storage import Storage
 from .triggers import Automatic
 from .usage import placing_columns, used_columns
@@ -43,6 +43,20 @@ RowKey: TypeAlias = tuple[Any, ...]
 
 LINEAGE = "lineage "
 """What the names of orders that only lead from base rows to records begin with."""
+
+
+MOST_CLAUSES = 100
+"""So many intervals of an index at most are said in one SELECT."""
+
+
+def coarsened(intervals: IntervalSet) -> IntervalSet:
+    """Return few intervals that contain all of many."""
+    size = -(-len(intervals) // MOST_CLAUSES)
+    if size <= 1:
+        return intervals
+    all_ = intervals.intervals
+    groups = (all_[at : at + size] for at in range(0, len(all_), size))
+    return IntervalSet(Interval(group[0].lower, group[-1].upper) for group in groups)
 
 
 def log_coarse(plan: ViewPlan, table: TableName, why: str) -> None:
@@ -376,7 +390,7 @@ class Layout:
             return []
         clauses = []
         for index, intervals in coverage.sets.items():
-            where = self.where(index, intervals)
+            where = self.where(index, coarsened(intervals))
             if not where:
                 return []
             clauses += where

@@ -19,7 +19,7 @@ Nothing here knows of records, SQL or databases.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any, Final, NamedTuple, TypeAlias, cast
@@ -91,10 +91,18 @@ def place_of(key: Key) -> Key:
     return key if key[-1] is MIN or key[-1] is MAX else (*key, 0)
 
 
+FEW: Final = 8
+"""A set that is smaller than another by this factor is worked into it, interval by interval."""
+
+MOST_SHOWN: Final = 10
+"""So many intervals at most are shown in messages."""
+
+
 class IntervalSet:
     """An immutable, sorted set of disjoint intervals that do not touch.
 
-    Every operation costs O(n + m) in the number of intervals; membership costs O(log n).
+    Operations on two sets of which one is small cost O(m log n) and copying the large one, others
+    O(n + m) in the number of intervals; membership costs O(log n).
     """
 
     __slots__ = ("_lowers", "intervals")
@@ -112,6 +120,43 @@ class IntervalSet:
         self.intervals = tuple(merged)
         self._lowers = [i.lower for i in merged]
 
+    def _spliced(self, other: IntervalSet, *, add: bool) -> IntervalSet:
+        """Return the union or difference with a set that is much smaller."""
+        merged, lowers = list(self.intervals), self._lowers.copy()
+        for lower, upper in other.intervals:
+            at = bisect_right(lowers, lower) - 1
+            if at < 0 or (merged[at].upper < lower if add else merged[at].upper <= lower):
+                at += 1
+            end = (bisect_right if add else bisect_left)(lowers, upper)
+            found = merged[at:end]
+            if add:
+                pieces = [
+                    Interval(
+                        min(lower, found[0].lower) if found else lower,
+                        max(upper, found[-1].upper) if found else upper,
+                    )
+                ]
+            else:
+                pieces = [
+                    Interval(*cuts)
+                    for cuts in (
+                        ((found[0].lower, lower), (upper, found[-1].upper)) if found else ()
+                    )
+                    if cuts[0] < cuts[1]
+                ]
+            merged[at:end] = pieces
+            lowers[at:end] = [piece.lower for piece in pieces]
+        result = IntervalSet()
+        result.intervals, result._lowers = tuple(merged), lowers
+        return result
+
+    def overlapping(self, interval: Interval) -> tuple[Interval, ...]:
+        """Return those of the intervals that share a key with another: O(log n + their number)."""
+        at = bisect_right(self._lowers, interval.lower) - 1
+        if at < 0 or self.intervals[at].upper <= interval.lower:
+            at += 1
+        return self.intervals[at : bisect_left(self._lowers, interval.upper)]
+
     def __iter__(self) -> Iterator[Interval]:
         return iter(self.intervals)
 
@@ -128,7 +173,9 @@ class IntervalSet:
         return hash(self.intervals)
 
     def __repr__(self) -> str:
-        return "{" + ", ".join(map(repr, self.intervals)) + "}"
+        shown = ", ".join(map(repr, self.intervals[:MOST_SHOWN]))
+        more = len(self) - MOST_SHOWN
+        return "{" + shown + (f" and {more} more" if more > 0 else "") + "}"
 
     @property
     def is_everything(self) -> bool:
@@ -152,22 +199,29 @@ class IntervalSet:
         return all(map(self.covers, other.intervals))
 
     def __or__(self, other: IntervalSet) -> IntervalSet:
+        small, large = (self, other) if len(self) < len(other) else (other, self)
+        if len(small) * FEW < len(large):
+            return large._spliced(small, add=True)
         return IntervalSet(self.intervals + other.intervals)
 
     def __and__(self, other: IntervalSet) -> IntervalSet:
-        result = []
-        mine, theirs = iter(self.intervals), iter(other.intervals)
-        a, b = next(mine, None), next(theirs, None)
-        while a is not None and b is not None:
-            result.append(Interval(max(a.lower, b.lower), min(a.upper, b.upper)))
-            if a.upper < b.upper:
-                a = next(mine, None)
-            else:
-                b = next(theirs, None)
-        return IntervalSet(result)
+        small, large = (self, other) if len(self) < len(other) else (other, self)
+        return IntervalSet(
+            Interval(max(lower, theirs.lower), min(upper, theirs.upper))
+            for lower, upper in small.intervals
+            for theirs in large.overlapping(Interval(lower, upper))
+        )
 
     def __sub__(self, other: IntervalSet) -> IntervalSet:
-        return self & ~other
+        if len(other) * FEW < len(self):
+            return self._spliced(other, add=False)
+        result = []
+        for lower, upper in self.intervals:
+            for theirs in other.overlapping(Interval(lower, upper)):
+                result.append(Interval(lower, theirs.lower))
+                lower = theirs.upper
+            result.append(Interval(lower, upper))
+        return IntervalSet(result)
 
     def __invert__(self) -> IntervalSet:
         lower: Cut = (MIN,)

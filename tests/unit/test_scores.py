@@ -81,6 +81,50 @@ def test_the_operations_are_those_of_sets(a: IntervalSet, b: IntervalSet) -> Non
         assert members(result) == wanted
 
 
+many_intervals = st.sets(st.integers(0, 60), min_size=20, max_size=40).map(
+    lambda starts: IntervalSet(
+        Interval((start, start % 3, MIN), (start + start % 2, MIN if start % 2 else MAX))
+        for start in starts
+    )
+)
+few_intervals = st.lists(
+    st.builds(
+        lambda a, b, sides: Interval((min(a, b), sides[0]), (max(a, b), sides[1])),
+        st.integers(0, 60),
+        st.integers(0, 60),
+        st.tuples(st.sampled_from([MIN, MAX]), st.sampled_from([MIN, MAX])),
+    ),
+    max_size=2,
+).map(IntervalSet)
+
+
+@given(many_intervals, few_intervals)
+def test_a_small_set_is_worked_into_a_large_one(large: IntervalSet, small: IntervalSet) -> None:
+    """The operations that go by the smaller set give what going through both gives."""
+    keys = [(a, b) for a in range(-1, 63) for b in (-1, 0, 0.5, 1, 1.5, 2, 3)]
+    inside = {key for key in keys if key in large}
+    chosen = {key for key in keys if key in small}
+    for result, wanted in (
+        (large | small, inside | chosen),
+        (small | large, inside | chosen),
+        (large & small, inside & chosen),
+        (large - small, inside - chosen),
+        (small - large, chosen - inside),
+    ):
+        result._check()
+        assert {key for key in keys if key in result} == wanted
+    assert large | small == IntervalSet(large.intervals + small.intervals)
+    assert large - small == large & ~small
+    assert small - large == small & ~large
+
+
+def test_a_set_of_many_intervals_shows_some() -> None:
+    """Messages stay short however many ranges are covered."""
+    many = IntervalSet(Interval((n, MIN), (n, MAX)) for n in range(1000))
+    assert repr(many).endswith("and 990 more}")
+    assert len(repr(many)) < 500
+
+
 @given(interval_sets, interval_sets)
 def test_equal_keys_are_equal_sets(a: IntervalSet, b: IntervalSet) -> None:
     """There is one way to write a set: what holds the same keys is equal and hashes equal."""
