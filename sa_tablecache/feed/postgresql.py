@@ -176,7 +176,7 @@ class PostgreSQLChangelog(Changelog):
         """Return the statements of ``create.sql``."""
         return tuple(part.strip() for part in _file("create").split("\n\n"))
 
-    def drop(self) -> Sequence[str]:
+    def drop(self, watched: Iterable[Relation] = ()) -> Sequence[str]:
         """Return the statement that drops the schema; the triggers go with their functions."""
         return ("DROP SCHEMA IF EXISTS sa_tablecache CASCADE",)
 

@@ -267,11 +267,7 @@ def test_delta_queries_scan_no_table_any_more(schema: tuple[Connection, MetaData
         # Of these types each database has a smallest and a largest value.
         (
             "Samples",
-            {
-                "samples": Need(
-                    ("id",), ("id", "ratio", "amount", "word", "day", "clock", "moment")
-                )
-            },
+            {"samples": Need(("id",), ("id", "ratio", "amount", "word", "day", "clock", "moment"))},
         ),
     ],
 )
