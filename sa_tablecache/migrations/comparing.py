@@ -4,8 +4,8 @@ In: the context of autogenerate and the operations that it found so far. Out: fu
 
 * A table of a view that is not watched, or is watched otherwise than is needed, or whose triggers
   are missing (a batch operation on SQLite drops them): it is watched.
-* A table that is dropped, altered by a batch operation on SQLite, or loses a column that its
-  triggers use: it is not watched meanwhile.
+* A table that is dropped, or altered so that its triggers would be lost or wrong: it is not watched
+  meanwhile.
 * A table that no view needs any more: workers of the release before may need it as long as they
   run. It is told of, and goes on being watched, unless ``sa_tablecache_cleanup`` is set.
 
@@ -24,6 +24,7 @@ import msgspec
 from alembic.autogenerate.api import AutogenContext
 from alembic.operations import MigrateOperation, ops
 from alembic.util import PriorityDispatchResult
+from sqlalchemy.exc import NoReferenceError
 
 from sa_tablecache.analysis import TableName, ViewPlan, plan_of, table_label, table_name
 from sa_tablecache.exc import FeedUnavailable
@@ -34,7 +35,7 @@ from sa_tablecache.usage import base_tables
 from sa_tablecache.view import CachedView
 
 from .indexes import compare_indexes
-from .operations import CreateChangeFeedOp, UnwatchTableOp, WatchTableOp, name_of
+from .operations import MYSQL, CreateChangeFeedOp, UnwatchTableOp, WatchTableOp, name_of
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +247,7 @@ class _Comparison:
     def _watch(self, name: TableName, wanted: Watch, have: Watch | None) -> None:
         """Watch a table so, unless it is watched so already."""
         before = None if have is None else WatchTableOp.of(*name, have)
-        if have is not None and self._loses_triggers(have):
+        if have is not None and self._disturbs(name, have):
             at = next(i for i, op in enumerate(self.ops) if self._alters(op, have.relation))
             self.ops.insert(at, UnwatchTableOp(name[1], schema=name[0], previous=before))
             self.ops.append(WatchTableOp.of(*name, wanted))
@@ -256,11 +257,16 @@ class _Comparison:
             log.info("Detected table '%s' that is not watched", wanted.relation)
         elif why is not None:
             log.info("Detected table '%s' whose watch is outdated: %s", wanted.relation, why)
-        elif _in_order(have) != _in_order(wanted):
+        elif self._statements(have) != self._statements(wanted):
             log.info("Detected table '%s' that is watched otherwise", wanted.relation)
         else:
             return
         self.ops.append(WatchTableOp.of(*name, wanted, previous=before))
+
+    def _statements(self, watch: Watch) -> list[str]:
+        """Return what makes a watch; in which order columns are logged does not matter."""
+        key, ranges = tuple(sorted(watch.key)), tuple(sorted(watch.ranges))
+        return list(self.changelog.watch(replace(watch, key=key, ranges=ranges)))
 
     def _unwatch(self, name: TableName, have: Watch) -> None:
         """No longer watch a table: first of all, for it may be dropped."""
@@ -308,21 +314,56 @@ class _Comparison:
             if isinstance(change, ops.DropColumnOp)
         }
 
-    def _loses_triggers(self, have: Watch) -> bool:
-        """Whether the migration drops the triggers of a table, or a column that they use."""
-        if self._removed_columns(have.relation).intersection((*have.key, *have.ranges)):
+    def _disturbs(self, name: TableName, have: Watch) -> bool:
+        """Whether the migration drops the triggers of a table, or changes what they rely on."""
+        used = {*have.key, *have.ranges}
+        if used & self._removed_columns(have.relation):
             return True
-        if self.context.dialect.name != "sqlite" or not self.context.opts.get("render_as_batch"):
-            return False
-        keeps = (ops.AddColumnOp, ops.CreateIndexOp, ops.DropIndexOp)
+        dialect = self.context.dialect.name
+        recreates = dialect == "sqlite" and self.context.opts.get("render_as_batch")
+        tables = {have.relation}
+        if dialect in MYSQL:  # changes come by foreign keys, of which the triggers are made
+            tables |= {self.relations[n] for n in self._referred(name) if n in self.relations}
         return any(
-            not isinstance(change, keeps)
+            _matters(change, dialect, used) or (recreates and not isinstance(change, _IN_PLACE))
             for op in self.found
-            if isinstance(op, ops.ModifyTableOps) and self._is(op, have.relation)
+            if isinstance(op, ops.ModifyTableOps) and any(self._is(op, t) for t in tables)
             for change in op.ops
         )
 
+    def _referred(self, name: TableName) -> set[TableName]:
+        """Return the tables to which foreign keys lead from a table, directly or not."""
+        found: set[TableName] = set()
+        todo = [name]
+        while todo:
+            for constraint in self.tables[todo.pop()].foreign_key_constraints:
+                try:
+                    parent = table_name(constraint.referred_table)
+                except NoReferenceError:  # it is not declared
+                    continue
+                if parent in self.tables and parent not in found:
+                    found.add(parent)
+                    todo.append(parent)
+        return found
 
-def _in_order(watch: Watch) -> Watch:
-    """Return a watch for comparison: in which order columns are logged does not matter."""
-    return replace(watch, key=tuple(sorted(watch.key)), ranges=tuple(sorted(watch.ranges)))
+
+_IN_PLACE: Final = (ops.AddColumnOp, ops.CreateIndexOp, ops.DropIndexOp)
+"""What a batch operation on SQLite does without recreating the table."""
+
+
+def _matters(change: MigrateOperation, dialect: str, used: set[str]) -> bool:
+    """Whether a change of a table makes its triggers wrong."""
+    match change:
+        case ops.AlterColumnOp():
+            return change.modify_type is not None and change.column_name in used
+        case ops.CreateForeignKeyOp():
+            return dialect in MYSQL
+        case ops.DropConstraintOp():
+            return dialect in (*MYSQL, "sqlite")
+        case ops.CreateUniqueConstraintOp():
+            return dialect == "sqlite"
+        case ops.CreateIndexOp():  # rows may give way to others by it
+            return dialect == "sqlite" and bool(change.unique)
+        case ops.DropIndexOp():
+            return dialect == "sqlite" and bool(change.kw.get("unique"))
+    return False

@@ -296,8 +296,9 @@ def _watch_table(operations: Operations, op: WatchTableOp) -> None:
         missing = [f"{name}=[...]" for name, value in needed.items() if value is None]
         if missing:
             raise CommandError(
-                f"{_called(op)}: with --sql the catalog cannot be asked, so say "
-                f"{' and '.join(missing)} as Changelog.propose() gives it for a database like that"
+                f"{_called(op)}: with --sql the catalog cannot be asked; say "
+                f"{' and '.join(missing)}, as autogenerate renders it if env.py gives "
+                "context.configure() sa_tablecache_offline=True"
             )
     elif key is None or cascades is None:
         proposed = changelog.propose(operations.get_bind(), relation, op.ranges)
@@ -331,6 +332,11 @@ def _table(op: Any) -> list[str]:
     return [repr(str(op.table_name)), *schema]
 
 
+def _plain(value: Any) -> Any:
+    """Return a value made of named tuples and the like as one made of tuples."""
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
 @renderers.dispatch_for(CreateChangeFeedOp)
 def _render_create_change_feed(context: AutogenContext, op: CreateChangeFeedOp) -> str:
     return _call(context, "create_change_feed")
@@ -350,9 +356,9 @@ def _render_watch_table(context: AutogenContext, op: WatchTableOp) -> str:
         arguments.append(f"ranges={list(map(str, op.ranges))!r}")
     if op.limit != MOST_KEYS:
         arguments.append(f"limit={op.limit!r}")
-    # Those of SQLite are left to the catalog: files made there are run on other databases, too.
-    if op.cascades is not None and context.dialect.name in MYSQL:
-        arguments.append(f"cascades={list(op.cascades)!r}")
+    # They are of one dialect: left to the catalog, the file can be run on others, too.
+    if op.cascades is not None and context.opts.get("sa_tablecache_offline"):
+        arguments.append(f"cascades={list(map(_plain, op.cascades))!r}")
     return _call(context, "watch_table", *arguments)
 
 

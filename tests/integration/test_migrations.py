@@ -16,6 +16,7 @@ from sqlalchemy import (
     URL,
     Column,
     Date,
+    DateTime,
     Engine,
     ForeignKey,
     Index,
@@ -52,7 +53,7 @@ def shop(schema: str | None = None, customers: str = "customers", day: str = "da
         "orders",
         metadata,
         Column("id", Integer, primary_key=True),
-        Column("customer_id", ForeignKey(who.c.id), index=True),
+        Column("customer_id", ForeignKey(who.c.id, name="of_customer"), index=True),
         Column(day, Date, nullable=False, index=True),
     )
     Table("notes", metadata, Column("id", Integer, primary_key=True), Column("body", String(40)))
@@ -307,7 +308,7 @@ def test_a_column_that_triggers_use_can_be_dropped(plain: tuple[Project, Any]) -
         "orders",
         later,
         Column("id", Integer, primary_key=True),
-        Column("customer_id", ForeignKey(who.c.id), index=True),
+        Column("customer_id", ForeignKey(who.c.id, name="of_customer"), index=True),
     )
     Table("notes", later, *(c._copy() for c in models.metadata.tables["notes"].columns))
 
@@ -324,6 +325,41 @@ def test_a_column_that_triggers_use_can_be_dropped(plain: tuple[Project, Any]) -
         "INSERT INTO orders (id, customer_id) VALUES (1, 1)",
         "DELETE FROM orders",
     )
+    made.downgrade("-1")
+    assert watched(made.engine) == ORDERS_AND_CUSTOMERS
+    del Later
+
+
+def test_what_triggers_rely_on_can_be_altered(plain: tuple[Project, Any]) -> None:
+    """A column of another type, a foreign key or a unique index: one migration does it all."""
+    made, models = plain
+    made.options["render_as_batch"] = True
+    made.migrate()
+    later = MetaData()
+    who = models.customers.to_metadata(later)
+    orders = Table(
+        "orders",
+        later,
+        Column("id", Integer, primary_key=True),
+        Column("customer_id", ForeignKey(who.c.id, ondelete="CASCADE", name="of_customer")),
+        Column("day", DateTime, nullable=False, index=True),
+        Index("one_a_day", "customer_id", "day", unique=True),
+    )
+    Table("notes", later, *(c._copy() for c in models.metadata.tables["notes"].columns))
+
+    class Later(CachedView):
+        __select__ = select(orders.c.id, orders.c.day, who.c.name).join(
+            who, orders.c.customer_id == who.c.id
+        )
+        by_day = ScoreIndex("day")
+
+    made.metadata = later
+    upgrade, _, downgrade = made.autogenerate().partition("def downgrade():")
+    for part in (upgrade, downgrade):
+        assert part.index("op.unwatch_table('orders')") < part.index("'day'")
+        assert part.index("op.watch_table('orders'") > part.rindex("batch_op")
+    made.upgrade()
+    made.check()
     made.downgrade("-1")
     assert watched(made.engine) == ORDERS_AND_CUSTOMERS
     del Later
@@ -459,40 +495,22 @@ def test_migrations_install_what_the_changelog_installs(
 
 
 def test_offline_migrations_install_the_same(
-    new_project: Callable[..., Project], another_url: URL
+    plain: tuple[Project, Any], new_project: Callable[..., Project], another_url: URL
 ) -> None:
     """What ``--sql`` prints, run by a client of the database, makes the same, and unmakes it."""
-    models = shop()
-    made = new_project(models.metadata)
-    models.metadata.create_all(made.engine)
-    online = new_project(models.metadata, url=another_url)
-    models.metadata.create_all(online.engine)
-    changelog = changelog_for(made.engine.dialect.name)
-    cascades = {}
-    names = [(None, "customers"), (None, "orders")]
-    with made.engine.connect() as connection:
-        for relation in changelog.resolve(connection, names).values():
-            proposed = changelog.propose(connection, relation).cascades
-            cascades[relation.name] = [tuple(each) for each in proposed]
-    for each in (made, online):
-        each.revision(
-            "op.create_change_feed()\n"
-            f"    op.watch_table('customers', key=['id'], cascades={cascades['customers']})\n"
-            f"    op.watch_table('orders', key=['id'], ranges=['day'], limit=50,"
-            f" cascades={cascades['orders']})\n"
-            "    op.invalidate_table('orders')",
-            "op.unwatch_table('orders')\n"
-            "    op.unwatch_table('customers')\n"
-            "    op.drop_change_feed()",
-        )
-    online.upgrade()
-    run_script(made.url, made.sql())
-    assert watched(made.engine) == ORDERS_AND_CUSTOMERS
-    theirs = same_names(schema_of(online.engine), another_url, made.url)
+    made, models = plain
+    made.options["sa_tablecache_offline"] = True
+    made.migrate()
+    other = create_engine(another_url, poolclass=NullPool)
+    models.metadata.create_all(other)
+    run_script(another_url, made.sql())
+    theirs = same_names(schema_of(other), another_url, made.url)
     assert same_names(schema_of(made.engine), made.url, made.url) == theirs
-    made.check()
-    run_script(made.url, made.sql("0001:base", downgrade=True))
-    assert installed(made.engine) == Installation(None)
+    made.revision("op.invalidate_table('orders')", "op.invalidate_table('orders')")
+    run_script(another_url, made.sql("0001:0002"))
+    assert watched(other) == ORDERS_AND_CUSTOMERS
+    run_script(another_url, made.sql("0002:base", downgrade=True))
+    assert installed(other) == Installation(None)
 
 
 def test_offline_migrations_say_what_they_cannot_ask(plain: tuple[Project, Any]) -> None:
