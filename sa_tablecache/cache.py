@@ -16,15 +16,16 @@ from sqlalchemy.sql import ColumnElement
 
 from .analysis import ViewPlan, plan_of, table_label, table_name
 from .answering import covered_candidate
-from .changes import VIEW, ChangeSet
+from .changes import MOST_RANGES, VIEW, ChangeSet, Marks, RangeMark
 from .comparison import Inexact
 from .events import tables_of, unwatch, watch
-from .exc import Closed, CriteriaError, TableCacheError, Unbound, UnknownView
+from .exc import Closed, CriteriaError, NotExpressible, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
+from .feed import ChangeFeed
 from .figures import Estimate, Stats, estimate
+from .following import Following
 from .health import Health, health
 from .indexing import indexes_lacking_in
-from .invalidation import Invalidation
 from .layout import log_coarse
 from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
@@ -33,7 +34,6 @@ from .shapes import shape_of, view_of
 from .statements import exact_value
 from .table import CachedTable, Timer
 from .triggers import unexplained
-from .upkeep import Upkeep
 from .view import CachedView, ViewMeta
 
 
@@ -48,7 +48,7 @@ class Problem:
         return f"{self.view}: {self.what}"
 
 
-class BaseTableCache(Invalidation):
+class BaseTableCache(Following):
     """What :class:`.TableCache` is but for its sessions, which stand to the right of this module.
 
     See there.
@@ -60,8 +60,10 @@ class BaseTableCache(Invalidation):
         *,
         views: Iterable[type[CachedView]] = (),
         load_engine: Engine | None = None,
+        feed: ChangeFeed | None = None,
+        exclusive_writer: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(feed, exclusive_writer=exclusive_writer)
         self._engine: Engine | None = None
         self._given_load_engine = load_engine
         self._watched: list[Engine] = []
@@ -71,8 +73,6 @@ class BaseTableCache(Invalidation):
         self.closing: list[Callable[[], object]] = []
         """Called when the cache is closed, while its views are still there."""
         self._closed = False
-        self.upkeep = Upkeep()
-        """The jobs that run in the background once the cache is started."""
         if engine is not None:
             self.bind(engine)
         for view in views:
@@ -84,6 +84,7 @@ class BaseTableCache(Invalidation):
         """Bind the cache to an engine, whose commits it notices from now on. Emits no SQL.
 
         :raises UnsuitableEngine: if all connections of the engine's pool are one.
+        :raises FeedUnavailable: if the cache has a feed, and there is none for the dialect.
         :raises TableCacheError: if it is bound already.
         """
         self._check_open()
@@ -94,7 +95,9 @@ class BaseTableCache(Invalidation):
                 f"a TableCache is bound to an Engine, not to a {type(engine).__name__}; for an "
                 "AsyncEngine use AsyncTableCache"
             )
-        self._snapshots = Snapshots(engine, self._given_load_engine)
+        snapshots = Snapshots(engine, self._given_load_engine)
+        self._follow(snapshots)
+        self._snapshots = snapshots
         self._engine = engine
         self._watch(engine)
         for view in self._views:
@@ -103,6 +106,7 @@ class BaseTableCache(Invalidation):
     def _new_table(self, view: type[CachedView], snapshots: Snapshots) -> CachedTable:
         table = CachedTable(plan_of(view), snapshots)
         table.timers = self.timers
+        self._follow_view(table)
         return table
 
     def _watch(self, engine: Engine) -> None:
@@ -256,15 +260,17 @@ class BaseTableCache(Invalidation):
     def invalidate(self, target: Any, *what: Any) -> None:
         """Mark records as stale, so that they are read again before the next answer.
 
-        ``invalidate(View)`` marks the whole view, and so do criteria of a view for now.
-        ``invalidate(Model, key)`` marks what was made from a base row, ``invalidate(Model)``
-        what was made from its table. A key of several columns is a tuple. Emits no SQL.
+        ``invalidate(View)`` marks the whole view, ``invalidate(View, *criteria)`` the records that
+        meet the criteria, as they are stored or in the database (the whole view, if the criteria
+        are no range of an index). ``invalidate(Model, key)`` marks what was made from a base row,
+        ``invalidate(Model)`` what was made from its table. A key of several columns is a tuple.
+        Emits no SQL.
+
+        :raises CriteriaError: for what is no view, table, key or criterion of the view.
         """
         if isinstance(target, ViewMeta):
             view: Any = target
-            if what:
-                shape_of_criteria(view, what)
-            self.table(view).publish(frozenset({VIEW}))
+            self.table(view).publish(self._marks_where(view, what))
             return
         changes = ChangeSet()
         tables = tables_of(target)
@@ -289,7 +295,24 @@ class BaseTableCache(Invalidation):
                 else:
                     changes.add_rows(table_name(table), [exact])
         assert self.engine is not None
-        self.publish(changes, None)
+        self.mark(changes)
+
+    def _marks_where(self, view: type[CachedView], criteria: Sequence[Any]) -> Marks:
+        """Return the marks of the records that meet criteria."""
+        whole: Marks = frozenset({VIEW})
+        if not criteria:
+            return whole
+        table = self.table(view)
+        if table.layout is None or table.plan.anchor is None:
+            shape_of_criteria(view, criteria)
+            return whole
+        try:
+            _, index, intervals = self._target(view, criteria)
+        except NotExpressible:
+            return whole
+        if intervals.is_everything or len(intervals) > MOST_RANGES:
+            return whole
+        return frozenset(RangeMark(index, interval, leave=True) for interval in intervals)
 
     def refresh(self, view: type[CachedView]) -> None:
         """Read again what is marked now, instead of before the next answer."""
@@ -308,7 +331,7 @@ class BaseTableCache(Invalidation):
         all is a problem too, and not raised here; and so is an index that reads of the cache need
         and that the database does not have, for which the catalog is asked about each table.
         """
-        problems: list[Problem] = []
+        problems = [Problem(view.__name__, why) for view, why in self.feed_problems().items()]
         usable: list[ViewPlan] = []
         for view, table in self._tables.items():
             try:
@@ -372,7 +395,8 @@ class BaseTableCache(Invalidation):
             health = cache.health()
             return JSONResponse(health.reasons, status_code=200 if health.ok else 503)
         """
-        return health(self.upkeep)
+        feed = None if self.consumer is None else self.consumer.health()
+        return health(self.upkeep, feed, () if feed is None else feed.complaints)
 
     def close(self) -> None:
         """Stop noticing commits, give up all records, close the cache's own connections.

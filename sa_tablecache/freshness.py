@@ -11,14 +11,17 @@ refreshes. Out: whether readers may be answered, and beside which rows. This is 
   since may be missing in what it read, so that it is pending again when that is applied.
 * Marks and leases that move records keep all readers from storage; those *in place* only the
   answers with the records of their rows.
+* :data:`.UNREAD` says that a change feed has changes that nobody has read. No refresh clears it,
+  but a poll that began after it was made, in one step with making the marks that it found.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 
-from .changes import VIEW, AnyMark, Mark, Marks, in_place
+from .changes import UNREAD, VIEW, AnyMark, Mark, Marks, in_place
 
 MOST_IN_PLACE = 10_000
 """With more marks in place than this the next read refreshes, whatever it reads."""
@@ -71,9 +74,9 @@ class Freshness:
         return in_place((*self.pending, *self.leased))
 
     @property
-    def underway(self) -> bool:
-        """Whether a load or refresh is under way."""
-        return bool(self._underway)
+    def underway(self) -> int:
+        """How many loads and refreshes are under way."""
+        return self._underway.total()
 
     # -- leases and marks -----------------------------------------------------------------------
 
@@ -104,6 +107,25 @@ class Freshness:
             self._set(mark)
             if self._underway:
                 self._log.append((self.sequence, mark))
+
+    def note(self, marks: Iterable[AnyMark]) -> None:
+        """Note marks of which nothing is in storage now, for what is under way."""
+        for mark in marks:
+            if self._underway:
+                self.sequence += 1
+                self._log.append((self.sequence, mark))
+
+    def drop(self, marks: Iterable[AnyMark]) -> None:
+        """Drop pending marks of which nothing is in storage any more."""
+        for mark in list(marks):
+            self._unset(mark)
+
+    def read(self, until: int) -> None:
+        """A poll that began when the sequence was this has read all that was unread then."""
+        if self.pending.get(UNREAD, until + 1) <= until:
+            self._unset(UNREAD)
+        # What is under way will find the marks that the poll made.
+        self._log = [entry for entry in self._log if entry[1] != UNREAD or entry[0] > until]
 
     def _set(self, mark: AnyMark) -> None:
         if mark not in self.pending:

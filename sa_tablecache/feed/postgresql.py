@@ -235,12 +235,17 @@ class PostgreSQLChangelog(Changelog):
         return {asked[place - 1]: Relation(schema, name) for place, schema, name in rows}
 
     def propose(
-        self, connection: Connection, relation: Relation, ranges: Sequence[str] = ()
+        self,
+        connection: Connection,
+        relation: Relation,
+        ranges: Sequence[str] = (),
+        key: Sequence[str] = (),
     ) -> Watch:
-        """Return a watch by the primary key of a table; 1 statement."""
+        """Return a watch by the primary key of a table; 1 statement, or none if a key is given."""
+        if key:
+            return Watch(relation, tuple(key), tuple(ranges))
         asked = {"schema": relation.schema, "name": relation.name}
-        key = tuple(connection.execute(_KEY, asked).scalars())
-        return Watch(relation, key, tuple(ranges))
+        return Watch(relation, tuple(connection.execute(_KEY, asked).scalars()), tuple(ranges))
 
     def owned(self) -> frozenset[Relation]:
         """Return the tables of the schema ``sa_tablecache``."""
