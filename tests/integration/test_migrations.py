@@ -37,7 +37,9 @@ from sa_tablecache.feed.dialects import changelog_for
 from tests.integration.alembic_project import Project, project, run_script
 from tests.mariadb import Mariadb
 
-pytestmark = pytest.mark.every_database
+every_database = pytest.mark.every_database
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+"""For what is the same code on each database."""
 
 
 def shop(schema: str | None = None, customers: str = "customers", day: str = "day") -> Any:
@@ -138,6 +140,7 @@ def without_cascades(body: str) -> str:
 # -- upgrade, downgrade ----------------------------------------------------------------------------
 
 
+@every_database
 def test_autogenerate_watches_the_tables_of_views(plain: tuple[Project, Any]) -> None:
     """A first migration installs the changelog and watches what views read; then all agree."""
     made, _ = plain
@@ -159,6 +162,7 @@ def test_autogenerate_watches_the_tables_of_views(plain: tuple[Project, Any]) ->
     made.check()
 
 
+@every_database
 def test_tables_and_their_watch_can_come_in_one_migration(
     new_project: Callable[..., Project],
 ) -> None:
@@ -173,6 +177,7 @@ def test_tables_and_their_watch_can_come_in_one_migration(
     assert not inspect(made.engine).has_table("orders")
 
 
+@on_sqlite
 def test_a_project_without_views_is_left_alone(new_project: Callable[..., Project]) -> None:
     """Where no view is declared and no changelog installed, nothing is proposed."""
     metadata = MetaData()
@@ -203,6 +208,7 @@ def test_the_changelog_is_not_proposed_for_dropping(
 # -- what differs ----------------------------------------------------------------------------------
 
 
+@on_sqlite
 def test_a_new_index_of_a_view_adds_a_range(plain: tuple[Project, Any]) -> None:
     """A table is watched with further ranges; downgrading restores those that it had."""
     made, models = plain
@@ -224,6 +230,7 @@ def test_a_new_index_of_a_view_adds_a_range(plain: tuple[Project, Any]) -> None:
     del ByCustomer
 
 
+@every_database
 def test_a_lost_trigger_is_noticed_and_repaired(plain: tuple[Project, Any]) -> None:
     """A table whose trigger was dropped is watched again, and stays so when downgraded."""
     made, _ = plain
@@ -238,6 +245,7 @@ def test_a_lost_trigger_is_noticed_and_repaired(plain: tuple[Project, Any]) -> N
     assert watched(made.engine) == ORDERS_AND_CUSTOMERS
 
 
+@on_sqlite
 def test_what_older_workers_need_is_kept(
     plain: tuple[Project, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -266,6 +274,7 @@ def test_what_older_workers_need_is_kept(
     assert watched(made.engine) == ORDERS_AND_CUSTOMERS
 
 
+@every_database
 def test_a_table_that_is_dropped_is_unwatched_before(plain: tuple[Project, Any]) -> None:
     """Nothing of the watch of a table outlives it, and a downgrade brings back both."""
     made, models = plain
@@ -281,6 +290,7 @@ def test_a_table_that_is_dropped_is_unwatched_before(plain: tuple[Project, Any])
     assert watched(made.engine) == ORDERS_AND_CUSTOMERS
 
 
+@every_database
 def test_a_table_that_is_gone_is_forgotten(plain: tuple[Project, Any]) -> None:
     """A table that was dropped by other means is unwatched by name."""
     made, models = plain
@@ -297,6 +307,7 @@ def test_a_table_that_is_gone_is_forgotten(plain: tuple[Project, Any]) -> None:
     made.check()
 
 
+@every_database
 def test_a_column_that_triggers_use_can_be_dropped(plain: tuple[Project, Any]) -> None:
     """The watch is taken off before, and comes back without the column."""
     made, models = plain
@@ -330,6 +341,7 @@ def test_a_column_that_triggers_use_can_be_dropped(plain: tuple[Project, Any]) -
     del Later
 
 
+@every_database
 def test_what_triggers_rely_on_can_be_altered(plain: tuple[Project, Any]) -> None:
     """A column of another type, a foreign key or a unique index: one migration does it all."""
     made, models = plain
@@ -471,29 +483,26 @@ def same_names(found: list[Any], one: URL, other: URL) -> str:
     return str(found).replace(str(one.database), str(other.database))
 
 
-def test_migrations_install_what_the_changelog_installs(
+@every_database
+def test_migrations_install_what_a_cache_installs(
     plain: tuple[Project, Any], another_url: URL
 ) -> None:
-    """A schema made by migrations is the one that the statements of the changelog make."""
+    """A schema made by migrations is the one that ``install_feed()`` makes; either finds it so."""
     made, models = plain
     made.migrate()
-    engine = create_engine(another_url, poolclass=NullPool)
+    engine = create_engine(another_url)
     models.metadata.create_all(engine)
-    changelog = changelog_for(engine.dialect.name)
-    with engine.begin() as connection:
-        for statement in changelog.create():
-            connection.exec_driver_sql(statement)
-        names = [(None, "customers"), (None, "orders")]
-        found = changelog.resolve(connection, names)
-        for name, ranges in zip(names, [(), ("day",)], strict=True):
-            watch = changelog.propose(connection, found[name], ranges)
-            for statement in changelog.watch(watch):
-                connection.exec_driver_sql(statement)
-    theirs = same_names(schema_of(engine), another_url, made.url)
-    assert same_names(schema_of(made.engine), made.url, made.url) == theirs
+    with TableCache(engine, views=[models.view]) as cache:
+        assert cache.install_feed() == 2
+        theirs = same_names(schema_of(engine), another_url, made.url)
+        assert same_names(schema_of(made.engine), made.url, made.url) == theirs
+        Project(made.directory / "other", another_url, models.metadata).check()
     engine.dispose()
+    with TableCache(made.engine, views=[models.view]) as cache:
+        assert cache.install_feed() == 0
 
 
+@every_database
 def test_offline_migrations_install_the_same(
     plain: tuple[Project, Any], new_project: Callable[..., Project], another_url: URL
 ) -> None:
@@ -513,6 +522,7 @@ def test_offline_migrations_install_the_same(
     assert installed(other) == Installation(None)
 
 
+@on_sqlite
 def test_offline_migrations_say_what_they_cannot_ask(plain: tuple[Project, Any]) -> None:
     """Without its key a table cannot be watched with --sql, and the error says the argument."""
     made, _ = plain
@@ -521,6 +531,7 @@ def test_offline_migrations_say_what_they_cannot_ask(plain: tuple[Project, Any])
         made.sql()
 
 
+@on_sqlite
 def test_by_hand_the_key_need_not_be_said(plain: tuple[Project, Any]) -> None:
     """Online, the catalog says the key; a table that does not exist is named."""
     made, _ = plain
@@ -537,6 +548,7 @@ def test_by_hand_the_key_need_not_be_said(plain: tuple[Project, Any]) -> None:
         made.upgrade()
 
 
+@every_database
 def test_a_table_can_be_invalidated(plain: tuple[Project, Any]) -> None:
     """The operation logs that any row of a table may have changed."""
     made, _ = plain
@@ -556,14 +568,13 @@ def test_a_table_can_be_invalidated(plain: tuple[Project, Any]) -> None:
 # -- schemas, names, environments ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("database_url", ["postgresql", "mariadb"], indirect=True)
 def test_schemas_and_odd_names(
     new_project: Callable[..., Project], request: pytest.FixtureRequest, another_url: URL
 ) -> None:
     """Tables in a schema, with names that need quotes, are watched by these names."""
     dialect = another_url.get_backend_name()
     schema = str(another_url.database) if dialect == "mysql" else "Depot 1"
-    if dialect == "sqlite":
-        pytest.skip("schemas of SQLite are attached databases: each connection has its own")
     models = shop(schema, customers="The Customers", day="the day")
     local = Table("orders", MetaData(), Column("id", Integer, primary_key=True))
     local.metadata.create_all(engine := create_engine(new_project(MetaData()).url))
@@ -589,6 +600,7 @@ def test_schemas_and_odd_names(
     del Local
 
 
+@on_sqlite
 def test_two_databases_have_their_own_views(
     new_project: Callable[..., Project], another_url: URL
 ) -> None:
@@ -610,6 +622,7 @@ def test_two_databases_have_their_own_views(
     del Planes
 
 
+@on_sqlite
 def test_filters_and_other_plugins_go_on_working(
     plain: tuple[Project, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -782,8 +795,6 @@ def test_the_command_line_of_alembic(tmp_path: Path, sqlite_url: URL) -> None:
     assert "No new upgrade operations detected" in alembic("check")
     drop_a_trigger(engine, "orders")
     alembic("check", status=255)
-    alembic("downgrade", "base")
-    assert installed(engine) == Installation(None)
 
 
 TARGET = "target_metadata=models.Base.metadata"
