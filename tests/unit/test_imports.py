@@ -39,6 +39,7 @@ ORDER = """
     planner
     changes
     usage
+    indexing
     triggers
     layout
     stale
