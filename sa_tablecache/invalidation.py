@@ -173,6 +173,8 @@ class Invalidation:
         for table in list(self._tables.values()):
             table.doubtful = table.doubtful or changes.everything
             table.publish(self._marks_of(table, changes), leased.get(table))
+        for table in list(self._tables.values()):
+            table.observers.tell()
 
     def mark(self, changes: ChangeSet) -> None:
         """Mark what the application says has changed, whatever a change feed tells."""

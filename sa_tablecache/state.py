@@ -7,8 +7,8 @@ told in ``table.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from .analysis import TableName, ViewPlan
 from .changes import UNREAD, AnyMark, ChangeSet, Marks, RangeMark, in_place, marks_of
@@ -17,6 +17,7 @@ from .events import tick
 from .figures import Counts
 from .freshness import Freshness
 from .layout import Layout
+from .observers import Observers
 from .scores import Interval
 from .stale import StaleRecords
 from .storage import Storage
@@ -49,7 +50,13 @@ class ViewState:
         self.changed_at = 0
         """When records, marks or leases changed last, as an :func:`.events.tick`."""
         self._freshness = Freshness()
+        self.observers = Observers(plan, self._given)
+        self.when_marked: Callable[[], object] | None = None
+        """Called when marks were made; it takes no lock."""
         self.counts = Counts()
+
+    def _given(self, records: list[Any]) -> list[Any]:
+        return records if self.layout is None else self.layout.given(records)
 
     def _set_state(self, state: State, added: Marks | None = None) -> None:
         """Publish what readers see; only under the lock.
@@ -105,6 +112,12 @@ class ViewState:
         return self._freshness.waits_for_commit
 
     @property
+    def age(self) -> float | None:
+        """For how many seconds something has been marked or leased; ``None`` if nothing is."""
+        with self._lock:
+            return self._freshness.age
+
+    @property
     def tables(self) -> frozenset[TableName]:
         """The tables of which a change concerns the view."""
         return self.plan.tables if self.layout is None else self.layout.tables
@@ -125,24 +138,31 @@ class ViewState:
         if not marks and lease is None:
             return
         with self._lock:
-            self._mark(marks)
             freshness = self._freshness
+            marks = self._mark(marks)
             if lease is not None:
                 freshness.release(lease)
-            self._marked(marks, kept=lease is None or all(map(freshness.has, lease)))
+            if marks or lease is not None:
+                self._marked(marks, kept=lease is None or all(map(freshness.has, lease)))
 
-    def _mark(self, marks: Iterable[AnyMark], reader: object = None) -> None:
-        """Make marks pending but for those of records of which none is stored."""
+    def _mark(self, marks: Marks, reader: object = None, first: float | None = None) -> Marks:
+        """Make marks pending but for those of records of which none is stored; return the former.
+
+        :param reader: the load or refresh that has found the changes in its snapshot.
+        :param first: from when they count, if that is known.
+        """
         layout, coverage = self.layout, self._state.coverage
         outside = frozenset(
             mark
             for mark in marks
             if isinstance(mark, RangeMark) and (layout is None or layout.is_outside(coverage, mark))
         )
-        self._freshness.mark(frozenset(marks) - outside, reader)
-        self._freshness.note(outside, reader)
         for mark in marks:
             self.counts.marks[mark.kind] += 1
+        self._freshness.note(outside, reader)
+        marks -= outside
+        self._freshness.mark(marks, reader, first)
+        return marks
 
     def _marked(self, marks: Marks, *, kept: bool) -> None:
         """Show readers what was marked.
@@ -153,6 +173,9 @@ class ViewState:
             self._freshness.forget()
             kept = False
         self._set_state(self._state, marks if kept else None)
+        self.observers.marked(marks)
+        if self.when_marked is not None and marks:
+            self.when_marked()
 
     # -- what a change feed tells ---------------------------------------------------------------
 
@@ -162,17 +185,20 @@ class ViewState:
         with self._lock:
             return self._freshness.sequence
 
-    def deliver(self, marks: Marks, until: int, reader: object = None) -> None:
+    def deliver(
+        self, marks: Marks, until: int, first: float | None = None, reader: object = None
+    ) -> None:
         """Mark what a poll found: what was unread when it began is not any more, in one step.
 
         :param until: the :attr:`sequence` from before the poll began.
+        :param first: when the poll before it began: changes are not older.
         :param reader: the load or refresh in whose snapshot it polled.
         """
         with self._lock:
             freshness = self._freshness
             was_unread = UNREAD in freshness.pending
             if marks:
-                self._mark(marks, reader)
+                marks = self._mark(marks, reader, first)
             freshness.read(until)
             unread = UNREAD in freshness.pending
             if marks or was_unread != unread:
@@ -196,9 +222,16 @@ class ViewState:
                 self._set_state(self._state)
 
     def _apply(
-        self, token: int, state: State, cleared: dict[AnyMark, int], reader: object = None
+        self,
+        token: int,
+        state: State,
+        cleared: dict[AnyMark, int],
+        reader: object = None,
+        *,
+        refreshed: bool = False,
     ) -> None:
         """Publish what a load or refresh made; only under the lock."""
+        self.observers.stored(self._state.storage, state.storage, refreshed=refreshed)
         self._freshness.apply(token, cleared, reader)
         if self.layout is not None:
             self._freshness.drop(

@@ -87,6 +87,9 @@ class Feed(Protocol):
         :param reader: what reads in it, for :meth:`.ViewState.deliver` to the table.
         """
 
+    def tell(self) -> None:
+        """Tell the listeners of all views what polls in snapshots have marked."""
+
 
 RESTARTS = 3
 """How often a refresh starts again because the coverage changed under it."""
@@ -224,6 +227,7 @@ class CachedTable(ViewState):
                 len(rows.records), expired, seconds,
             )  # fmt: skip
         self._tell_timers("load", seconds)
+        self._tell()
 
     def evict(self, index: str, intervals: IntervalSet) -> None:
         """Give up records; those that the coverage of another index needs stay."""
@@ -249,6 +253,7 @@ class CachedTable(ViewState):
             finally:
                 self._end(token)
             self.counts.records_expired += len(gone)
+        self.observers.tell()
 
     def clear(self) -> None:
         """Give up all records."""
@@ -257,9 +262,11 @@ class CachedTable(ViewState):
             empty = layout.build(layout.no_rows())
             if not self._freshness.underway:
                 self._freshness.forget()
+            self.observers.stored(self._state.storage, empty, refreshed=False)
             self._set_state(State(empty, Coverage()))
             if self._ready.done():
                 self._ready = new_future()
+        self.observers.tell()
 
     def wait_ready(self, timeout: float | None) -> bool:
         """Wait for the first load to end."""
@@ -285,6 +292,13 @@ class CachedTable(ViewState):
         with self._refreshing:
             if self._freshness.pending:
                 self._refresh()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell listeners what happened: to other views too, if the change feed was polled."""
+        self.observers.tell()
+        if self.feed is not None:
+            self.feed.tell()
 
     def _refresh(self) -> None:
         started = time.monotonic()
@@ -305,7 +319,7 @@ class CachedTable(ViewState):
         seconds = time.monotonic() - started
         self.counts.refreshes += 1
         self.counts.refresh_seconds += seconds
-        log.debug(
+        log.info(
             "view %s: refreshed %d marks, %d records in %.3f s", self.plan.name, len(marks),
             len(delta.rows.records), seconds,
         )  # fmt: skip
@@ -382,7 +396,7 @@ class CachedTable(ViewState):
             storage = refreshed(layout, state.storage, delta.touched, pairs)
             with self._lock:
                 if self._is_still(state):
-                    self._apply(token, State(storage, coverage), marks, reader)
+                    self._apply(token, State(storage, coverage), marks, reader, refreshed=True)
                     return True
 
     def _tell_timers(self, what: str, seconds: float) -> None:
