@@ -39,10 +39,12 @@ ORDER = """
     planner
     changes
     usage
+    indexing
     triggers
     layout
     stale
     freshness
+    echoes
     deltas
     replacing
     cascades
@@ -53,12 +55,17 @@ ORDER = """
     drivers
     events
     figures
+    history
+    observers
     state
     table
     feed
     invalidation
     upkeep
     health
+    following
+    staleness
+    forks
     policies
     answering
     explaining
@@ -67,6 +74,7 @@ ORDER = """
     cache
     scopes
     modes
+    misses
     reading
     ranges
     results
