@@ -14,4 +14,4 @@ WHERE c.xid = ANY (CAST(CAST(:running AS text) AS xid8[]))
     AND EXISTS (SELECT FROM sa_tablecache.incarnation AS i WHERE i.incarnation = :incarnation)
 UNION ALL
 SELECT 2, r.schema, r.name, r.fingerprint, r.problem, NULL, NULL
-FROM sa_tablecache.inspect(CAST(:relations AS jsonb)) AS r
+FROM sa_tablecache.inspect(CAST(CAST(:relations AS text) AS jsonb)) AS r
