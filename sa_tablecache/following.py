@@ -214,7 +214,7 @@ class Following(Invalidation):
         snapshots = self._bound
         changelog = changelog_for(snapshots.dialect.name)
         with snapshots.connect() as connection, connection.begin():
-            return install(connection, changelog, [plan_of(view) for view in self._tables])
+            return len(install(connection, changelog, [plan_of(view) for view in self._tables]))
 
     def uninstall_feed(self) -> None:
         """Remove the changelog from the database, with all triggers: for all who use it.
