@@ -77,7 +77,7 @@ def servers(kind: str, database: Database) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize(
     ("kind", "database"),
-    [("asynchronous", "sqlite"), ("threads", "postgresql"), ("wsgi", "sqlite")],
+    [("asynchronous", "postgresql"), ("threads", "sqlite"), ("wsgi", "postgresql")],
     indirect=["database"],
 )
 def test_who_wrote_in_one_process_reads_it_in_the_other(kind: str, flights: Database) -> None:
