@@ -6,7 +6,8 @@ In: an engine, views, and what the application says (load, evict, invalidate). A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
@@ -22,7 +23,7 @@ from .events import tables_of, unwatch, watch
 from .exc import Closed, CriteriaError, NotExpressible, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
 from .feed import ChangeFeed
-from .figures import Estimate, Stats, estimate
+from .figures import Estimate, Reason, Stats, estimate
 from .following import Following
 from .health import Health, health
 from .indexing import indexes_lacking_in
@@ -31,6 +32,7 @@ from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
+from .staleness import Refreshing
 from .statements import exact_value
 from .table import CachedTable, Timer
 from .triggers import unexplained
@@ -73,6 +75,7 @@ class BaseTableCache(Following):
         self.closing: list[Callable[[], object]] = []
         """Called when the cache is closed, while its views are still there."""
         self._closed = False
+        self.refreshing = Refreshing(self.upkeep)
         if engine is not None:
             self.bind(engine)
         for view in views:
@@ -107,6 +110,7 @@ class BaseTableCache(Following):
         table = CachedTable(plan_of(view), snapshots)
         table.timers = self.timers
         self._follow_view(table)
+        self.refreshing.watch(table)
         return table
 
     def _watch(self, engine: Engine) -> None:
@@ -270,7 +274,9 @@ class BaseTableCache(Following):
         """
         if isinstance(target, ViewMeta):
             view: Any = target
-            self.table(view).publish(self._marks_where(view, what))
+            marked = self.table(view)
+            marked.publish(self._marks_where(view, what))
+            marked.observers.tell()
             return
         changes = ChangeSet()
         tables = tables_of(target)
@@ -397,6 +403,31 @@ class BaseTableCache(Following):
         """
         feed = None if self.consumer is None else self.consumer.health()
         return health(self.upkeep, feed, () if feed is None else feed.complaints)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Have the database answer all reads of a block, in whatever thread or task they are.
+
+        ::
+
+            with cache.disabled():
+                slow = measure(report)
+
+        What is loaded stays, and commits are noticed as ever. Emits no SQL.
+        """
+        reason = Reason("disabled", "the cache is disabled")
+
+        def guard(*_: Any) -> str:
+            return reason
+
+        tables = list(self._tables.values())
+        for table in tables:
+            table.guards = (guard, *table.guards)
+        try:
+            yield
+        finally:
+            for table in tables:
+                table.guards = tuple(each for each in table.guards if each is not guard)
 
     def close(self) -> None:
         """Stop noticing commits, give up all records, close the cache's own connections.
