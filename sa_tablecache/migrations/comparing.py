@@ -31,6 +31,7 @@ from sa_tablecache.exc import FeedUnavailable
 from sa_tablecache.feed.contract import VERSION, Installation, Relation, Watch
 from sa_tablecache.feed.dialects import changelog_for
 from sa_tablecache.feed.needs import Need, needs_of
+from sa_tablecache.triggers import OURS
 from sa_tablecache.usage import base_tables
 from sa_tablecache.view import CachedView
 
@@ -39,7 +40,12 @@ from .operations import MYSQL, CreateChangeFeedOp, UnwatchTableOp, WatchTableOp,
 
 log = logging.getLogger(__name__)
 
-OURS: Final = "sa_tablecache"
+_KINDS: Final = frozenset(
+    """
+    schema table column index unique_constraint foreign_key_constraint check_constraint
+    """.split()
+)
+"""What Alembic itself compares."""
 
 
 def leave_out_own_tables(
@@ -53,8 +59,11 @@ def leave_out_own_tables(
     schemas -= {relation.schema for relation in owned if relation.schema}
     names = {relation.name for relation in owned if not relation.schema}
 
-    def is_not_ours(name: str | None, kind: str, parents: Any) -> bool:
-        return kind != "table" or name not in names
+    def is_not_ours(name: str | None, kind: str, _: Any) -> bool:
+        if kind == "table":
+            return name not in names
+        # Of other plugins: a function or a trigger, perhaps with the name of its schema.
+        return kind in _KINDS or not (name or "").rpartition(".")[2].startswith(OURS)
 
     # There is no public way to add a filter to those of env.py.
     context._name_filters.append(is_not_ours)

@@ -631,12 +631,14 @@ def test_two_databases_have_their_own_views(
 def test_filters_and_other_plugins_go_on_working(
     plain: tuple[Project, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What include_object leaves out is told of and left alone; other comparators see no feed."""
+    """What include_object leaves out is told of and left alone; others are not shown triggers."""
     made, _ = plain
     seen: list[Any] = []
 
     def compare(context: Any, _: Any, __: Any) -> PriorityDispatchResult:
-        seen.append(context.run_name_filters("orders", "table", {"schema_name": None}))
+        shown = [("orders", "table"), ("main.sa_tablecache_insert_orders", "trigger")]
+        parents = {"schema_name": None, "table_name": ""}
+        seen.append([context.run_name_filters(name, kind, parents) for name, kind in shown])
         return PriorityDispatchResult.CONTINUE
 
     plugin = Plugin("tests.another")
@@ -652,7 +654,7 @@ def test_filters_and_other_plugins_go_on_working(
             made.migrate()
     finally:
         plugin.remove()
-    assert set(seen) == {True}
+    assert seen[0] == [True, False]
     assert watched(made.engine).keys() == {"orders"}
     assert "customers is read by views, but" in caplog.text
 
