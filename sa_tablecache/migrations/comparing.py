@@ -27,7 +27,7 @@ from alembic.util import PriorityDispatchResult
 from sqlalchemy.exc import NoReferenceError
 
 from sa_tablecache.analysis import TableName, ViewPlan, plan_of, table_label, table_name
-from sa_tablecache.exc import FeedUnavailable
+from sa_tablecache.exc import FeedUnavailable, TableCacheError
 from sa_tablecache.feed.contract import VERSION, Installation, Relation, Watch
 from sa_tablecache.feed.dialects import changelog_for
 from sa_tablecache.feed.needs import Need, needs_of
@@ -189,18 +189,23 @@ class _Comparison:
                     "out: it has to be watched by other means",
                     table_label(name),
                 )
-            elif name in self.relations:
+            elif name in self.relations and not self._is_view(name):
                 relation = self.relations[name]
                 have = self.installed.watched.get(relation)
-                self._watch(name, self._wanted(relation, need, have), have)
+                try:
+                    wanted = self._wanted(relation, need, have)
+                except TableCacheError as error:  # of a kind that has no triggers
+                    log.warning("%s", error)
+                    continue
+                self._watch(name, wanted, have)
             elif self._creating(name):
                 self.ops.append(
                     WatchTableOp(name[1], schema=name[0], key=need.key or None, ranges=need.ranges)
                 )
             else:
                 log.warning(
-                    "%s is read by views, and the database has no such table: nothing is watched "
-                    "there",
+                    "%s is read by views, and is no table of the database: watch those that it "
+                    "is made of, if it is a view",
                     table_label(name),
                 )
 
@@ -299,6 +304,15 @@ class _Comparison:
             and self.context.run_name_filters(table, "table", {"schema_name": schema})
             and self.context.run_object_filters(self.tables[name], table, "table", False, None)
         )
+
+    def _is_view(self, name: TableName) -> bool:
+        """Whether what is called so is a view of the database."""
+        schema, table = name
+        inspector = self.context.inspector
+        views = inspector.get_view_names(schema)
+        if self.context.dialect.name == "postgresql":
+            views += inspector.get_materialized_view_names(schema)
+        return table in views
 
     # -- what else the migration does -----------------------------------------------------------
 

@@ -108,7 +108,7 @@ def drop_a_trigger(engine: Engine, table: str) -> None:
 
 @pytest.fixture
 def new_project(tmp_path: Path, database_url: URL) -> Iterator[Callable[..., Project]]:
-    """A function that makes projects on one database."""
+    """A function that makes projects, on the database of the test unless another is given."""
     made: list[Project] = []
 
     def make(metadata: Any, url: URL = database_url, **options: Any) -> Project:
@@ -340,6 +340,54 @@ def test_a_column_that_triggers_use_can_be_dropped(plain: tuple[Project, Any]) -
     made.downgrade("-1")
     assert watched(made.engine) == ORDERS_AND_CUSTOMERS
     del Later
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_partition_that_came_later_is_watched(new_project: Callable[..., Project]) -> None:
+    """A partition that has no triggers yet is noticed, and gets them."""
+    metadata = MetaData()
+    orders = Table(
+        "orders",
+        metadata,
+        Column("id", Integer, primary_key=True),
+        postgresql_partition_by="RANGE (id)",
+    )
+
+    class Orders(CachedView):
+        __select__ = select(orders.c.id)
+
+    made = new_project(metadata, include_name=lambda name, *_: name != "orders_1")
+    metadata.create_all(made.engine)
+    made.migrate()
+    execute(made.engine, "CREATE TABLE orders_1 PARTITION OF orders FOR VALUES FROM (1) TO (9)")
+    with pytest.raises(CommandError, match="watch_table"):
+        made.check()
+    made.migrate()
+    assert watched(made.engine) == {"orders": (("id",), ())}
+    del Orders
+
+
+@on_sqlite
+def test_views_of_the_database_cannot_be_watched(
+    new_project: Callable[..., Project], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model of a view of the database is told of, and gets no triggers."""
+    models = shop()
+    made = new_project(models.metadata)
+    models.metadata.create_all(made.engine)
+    execute(made.engine, "CREATE VIEW recent AS SELECT id FROM orders")
+    recent = Table("recent", MetaData(), Column("id", Integer, primary_key=True))
+
+    class Recent(CachedView):
+        __select__ = select(recent.c.id).join(
+            models.customers, models.customers.c.id == recent.c.id
+        )
+
+    with caplog.at_level(logging.WARNING, "sa_tablecache"):
+        made.migrate()
+    assert watched(made.engine) == ORDERS_AND_CUSTOMERS
+    assert "recent is read by views, and is no table of the database" in caplog.text
+    del Recent
 
 
 @every_database
