@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from sqlalchemy import select, update
 
-from sa_tablecache import AsyncTableCache, TableCache, TableCacheError, bypass_cache
+from sa_tablecache import AsyncTableCache, ChangeFeed, TableCache, TableCacheError, bypass_cache
 from sa_tablecache.figures import REASONS
 from sa_tablecache.metrics import export
 from tests.integration.databases import Database
@@ -176,6 +176,30 @@ def test_no_value_of_a_statement_is_in_a_label(world: World, registry: Any):
     assert "secret" not in page
     lines = [line for line in page.splitlines() if line.startswith("sa_tablecache_reads_total{")]
     assert len(lines) == 2, lines
+
+
+def test_a_change_feed_is_told_of_until_it_is_closed(sqlite: Database):
+    """Its lag and whether it can be trusted; what the feed is the reason of is counted as that."""
+    registry = CollectorRegistry()
+    with flights_world(sqlite, feed=ChangeFeed()) as world:
+        export(world.cache, registry=registry, name="fed")
+
+        def feed(name: str) -> float | None:
+            return registry.get_sample_value(f"sa_tablecache_feed_{name}", {"cache": "fed"})
+
+        assert feed("trusted") == 0
+        world.cache.upkeep.stop()
+        world.ids()
+        assert ("bypass", "feed") in reads(registry)
+        world.cache.install_feed()
+        world.cache.load(OuterBoard)
+        world.cache.barrier()
+        world.ids()
+        assert feed("trusted") == 1
+        assert 0 <= feed("lag_seconds") < 60
+        world.cache.uninstall_feed()
+    assert feed("trusted") is None
+    assert feed("lag_seconds") is None
 
 
 # -- whose it is ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, literal, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import sessionmaker
 
@@ -15,6 +15,7 @@ from sa_tablecache import (
     AsyncTableCache,
     CachedView,
     CacheSession,
+    ChangeFeed,
     TableCache,
     TableCacheError,
     bypass_cache,
@@ -345,6 +346,34 @@ def test_the_upkeep_runs_when_it_is_told_to(world: World):
         assert kind(world)[1] == "hit"
     world.cache.upkeep.remove("load")
     assert world.cache.upkeep.running
+
+
+def test_a_change_feed_is_not_followed_meanwhile(database: Database):
+    """Nothing is committed that it could tell of; afterwards it is followed as before."""
+    with flights_world(database, feed=ChangeFeed()) as world:
+        world.cache.upkeep.stop()
+        world.cache.install_feed()
+        world.cache.barrier()
+        with joined(world.cache, world.Session):
+            world.cache.load(OuterBoard)
+            with world.Session.begin() as session:
+                session.execute(
+                    insert(Flight).from_select(
+                        list(flight(7, 0)), select(*(literal(v) for v in flight(7, 0).values()))
+                    )
+                )
+            assert kind(world) == ([1, 2, 3, 4, 5, 6, 7], "hit")
+            run_upkeep(world.cache)
+            assert kind(world) == ([1, 2, 3, 4, 5, 6, 7], "hit")
+        world.cache.load(OuterBoard)
+        assert kind(world) == ([1, 2, 3, 4, 5, 6], "hit")
+        with world.outside() as session:
+            session.execute(delete(Flight).where(Flight.id == 1))
+            session.commit()
+        world.cache.barrier()
+        assert kind(world) == ([2, 3, 4, 5, 6], "hit")
+        assert set(world.cache.health().jobs) >= {"change feed"}
+        world.cache.uninstall_feed()
 
 
 @every_database

@@ -18,8 +18,8 @@ ORDER = """
     changes usage triggers layout stale freshness echoes deltas replacing cascades wording
     statements returning commits drivers events figures state table feed invalidation upkeep health
     following policies answering explaining attempts transactions cache scopes modes reading ranges
-    results listening session middleware metrics asyncio commands inspecting migrations testing
-    __init__ __main__
+    results listening session middleware metrics asyncio commands inspecting migrations
+    binding testing __init__ __main__
 """.split()
 
 MAX_LINES = 500
