@@ -15,7 +15,7 @@ from typing import Any, Self, cast
 from sqlalchemy import Engine, select
 from sqlalchemy.sql import ColumnElement
 
-from .analysis import plan_of, table_label, table_name
+from .analysis import ViewPlan, plan_of, table_label, table_name
 from .answering import covered_candidate
 from .changes import MOST_RANGES, VIEW, ChangeSet, Marks, RangeMark
 from .comparison import Inexact
@@ -26,11 +26,13 @@ from .feed import ChangeFeed
 from .figures import Estimate, Reason, Stats, estimate
 from .following import Following
 from .health import Health, health
+from .indexing import indexes_lacking_in
 from .layout import log_coarse
 from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
+from .staleness import Refreshing
 from .statements import exact_value
 from .table import CachedTable, Timer
 from .triggers import unexplained
@@ -73,6 +75,7 @@ class BaseTableCache(Following):
         self.closing: list[Callable[[], object]] = []
         """Called when the cache is closed, while its views are still there."""
         self._closed = False
+        self.refreshing = Refreshing(self.upkeep)
         if engine is not None:
             self.bind(engine)
         for view in views:
@@ -107,6 +110,7 @@ class BaseTableCache(Following):
         table = CachedTable(plan_of(view), snapshots)
         table.timers = self.timers
         self._follow_view(table)
+        self.refreshing.watch(table)
         return table
 
     def _watch(self, engine: Engine) -> None:
@@ -270,7 +274,9 @@ class BaseTableCache(Following):
         """
         if isinstance(target, ViewMeta):
             view: Any = target
-            self.table(view).publish(self._marks_where(view, what))
+            marked = self.table(view)
+            marked.publish(self._marks_where(view, what))
+            marked.observers.tell()
             return
         changes = ChangeSet()
         tables = tables_of(target)
@@ -328,15 +334,18 @@ class BaseTableCache(Following):
         """Return what keeps views from being served exactly: coarse tables, unordered indexes.
 
         Asks the catalog about views that were not used yet. What keeps a view from being used at
-        all is a problem too, and not raised here.
+        all is a problem too, and not raised here; and so is an index that reads of the cache need
+        and that the database does not have, for which the catalog is asked about each table.
         """
         problems = [Problem(view.__name__, why) for view, why in self.feed_problems().items()]
+        usable: list[ViewPlan] = []
         for view, table in self._tables.items():
             try:
                 columns = table.set_up().columns
             except TableCacheError as error:
                 problems.append(Problem(view.__name__, str(error)))
                 continue
+            usable.append(table.plan)
             problems += [
                 Problem(
                     view.__name__, f"any change of {table_label(name)} marks the whole view: {why}"
@@ -357,6 +366,10 @@ class BaseTableCache(Following):
                                 f"{how.reason or 'no order that Python knows'}",
                             )
                         )
+        if usable:
+            with self.load_engine.connect() as connection:
+                lacking = indexes_lacking_in(connection, usable)
+            problems += [Problem(index.view, str(index)) for index in lacking]
         return problems
 
     def explain(self, statement: Any) -> Explanation:

@@ -40,6 +40,7 @@ REASONS: Final[Mapping[str, str]] = {
     "commit": "a commit that touches the view was under way",
     "refresh_failed": "the refresh failed",
     "overrun": "changes arrived faster than refreshes",
+    "stale": "marked records were given as they were, being younger than what is allowed",
 }
 """The categories by which reads that were not plain hits are counted, and what each means."""
 

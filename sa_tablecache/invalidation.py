@@ -175,6 +175,8 @@ class Invalidation:
             marks = self._marks_of(table, changes)
             echoed = self.consumer is not None and self.consumer.trusts(table)
             table.publish(marks, leased.get(table), echoed=echoed)
+        for table in list(self._tables.values()):
+            table.observers.tell()
 
     def mark(self, changes: ChangeSet) -> None:
         """Mark what the application says has changed, whatever a change feed tells."""

@@ -34,6 +34,7 @@ from .reading import (
 )
 from .scopes import database_reason, flush_pending
 from .scores import MAX, MIN, NULLS_LAST, Interval, IntervalSet
+from .staleness import tolerated
 from .state import State
 from .table import CachedTable
 from .view import ViewIndex
@@ -75,6 +76,10 @@ def range_from_cache(
             reason = database_reason(session, cache, table)
             if reason is not None:
                 raise Inexact(reason)
+            stale: Reason | None = None
+            if state is None:
+                stale = tolerated(table)
+                state = None if stale is None else table.state
             if state is not None:
                 if not state.coverage:
                     if fetch:
@@ -89,11 +94,12 @@ def range_from_cache(
                 )
                 if not (covered or fetch):
                     return None
-                if state.is_stale(name, (interval,)):
-                    pass
-                elif not covered:
+                marked = stale is not None or state.is_stale(name, (interval,))
+                if not marked and not covered:
                     return _partial_range(session, table, read, state, interval)
-                else:
+                if covered and marked:
+                    stale = stale or tolerated(table)
+                if covered and (not marked or stale is not None):
                     order = state.storage.orders[name]
                     if read.limit is None:
                         records = order.between(interval)
@@ -101,7 +107,9 @@ def range_from_cache(
                             records.reverse()
                     else:
                         records = order.some(interval, read.limit, from_end=read.descending)
-                    remember(session, table, "hit", REFRESHED if refreshed else "")
+                    remember(session, table, "hit", stale or (REFRESHED if refreshed else ""))
+                    if stale is not None:
+                        cache.refreshing.behind(table)
                     return layout.given(records)
             if not fetch or not freshen(session, cache, table):
                 return None

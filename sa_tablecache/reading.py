@@ -36,6 +36,7 @@ from .planner import Candidate, Question, ask
 from .scopes import database_reason, flush_pending, in_own_scope
 from .scores import IntervalSet
 from .shapes import Shape, shape_of, view_of
+from .staleness import tolerated
 from .state import State
 from .table import CachedTable
 from .view import CachedView
@@ -146,6 +147,10 @@ def answer(
             reason = database_reason(session, cache, table, statement)
             if reason is not None:
                 raise Inexact(reason)
+            stale: Reason | None = None
+            if state is None:
+                stale = tolerated(table, shape.options)
+                state = None if stale is None else table.state
             if state is not None:
                 if not state.coverage:
                     if fetch:
@@ -162,11 +167,18 @@ def answer(
                         remember(session, table, "miss", lacking(state))
                         return None
                     found, missing = partial
-                    if not state.is_stale(found.index, found.intervals - missing):
+                    present = found.intervals - missing
+                    if stale is None and not state.is_stale(found.index, present):
                         return _partial(session, table, statement, question, state, *partial)
-                elif not state.is_stale(candidate.index, candidate.intervals):
+                elif (
+                    stale is not None
+                    or not state.is_stale(candidate.index, candidate.intervals)
+                    or (stale := tolerated(table, shape.options)) is not None
+                ):
                     rows = from_state(layout, question, state, candidate)
-                    remember(session, table, "hit", REFRESHED if refreshed else "")
+                    remember(session, table, "hit", stale or (REFRESHED if refreshed else ""))
+                    if stale is not None:
+                        cache.refreshing.behind(table, shape.options)
                     return Answer(rows, shape)
             if not fetch or not freshen(session, cache, table):
                 return None

@@ -7,7 +7,7 @@ told in ``table.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from .analysis import TableName, ViewPlan
@@ -18,6 +18,7 @@ from .events import tick
 from .figures import Counts
 from .freshness import Freshness
 from .layout import Layout
+from .observers import Observers
 from .scores import Interval
 from .stale import StaleRecords
 from .storage import Storage
@@ -51,7 +52,13 @@ class ViewState:
         """When records, marks or leases changed last, as an :func:`.events.tick`."""
         self._freshness = Freshness()
         self.echoes = Echoes()
+        self.observers = Observers(plan, self._given)
+        self.when_marked: Callable[[], object] | None = None
+        """Called when marks were made; it takes no lock."""
         self.counts = Counts()
+
+    def _given(self, records: list[Any]) -> list[Any]:
+        return records if self.layout is None else self.layout.given(records)
 
     def _set_state(self, state: State, added: Marks | None = None) -> None:
         """Publish what readers see; only under the lock.
@@ -107,6 +114,12 @@ class ViewState:
         return self._freshness.waits_for_commit
 
     @property
+    def age(self) -> float | None:
+        """For how many seconds something has been marked or leased; ``None`` if nothing is."""
+        with self._lock:
+            return self._freshness.age
+
+    @property
     def tables(self) -> frozenset[TableName]:
         """The tables of which a change concerns the view."""
         return self.plan.tables if self.layout is None else self.layout.tables
@@ -160,6 +173,9 @@ class ViewState:
             self._freshness.forget()
             kept = False
         self._set_state(self._state, marks if kept else None)
+        self.observers.marked(marks)
+        if self.when_marked is not None and marks:
+            self.when_marked()
 
     # -- what a change feed tells ---------------------------------------------------------------
 
@@ -205,6 +221,7 @@ class ViewState:
 
     def _apply(self, token: int, state: State, cleared: dict[AnyMark, int]) -> None:
         """Publish what a load or refresh made; only under the lock."""
+        self.observers.stored(self._state.storage, state.storage, refreshed=bool(cleared))
         self._freshness.apply(token, cleared)
         if self.layout is not None:
             self._freshness.drop(

@@ -214,6 +214,7 @@ class CachedTable(ViewState):
                 len(rows.records), expired, seconds,
             )  # fmt: skip
         self._tell_timers("load", seconds)
+        self.observers.tell()
 
     def evict(self, index: str, intervals: IntervalSet) -> None:
         """Give up records; those that the coverage of another index needs stay."""
@@ -239,6 +240,7 @@ class CachedTable(ViewState):
             finally:
                 self._end(token)
             self.counts.records_expired += len(gone)
+        self.observers.tell()
 
     def clear(self) -> None:
         """Give up all records."""
@@ -247,9 +249,11 @@ class CachedTable(ViewState):
             empty = layout.build(layout.no_rows())
             if not self._freshness.underway:
                 self._freshness.forget()
+            self.observers.stored(self._state.storage, empty, refreshed=False)
             self._set_state(State(empty, Coverage()))
             if self._ready.done():
                 self._ready = new_future()
+        self.observers.tell()
 
     def wait_ready(self, timeout: float | None) -> bool:
         """Wait for the first load to end."""
@@ -278,6 +282,7 @@ class CachedTable(ViewState):
                 self.feed.catch_up()
             if self._freshness.pending.keys() - {UNREAD}:
                 self._refresh()
+        self.observers.tell()
 
     def _refresh(self) -> None:
         started = time.monotonic()
@@ -300,7 +305,7 @@ class CachedTable(ViewState):
         seconds = time.monotonic() - started
         self.counts.refreshes += 1
         self.counts.refresh_seconds += seconds
-        log.debug(
+        log.info(
             "view %s: refreshed %d marks, %d records in %.3f s", self.plan.name, len(marks),
             len(delta.rows.records), seconds,
         )  # fmt: skip

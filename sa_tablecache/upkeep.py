@@ -292,6 +292,12 @@ class Upkeep:
             if self._started:
                 self._begin(job)
 
+    def ensure(self, name: str, run: Step) -> None:
+        """Add a job, unless there is one of that name."""
+        if name not in self._jobs:
+            with suppress(TableCacheError):  # another thread has added it meanwhile
+                self.add(name, run)
+
     def remove(self, name: str) -> Step | None:
         """Take a job away, if it is there; a step of it that is under way is not waited for.
 
