@@ -31,7 +31,7 @@ from sqlalchemy.orm import Session
 
 from .cache import BaseTableCache
 from .changes import ChangeSet
-from .commits import KEY, Transaction, transaction_of
+from .commits import KEY, Transaction
 from .drivers import TAINTED, in_transaction
 from .events import root_of
 from .exc import TableCacheError
@@ -49,15 +49,14 @@ ELSEWHERE: Final = Reason(
 )
 OVER: Final = Reason("bind", "the transaction that the cache is bound to has ended")
 
-_NOW: Final = 2**63
-"""Later than any :func:`.events.tick`: see :meth:`Binding.guard`."""
 
-
+_BINDINGS: Final = "sa_tablecache.bindings"
+"""In the connection's info: the bindings to it."""
 _SAVEPOINT: Final = re.compile(
     r"\s*(SAVEPOINT|RELEASE(?:\s+SAVEPOINT)?|ROLLBACK(?:\s+\w+)?\s+TO(?:\s+SAVEPOINT)?)\s+(\S+)",
     re.IGNORECASE,
 )
-_EVENTS: Final = ("savepoint", "before_cursor_execute", "rollback", "commit")
+_EVENTS: Final = ("savepoint", "before_cursor_execute", "rollback")
 """Those of the connection, which come before those of its engine."""
 
 
@@ -138,8 +137,8 @@ class Binding:
         self._savepoints: list[str] = []
         self._own = False
         """Whether a savepoint that begins or ends is the cache's own."""
-        self._committed = ChangeSet()
-        """What counts as committed: so it will be for others, if the test commits after all."""
+        self._all: list[Binding] = connection.info.setdefault(_BINDINGS, [])
+        """Those of the connection: what is settled is settled for all of them."""
         self._original = original
         self._borrowed = _Borrowed(self, original)
         self._set_snapshots(self._borrowed)
@@ -150,6 +149,8 @@ class Binding:
         self._run_upkeep(in_background=False)
         for name in _EVENTS:
             event.listen(connection, name, getattr(self, name))
+        self._all.append(self)
+        cache.lives_in = connection
         self._commit()
         self._drop()
 
@@ -202,6 +203,8 @@ class Binding:
         """Have the cache be what it was before, and empty."""
         for name in _EVENTS:
             event.remove(self.connection, name, getattr(self, name))
+        self._all.remove(self)
+        self.cache.lives_in = None
         self._run_upkeep(in_background=True)
         self._drop()
         for table in self._tables():
@@ -214,19 +217,25 @@ class Binding:
     # -- what counts as a commit ----------------------------------------------------------------
 
     def _commit(self) -> None:
-        """Mark what was written so far."""
-        changes = self._take()
+        """Mark what was written so far, for all caches that live in the transaction."""
+        changes = self._settle()
         if changes:
-            self.cache.publish(changes, None)
+            for binding in self._all:
+                binding.cache.publish(changes, None)
 
-    def _take(self) -> ChangeSet:
-        """Return what was written so far, which is the open transaction's own no longer."""
+    def _settle(self) -> ChangeSet:
+        """Return what was written so far, and count it as committed for caches that live here.
+
+        To others it stays what an open transaction has written.
+        """
         transaction: Transaction | None = self.connection.info.get(KEY)
         if transaction is None:
             return ChangeSet()
         transaction.settle()
         changes, transaction.changes = transaction.changes, ChangeSet()
-        self._committed.update(changes)
+        if transaction.settled is None:
+            transaction.settled = ChangeSet()
+        transaction.settled.update(changes)
         return changes
 
     def savepoint(self, connection: Connection, _: Any) -> None:
@@ -250,10 +259,10 @@ class Binding:
             del self._savepoints[self._savepoints.index(name) :]
         if self._savepoints:
             return
-        if what.startswith("RELEASE") or self.reads != self._reads_before:
+        if what.startswith("RELEASE") or any(b.reads != b._reads_before for b in self._all):
             self._commit()
         else:
-            self._take()  # the cache cannot have read what is undone
+            self._settle()  # no cache can have read what is undone
 
     @contextmanager
     def own_read(self) -> Iterator[None]:
@@ -294,15 +303,7 @@ class Binding:
     def rollback(self, _: Connection) -> None:
         """Give up everything: it was never there."""
         self._savepoints.clear()
-        self._committed = ChangeSet()
         self._drop()
-
-    def commit(self, connection: Connection) -> None:
-        """Have others told of all that the transaction wrote."""
-        self._savepoints.clear()
-        transaction = transaction_of(connection.info)
-        transaction.changes.update(self._committed)
-        self._committed = ChangeSet()
 
     # -- reads ----------------------------------------------------------------------------------
 
@@ -316,9 +317,6 @@ class Binding:
             return ELSEWHERE
         if self.connection.closed or not self.connection.in_transaction():
             return OVER
-        # Where transactions have snapshots, what a view was read from may not be newer than the
-        # reader's. Here it is the reader's own.
-        transaction_of(self.connection.info).began = _NOW
         if not self._savepoints:
             self._commit()
         return None

@@ -245,6 +245,61 @@ def by_id(record: Any) -> int:
     return int(record.id)
 
 
+def test_two_caches_live_in_one_test(world: World):
+    """Both are told of what counts as committed, whichever notices it."""
+    with (
+        TableCache(world.engine, views=[OuterBoard]) as other,
+        joined(world.cache, world.Session) as connection,
+        bound(other, connection),
+    ):
+        sessions = (world.Session, other.sessionmaker(bind=connection))
+        for cache in (world.cache, other):
+            cache.load(OuterBoard)
+        for number, write in ((7, world.Session), (8, world.Session)):
+            with write.begin() as session:
+                session.add(Flight(**flight(number, 0)))
+            for Session in sessions:
+                with Session() as session:
+                    assert number in ids(session.range(OuterBoard.by_hour))
+                    assert session.last_read.kind == "hit"
+        with world.Session() as session:
+            session.add(Flight(**flight(9, 0)))
+            session.flush()
+            other.load(OuterBoard, OuterBoard.hour < hour(2))
+            session.rollback()
+        for Session in sessions:
+            with Session() as session:
+                assert 9 not in ids(session.range(OuterBoard.by_hour, lt=hour(2)))
+
+
+def test_a_cache_that_is_not_bound_does_not_answer_the_test(world: World):
+    """It holds what is committed, and the test's connection sees something else."""
+    with TableCache(world.engine, views=[OuterBoard]) as other:
+        other.load(OuterBoard)
+        with joined(world.cache, world.Session) as connection:
+            with world.Session.begin() as session:
+                session.add(Flight(**flight(7, 0)))
+            connection.execute(delete(Flight).where(Flight.id == 1))
+            assert 1 not in kind(world)[0]
+            with other.sessionmaker(bind=connection)() as session:
+                assert ids(session.range(OuterBoard.by_hour)) == [2, 3, 4, 5, 6, 7]
+                assert session.last_read.reason == "the transaction wrote a table of the view"
+        with other.sessionmaker()() as session:
+            assert ids(session.range(OuterBoard.by_hour)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_attached_sessions_live_in_the_test_as_well(world: World):
+    """A factory of plain sessions is answered by the cache that it is attached to."""
+    plain = sessionmaker(world.engine)
+    world.cache.attach(plain)
+    with joined(world.cache, plain):
+        world.cache.load(OuterBoard)
+        with plain.begin() as session:
+            session.add(Flight(**flight(7, 0)))
+        with plain() as session, assert_hits(OuterBoard):
+            assert 7 in ids(session.scalars(select(OuterBoard)))
+
+
 # -- the end of the transaction --------------------------------------------------------------------
 
 
