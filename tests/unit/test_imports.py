@@ -87,6 +87,7 @@ ORDER = """
     inspecting
     feed_command
     migrations
+    binding
     testing
     __init__
     __main__
