@@ -44,7 +44,6 @@ ORDER = """
     layout
     stale
     freshness
-    echoes
     deltas
     replacing
     cascades
