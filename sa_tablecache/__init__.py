@@ -7,6 +7,8 @@ from .exc import (
     Closed,
     CriteriaError,
     DuplicateKey,
+    LoadSlotTimeout,
+    MemoryLimitExceeded,
     NotExpressible,
     TableCacheError,
     TransactionConflict,
@@ -20,6 +22,7 @@ from .exc import (
 from .explaining import Explanation
 from .figures import Estimate, Stats
 from .options import bypass_cache, no_store
+from .policies import Everything, Manual, ReadThrough, SlidingWindow
 from .reading import LastRead
 from .scopes import harmless
 from .session import CacheSession, TableCache
@@ -38,11 +41,17 @@ __all__ = [
     "CriteriaError",
     "DuplicateKey",
     "Estimate",
+    "Everything",
     "Explanation",
     "LastRead",
+    "LoadSlotTimeout",
+    "Manual",
+    "MemoryLimitExceeded",
     "NotExpressible",
     "Problem",
+    "ReadThrough",
     "ScoreIndex",
+    "SlidingWindow",
     "Stats",
     "TableCache",
     "TableCacheError",

@@ -24,11 +24,15 @@ from .explaining import Explanation, explain
 from .figures import Estimate, Stats, estimate
 from .health import Health, health
 from .invalidation import Invalidation
+from .keeping import Clock, utc_now
 from .layout import log_coarse
+from .limits import MemoryLimit
 from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
+from .policies import Kept, Policy, check_number, policy_of
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
+from .slots import LoadSlots
 from .statements import exact_value
 from .table import CachedTable, Timer
 from .triggers import unexplained
@@ -59,8 +63,18 @@ class BaseTableCache(Invalidation):
         *,
         views: Iterable[type[CachedView]] = (),
         load_engine: Engine | None = None,
+        memory_limit: int | None = None,
+        load_slots: int | None = None,
+        slot_timeout: float = 300.0,
     ) -> None:
         super().__init__()
+        self.clock: Clock = utc_now
+        """Says what time it is for windows and ages, as an aware datetime; tests have their own."""
+        self.memory = None if memory_limit is None else MemoryLimit(memory_limit)
+        self._slots = None if load_slots is None else LoadSlots(load_slots, slot_timeout)
+        self._policies: dict[type[CachedView], Policy] = {}
+        self._kept: dict[type[CachedView], tuple[str, Kept]] = {}
+        """What each policy does, and the name of its job."""
         self._engine: Engine | None = None
         self._given_load_engine = load_engine
         self._watched: list[Engine] = []
@@ -102,7 +116,29 @@ class BaseTableCache(Invalidation):
     def _new_table(self, view: type[CachedView], snapshots: Snapshots) -> CachedTable:
         table = CachedTable(plan_of(view), snapshots)
         table.timers = self.timers
+        table.slots = self._slots
+        if self.memory is not None:
+            table.memory = self.memory
+            self.memory.add(table)
+        self._keep(view, table)
         return table
+
+    def _keep(self, view: type[CachedView], table: CachedTable) -> None:
+        """Have the policy of a view kept, in the place of another if there was one."""
+        if view in self._kept:
+            job, before = self._kept[view]
+            self.upkeep.remove(job)
+            table.guards = tuple(guard for guard in table.guards if guard != before.guard)
+        job = f"policy of {table.name}"
+        if job in self.upkeep:  # of another view of that name
+            job = f"policy of {view.__module__}.{view.__qualname__}"
+        kept = self._policies[view].keep(table, lambda: self.clock)
+        self._kept[view] = job, kept
+        table.keeper, table.rereads = kept.keeper, kept.rereads
+        if kept.guard is not None:
+            table.guards = (*table.guards, kept.guard)
+        if kept.step is not None:
+            self.upkeep.add(job, kept.step)
 
     def _watch(self, engine: Engine) -> None:
         watch(engine, self)
@@ -128,19 +164,29 @@ class BaseTableCache(Invalidation):
         """The views that were added."""
         return tuple(self._views)
 
-    def add(self, view: type[CachedView]) -> None:
+    def add(self, view: type[CachedView], *, policy: Policy | None = None) -> None:
         """Add a view; nothing of it is loaded. Emits no SQL.
 
+        :param policy: which records to keep: :class:`.Everything`, :class:`.SlidingWindow`,
+            :class:`.ReadThrough` or :class:`.Manual`; by default what the view declares as
+            ``__policy__``. Of a view that was added before, it takes the place of the policy.
         :raises ViewDefinitionError: if the view cannot be right.
+        :raises NotExpressible: if the policy needs an index that the view does not have.
         """
         self._check_open()
         if not isinstance(view, ViewMeta):
             raise TableCacheError(f"{view!r} is not a CachedView")
         plan = plan_of(view)
+        chosen = policy_of(plan, policy)
         with self._lock:
             if view in self._views:
+                if policy is not None:
+                    self._policies[view] = chosen
+                    if view in self._tables:
+                        self._keep(view, self._tables[view])
                 return
             self._views.append(view)
+            self._policies[view] = chosen
             if self._snapshots is not None:
                 self._tables[view] = self._new_table(view, self._snapshots)
         for table, why in plan.coarse.items():
@@ -179,6 +225,7 @@ class BaseTableCache(Invalidation):
         view: type[CachedView],
         *criteria: ColumnElement[bool] | bool,
         progress: Progress | None = None,
+        chunk: int | None = None,
     ) -> None:
         """Make the coverage exactly what the criteria say; without criteria, everything.
 
@@ -186,22 +233,34 @@ class BaseTableCache(Invalidation):
         stays. Readers go on meanwhile, with the old coverage until the new one is complete. A load
         that fails leaves all as it was.
 
+        With ``chunk``, several SELECTs fetch so many records each, in the order of the index, each
+        in a snapshot of its own that ends with it. Each chunk extends the coverage when it is
+        there; one that fails leaves those before it, and the same call goes on from there. What is
+        covered no more is expired at the end.
+
         :param criteria: a range of one index, such as ``View.time_hour >= since``.
         :param progress: called every 1,000 rows with the number of rows so far.
-        :raises NotExpressible: if no index can express the criteria; it says which one would.
+        :param chunk: how many records to fetch at a time; ``None`` for all at once.
+        :raises NotExpressible: if no index can express the criteria; it says which one would. With
+            ``chunk``, if the index does not sort in Python as in the database.
+        :raises MemoryLimitExceeded: if there is a ``memory_limit``, and it would pass it.
+        :raises LoadSlotTimeout: if there are ``load_slots``, and none became free in time.
         """
+        check_number("chunk", chunk)
         table, index, intervals = self._target(view, criteria)
-        table.load(index, intervals, progress=progress)
+        table.load_chunks(index, intervals, chunk, progress=progress)
 
     def extend(
         self,
         view: type[CachedView],
         *criteria: ColumnElement[bool] | bool,
         progress: Progress | None = None,
+        chunk: int | None = None,
     ) -> None:
         """Add what the criteria say to the coverage; like :meth:`load`, nothing is expired."""
+        check_number("chunk", chunk)
         table, index, intervals = self._target(view, criteria)
-        table.load(index, intervals, extend=True, progress=progress)
+        table.load_chunks(index, intervals, chunk, extend=True, progress=progress)
 
     def evict(self, view: type[CachedView], *criteria: ColumnElement[bool] | bool) -> None:
         """Take what the criteria say out of the coverage. Emits no SQL.
@@ -212,8 +271,24 @@ class BaseTableCache(Invalidation):
         table.evict(index, intervals)
 
     def clear(self, view: type[CachedView]) -> None:
-        """Give up all records of a view. Emits no SQL."""
+        """Give up all records of a view. Emits no SQL.
+
+        A policy that runs in the background begins again.
+        """
         self.table(view).clear()
+        self.upkeep.wake(self._kept[view][0])
+
+    def step(self, view: type[CachedView]) -> None:
+        """Do one step of what the policy of a view does in the background, now and here.
+
+        ::
+
+            cache.step(FlightBoard)   # of a SlidingWindow: load what came in, expire the rest
+        """
+        table = self.table(view)
+        step = self._kept[table.view][1].step
+        if step is not None:
+            step()
 
     def covers(self, view: type[CachedView], *criteria: ColumnElement[bool] | bool) -> bool:
         """Whether everything that meets the criteria is in storage, fresh or marked."""

@@ -52,9 +52,12 @@ def read_touched(
     storage: Storage,
     coverage: Coverage,
     marks: Iterable[AnyMark],
+    *,
+    reread: bool = True,
 ) -> tuple[Touched | None, Rows]:
     """Read the records that changed rows touch, now or as they are stored.
 
+    :param reread: whether to read all that is covered where that cannot be said.
     :returns: which records to replace, ``None`` for all of them, and what they are now.
     """
     keys: dict[TableName, set[RowKey]] = {}
@@ -79,7 +82,8 @@ def read_touched(
         )
         if rows is not None:
             return touched, rows
-    return None, read_coverage(layout, connection, coverage)
+    rows = read_coverage(layout, connection, coverage) if reread else layout.no_rows()
+    return None, rows
 
 
 def _groups_of(connection: Connection, path: GroupPath, keys: set[RowKey]) -> set[RowKey] | None:

@@ -31,24 +31,20 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any, TypeAlias
 
 from sqlalchemy.orm import Session
 
-from .analysis import TableName, ViewPlan, table_label
-from .catalog import Catalog, probe
+from .analysis import ViewPlan, table_label
 from .changes import VIEW, AnyMark, Mark
 from .coverage import Coverage
 from .deltas import Touched, read_coverage, read_touched
-from .figures import Stats, stored_bytes
+from .figures import Stats
 from .layout import Layout
-from .loading import Progress, Rows, Snapshots
-from .replacing import loaded, refreshed
-from .scores import IntervalSet
-from .state import State, ViewState
-from .triggers import Automatic, automatic
-from .turns import Turn, new_future, wait_for
+from .loading import Rows, Snapshots
+from .loads import Loads
+from .replacing import refreshed
+from .state import State
 from .usage import base_tables
 
 log = logging.getLogger(__name__)
@@ -70,7 +66,7 @@ RESTARTS = 3
 """How often a refresh starts again because the coverage changed under it."""
 
 
-class CachedTable(ViewState):
+class CachedTable(Loads):
     """The records of one view, and everything that happens to them.
 
     :param plan: the view's plan.
@@ -78,23 +74,15 @@ class CachedTable(ViewState):
     """
 
     def __init__(self, plan: ViewPlan, snapshots: Snapshots) -> None:
-        super().__init__(plan)
+        super().__init__(plan, snapshots)
         self.view = plan.view
         self.base_tables = base_tables(plan)
-        self._snapshots = snapshots
-        self._in_task = bool(snapshots.dialect.is_async)
-        self._loading = Turn(in_task=self._in_task)
-        self._refreshing = Turn(in_task=self._in_task)
-        self._ready: Future[Any] = new_future()
-        self._setting_up = Turn(in_task=self._in_task)
-        self.doubtful = False
-        """Whether DDL ran, or what may have been, since the catalog was asked."""
-        self.timers: list[Timer] = []
-        """Those of the cache: one list for all of its tables."""
         self.recent: deque[Any] = deque(maxlen=RECENT)
         """The last reads that were no plain hits, as sessions remember them."""
         self.guards: tuple[Guard, ...] = ()
         """Asked at each read, before anything else."""
+        self.rereads = True
+        """Whether what a mark of the whole view concerns is read again; else it is given up."""
 
     def guarded(self, session: Session, statement: Any = None, *, fetch: bool = True) -> str | None:
         """Return why one of the guards sends a read to the database, or ``None``."""
@@ -103,144 +91,6 @@ class CachedTable(ViewState):
             if reason is not None:
                 return reason
         return None
-
-    # -- setting up -----------------------------------------------------------------------------
-
-    def set_up(self) -> Layout:
-        """Ask the database, once, what it stores; see :func:`.catalog.probe`."""
-        if self.layout is None:
-            with self._setting_up:
-                if self.layout is None:
-                    layout = Layout(self.plan, self._snapshots.dialect, *self._probed())
-                    with self._lock:
-                        self._set_state(State(layout.build(layout.no_rows()), Coverage()))
-                        self.layout = layout
-        return self.layout
-
-    def _renewed(self) -> Layout:
-        """Ask again, before reading, if what is stored may have been defined otherwise."""
-        layout = self.set_up()
-        if self.doubtful:
-            with self._setting_up:
-                if self.doubtful:
-                    try:
-                        layout.renew(*self._probed())
-                    except BaseException:
-                        self.doubtful = True
-                        raise
-        return layout
-
-    def _probed(self) -> tuple[Catalog, dict[TableName, Automatic]]:
-        self.doubtful = False  # before: DDL that ends meanwhile is another doubt
-        with self._snapshots.open() as connection:
-            return probe(connection, self.plan), automatic(connection, self.plan)
-
-    @property
-    def coarse(self) -> dict[TableName, str]:
-        """Tables of which any change marks the whole view, and why."""
-        return self.plan.coarse if self.layout is None else self.layout.coarse
-
-    # -- loading --------------------------------------------------------------------------------
-
-    def load(
-        self,
-        index: str,
-        target: IntervalSet,
-        *,
-        extend: bool = False,
-        progress: Progress | None = None,
-    ) -> None:
-        """Make the coverage the target (or, with ``extend``, include it): one SELECT at most.
-
-        Only the difference is fetched and expired. A load that fails leaves everything as it was.
-        """
-        layout = self._renewed()
-        started = time.monotonic()
-        with self._loading:
-            token = self._begin()
-            try:
-                before = self._state
-                missing = before.coverage.missing(index, target)
-                rows = layout.no_rows()
-                if missing:
-                    with self._snapshots.open() as connection:
-                        rows = layout.loader.read(
-                            connection, layout.where(index, missing), stream=True, progress=progress
-                        )
-                    self._pause("loaded")
-                    rows = layout.only(rows, index, missing)
-                expired = 0
-                while True:
-                    state = self._state
-                    coverage = (
-                        state.coverage.plus(index, target) if extend else Coverage({index: target})
-                    )
-                    storage, expired = loaded(
-                        layout, state.storage, rows, index, target, extend=extend
-                    )
-                    with self._lock:
-                        if self._is_still(state):
-                            self._apply(token, State(storage, coverage), {})
-                            if not self._ready.done():
-                                self._ready.set_result(None)
-                            break
-            finally:
-                self._end(token)
-            seconds = time.monotonic() - started
-            self.counts.loads += 1
-            self.counts.load_seconds += seconds
-            self.counts.records_loaded += len(rows.records)
-            self.counts.records_expired += expired
-            log.info(
-                "view %s: loaded %d and expired %d records in %.3f s", self.plan.name,
-                len(rows.records), expired, seconds,
-            )  # fmt: skip
-        self._tell_timers("load", seconds)
-
-    def evict(self, index: str, intervals: IntervalSet) -> None:
-        """Give up records; those that the coverage of another index needs stay."""
-        layout = self.set_up()
-        with self._loading:
-            token = self._begin()
-            try:
-                while True:
-                    state = self._state
-                    coverage = state.coverage.minus(index, intervals)
-                    order = state.storage.orders[index]
-                    inside = [r for interval in intervals for r in order.between(interval)]
-                    gone = [
-                        (record, hidden)
-                        for record, hidden in state.storage.with_hidden(inside)
-                        if not layout.is_covered(coverage, record, hidden)
-                    ]
-                    storage = state.storage.replace(gone, [])
-                    with self._lock:
-                        if self._is_still(state):
-                            self._apply(token, State(storage, coverage), {})
-                            break
-            finally:
-                self._end(token)
-            self.counts.records_expired += len(gone)
-
-    def clear(self) -> None:
-        """Give up all records."""
-        layout = self.set_up()
-        with self._loading, self._lock:
-            empty = layout.build(layout.no_rows())
-            if not self._freshness.underway:
-                self._freshness.forget()
-            self._set_state(State(empty, Coverage()))
-            if self._ready.done():
-                self._ready = new_future()
-
-    def wait_ready(self, timeout: float | None) -> bool:
-        """Wait for the first load to end."""
-        return wait_for(self._ready, timeout, in_task=self._in_task)
-
-    @property
-    def ready(self) -> bool:
-        """Whether a load has ended since the start, or since :meth:`clear`."""
-        return self._ready.done()
 
     # -- refreshing -----------------------------------------------------------------------------
 
@@ -257,6 +107,8 @@ class CachedTable(ViewState):
         with self._refreshing:
             if self._freshness.pending:
                 self._refresh()
+        if self.keeper is not None:
+            self.keeper.trim()
 
     def _refresh(self) -> None:
         started = time.monotonic()
@@ -292,11 +144,13 @@ class CachedTable(ViewState):
         with self._snapshots.open() as connection:
             self._pause("snapshot")
             if VIEW in marks:
-                rows = read_coverage(layout, connection, state.coverage)
+                rows = layout.no_rows()
+                if self.rereads:
+                    rows = read_coverage(layout, connection, state.coverage)
                 touched: Touched | None = None
             else:
                 touched, rows = read_touched(
-                    layout, connection, state.storage, state.coverage, marks
+                    layout, connection, state.storage, state.coverage, marks, reread=self.rereads
                 )
         self._pause("read")
         return touched, rows
@@ -322,20 +176,11 @@ class CachedTable(ViewState):
                 if layout.is_covered(coverage, record, hidden)
             ]
             storage = refreshed(layout, state.storage, touched, pairs)
+            kept = self.rereads or touched is not None
             with self._lock:
                 if self._is_still(state):
-                    self._apply(token, State(storage, coverage), marks)
+                    self._apply(token, State(storage, coverage if kept else Coverage()), marks)
                     return True
-
-    def _tell_timers(self, what: str, seconds: float) -> None:
-        for timer in self.timers:
-            try:
-                timer(self, what, seconds)
-            except Exception:
-                log.exception("view %s: a timer failed", self.plan.name)
-
-    def _pause(self, point: str) -> None:
-        """Do nothing; tests stop a refresh here."""
 
     # -- figures --------------------------------------------------------------------------------
 
@@ -348,7 +193,7 @@ class CachedTable(ViewState):
             pending, leases = len(self._freshness.pending), self._freshness.leases
         return Stats(
             records=len(state.storage) if self.layout is not None else 0,
-            bytes=stored_bytes(state.storage),
+            bytes=self.held_bytes,
             coverage=repr(state.coverage),
             hits=counts.hits + counts.reads_of("hit"),
             hits_with_refresh=counts.reads["hit", "refresh"],
@@ -358,6 +203,8 @@ class CachedTable(ViewState):
             reasons=counts.reasons,
             mismatches=counts.mismatches,
             loads=counts.loads,
+            fills=counts.fills,
+            ranges_evicted=counts.ranges_evicted,
             load_seconds=counts.load_seconds,
             refreshes=counts.refreshes,
             refresh_seconds=counts.refresh_seconds,
@@ -385,6 +232,8 @@ class CachedTable(ViewState):
         layout = self.layout
         if layout is None:
             return
+        if self.keeper is not None:
+            self.keeper._check()
         state.coverage._check()
         state.storage._check()
         for record, hidden in state.storage.pairs():

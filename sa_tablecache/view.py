@@ -313,6 +313,8 @@ class CachedView(metaclass=ViewMeta):
         the records of the session's own scope, see :meth:`.TableCache.attach`.
     ``__row_security__``
         ``"ignore"`` if every reader may see every row of tables under row-level security.
+    ``__policy__``
+        which records to keep, such as ``ReadThrough(max_records=100_000)``.
     ``__abstract__``
         ``True`` for a base class that is no view itself.
 
@@ -325,6 +327,7 @@ class CachedView(metaclass=ViewMeta):
     __immutable_functions__: ClassVar[tuple[str, ...]] = ()
     __scope__: ClassVar[str | None] = None
     __row_security__: ClassVar[str | None] = None
+    __policy__: ClassVar[Any] = None
 
     if TYPE_CHECKING:
         __select__: ClassVar[Any]
