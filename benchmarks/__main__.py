@@ -15,20 +15,22 @@ from pathlib import Path
 
 import sqlalchemy
 
-from benchmarks import database, loading, memory, ranges, transactions
+from benchmarks import database, loading, memory, peers, ranges, transactions
 from benchmarks.harness import Result
 
-PARTS = ("ranges", "loading", "memory", "transactions")
+PARTS = ("ranges", "peers", "loading", "memory", "transactions")
 QUICK_DAYS = 14
 
 
 def measure(parts: Sequence[str], *, quick: bool) -> Iterator[list[Result]]:
     """Run the parts that are asked for, and yield the results of each."""
     days = QUICK_DAYS if quick else None
-    if {"memory", "loading", "transactions"} & set(parts):
+    if {"peers", "memory", "loading", "transactions"} & set(parts):
         with database.postgres(days) as url:
             if "transactions" in parts:
                 yield transactions.run(url, quick=quick)
+            if "peers" in parts:
+                yield peers.run(url, quick=quick)
             if "memory" in parts:
                 yield memory.run(url, quick=quick)
             if "loading" in parts:
@@ -60,7 +62,8 @@ def _goal(result: Result) -> str:
     if result.goal is None:
         return ""
     unit = " x" if result.ratio is not None else f" {result.unit}"
-    return f"   goal {result.goal:g}{unit}: {'reached' if result.reached else 'MISSED'}"
+    bound = "at least " if result.at_least else ""
+    return f"   goal {bound}{result.goal:g}{unit}: {'reached' if result.reached else 'MISSED'}"
 
 
 def main() -> None:

@@ -31,6 +31,8 @@ class Result:
     unit: str
     ratio: float | None = None
     goal: float | None = None
+    at_least: bool = False
+    """Whether the goal is the least ratio: how many times a peer is slower."""
     spread: tuple[float, float] | None = None
     rounds: int = 1
 
@@ -39,7 +41,8 @@ class Result:
         """Whether the goal is reached; None without a goal."""
         if self.goal is None:
             return None
-        return (self.value if self.ratio is None else self.ratio) <= self.goal
+        measured = self.value if self.ratio is None else self.ratio
+        return measured >= self.goal if self.at_least else measured <= self.goal
 
 
 @dataclass

@@ -21,7 +21,7 @@ from .exc import (
 )
 from .explaining import Explanation
 from .figures import Estimate, Stats
-from .options import bypass_cache, no_store
+from .options import bypass_cache, max_staleness, no_store
 from .policies import Everything, Manual, ReadThrough, SlidingWindow
 from .reading import LastRead
 from .scopes import harmless
@@ -66,5 +66,6 @@ __all__ = [
     "bypass_cache",
     "harmless",
     "in_transaction",
+    "max_staleness",
     "no_store",
 ]

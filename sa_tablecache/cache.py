@@ -378,11 +378,16 @@ class BaseTableCache(Invalidation):
     def check(self) -> list[Problem]:
         """Return what keeps views from being served exactly: coarse tables, unordered indexes.
 
-        Asks the catalog about views that were not used yet.
+        Asks the catalog about views that were not used yet. What keeps a view from being used at
+        all is a problem too, and not raised here.
         """
-        problems = []
+        problems: list[Problem] = []
         for view, table in self._tables.items():
-            columns = table.set_up().columns
+            try:
+                columns = table.set_up().columns
+            except TableCacheError as error:
+                problems.append(Problem(view.__name__, str(error)))
+                continue
             problems += [
                 Problem(
                     view.__name__, f"any change of {table_label(name)} marks the whole view: {why}"

@@ -5,14 +5,25 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from sqlalchemy.orm.interfaces import UserDefinedOption
+from sqlalchemy.sql.cache_key import HasCacheKey
+from sqlalchemy.sql.visitors import InternalTraversal
+
+from .exc import CriteriaError
+from .settings import NO_AGE, is_age
 
 
-class CacheOption(UserDefinedOption):
-    """Base class of the cache's statement options."""
+class CacheOption(HasCacheKey, UserDefinedOption):
+    """Base class of the cache's statement options.
 
-    inherit_cache = True
+    They are part of a statement's cache key: statements are known by it, with their options.
+    """
+
     propagate_to_loaders = False
+    _is_has_cache_key = True
+    _cache_key_traversal = [("payload", InternalTraversal.dp_plain_obj)]  # noqa: RUF012
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -28,6 +39,13 @@ class NoStore(CacheOption):
     """See :func:`no_store`."""
 
     inherit_cache = True
+
+
+class MaxStaleness(CacheOption):
+    """See :func:`max_staleness`."""
+
+    inherit_cache = True
+    payload: timedelta
 
 
 def bypass_cache() -> BypassCache:
@@ -47,3 +65,24 @@ def no_store() -> NoStore:
     default policy keeps exactly what was loaded.
     """
     return NoStore()
+
+
+def max_staleness(age: timedelta) -> MaxStaleness:
+    """Have a statement answered from memory even beside marks, if these are younger than an age.
+
+    ::
+
+        session.scalars(select(FlightBoard).options(max_staleness(timedelta(seconds=5)))).all()
+
+    The records are then those of at most so long ago; they are read again behind the answer if the
+    upkeep runs, and else by the first read that finds a mark too old. A commit that is under way
+    counts from its beginning. ``timedelta.max`` has the records as they are until
+    ``cache.refresh(View)``; ``timedelta(0)`` has none that are marked, whatever
+    ``__max_staleness__`` of the view allows. What sends a session to the database for its own sake
+    (what it wrote, its isolation level) does so all the same.
+
+    :raises CriteriaError: for anything but a timedelta, or a negative one.
+    """
+    if not is_age(age):
+        raise CriteriaError(f"max_staleness({age!r}): {NO_AGE}")
+    return MaxStaleness(age)

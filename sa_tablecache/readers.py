@@ -92,7 +92,10 @@ def _render(element: ViewTable, compiler: Any, *, asfrom: bool = False, **kwargs
     options = getattr(compiler.statement, "_with_options", ())
     filtered = any(getattr(option, "_is_criteria_option", False) for option in options)
     statement = scoped(element.view, plan.declared if filtered else plan.statement, options)
-    inner = cast("str", compiler.process(statement.self_group(), asfrom=True))
+    literal = kwargs.get("literal_binds", False)
+    inner = cast(
+        "str", compiler.process(statement.self_group(), asfrom=True, literal_binds=literal)
+    )
     if alias is not None and alias.element is element:
         return inner
     return f"{inner} AS {compiler.preparer.quote(element.name)}"

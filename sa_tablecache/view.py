@@ -37,6 +37,7 @@ from sqlalchemy.sql.operators import ColumnOperators
 from sqlalchemy.sql.selectable import FromClause, SelectBase
 
 from .exc import ViewDefinitionError
+from .settings import REDACTED, Settings, check_columns, check_settings
 
 if TYPE_CHECKING:
     from sqlalchemy.sql.elements import SQLCoreOperations
@@ -206,8 +207,9 @@ class ViewMeta(type):
     ) -> Any:
         namespace.setdefault("__slots__", ())
         cls = cast("Any", super().__new__(mcs, name, bases, namespace, **kwargs))
-        if not bases or namespace.get("__abstract__"):
+        if namespace.get("__abstract__"):
             return cls
+        check_settings(cls)
         if not hasattr(cls, "__select__"):
             raise ViewDefinitionError(
                 f"{name} has no __select__: give it a select() (or say __abstract__ = True)"
@@ -278,7 +280,7 @@ class _RecordMeta(ViewMeta, type(msgspec.Struct)):  # type: ignore[misc]
         raise AttributeError(msg)
 
 
-class CachedView(metaclass=ViewMeta):
+class CachedView(Settings, metaclass=ViewMeta):
     """Base class of cached views.
 
     A subclass says ``__select__``, a ``select()`` (or a classmethod that returns one) whose
@@ -300,21 +302,8 @@ class CachedView(metaclass=ViewMeta):
     Records are immutable, compare by value, hash by primary key, can be pickled, and are built
     with ``FlightBoard(id=1, time_hour=..., airline=...)``.
 
-    Optional settings:
+    Optional settings are those of :class:`.Settings`, and
 
-    ``__primary_key__``
-        the names of the columns that identify a record, where the key that follows from the
-        tables' own keys is not wanted or cannot be derived. It is verified while loading.
-    ``__immutable_functions__``
-        names of SQL functions in the select, not known to sa_tablecache, whose result depends on
-        their arguments alone.
-    ``__scope__``
-        the name of a column that says whose a record is. Every read through a session is kept to
-        the records of the session's own scope, see :meth:`.TableCache.attach`.
-    ``__row_security__``
-        ``"ignore"`` if every reader may see every row of tables under row-level security.
-    ``__policy__``
-        which records to keep, such as ``ReadThrough(max_records=100_000)``.
     ``__abstract__``
         ``True`` for a base class that is no view itself.
 
@@ -323,11 +312,6 @@ class CachedView(metaclass=ViewMeta):
     """
 
     __abstract__: ClassVar[bool] = True
-    __primary_key__: ClassVar[tuple[str, ...] | None] = None
-    __immutable_functions__: ClassVar[tuple[str, ...]] = ()
-    __scope__: ClassVar[str | None] = None
-    __row_security__: ClassVar[str | None] = None
-    __policy__: ClassVar[Any] = None
 
     if TYPE_CHECKING:
         __select__: ClassVar[Any]
@@ -441,23 +425,7 @@ def _resolve(view: Any, declared: Any) -> None:
                     f"{view.__name__}.{index.name} sorts by {part!r}, but the select has no "
                     f"column of that name; it has: {known}"
                 )
-    key = view.__primary_key__
-    if key is not None:
-        if isinstance(key, str) or not key:
-            raise ViewDefinitionError(
-                f"{view.__name__}.__primary_key__ has to be a tuple of column names"
-            )
-        for name in key:
-            if name not in names:
-                raise ViewDefinitionError(
-                    f"{view.__name__}.__primary_key__ names {name!r}, but the select has no "
-                    f"column of that name; it has: {known}"
-                )
-    if view.__scope__ is not None and view.__scope__ not in names:
-        raise ViewDefinitionError(
-            f"{view.__name__}.__scope__ is {view.__scope__!r}, but the select has no column of "
-            f"that name; it has: {known}"
-        )
+    check_columns(view, names)
     table = ViewTable(view, _sql_name(view), *(column(n, t) for n, t in columns if n))
     view.__statement__ = statement
     view.__table__ = table
@@ -476,23 +444,25 @@ def _record_class(view: Any, names: list[str]) -> type[Any]:
     def __hash__(self: Any) -> int:
         return hash(view.__plan__.key_of(self))
 
-    return cast(
-        "type[Any]",
-        _RecordMeta(
-            view.__name__,
-            (view, msgspec.Struct),
-            {
-                "__annotations__": dict.fromkeys(names, object),
-                "__module__": view.__module__,
-                "__qualname__": view.__qualname__,
-                "__doc__": view.__doc__,
-                "__reduce__": __reduce__,
-                "__hash__": __hash__,
-            },
-            frozen=True,
-            gc=False,
-        ),
-    )
+    def __rich_repr__(self: Any) -> list[tuple[str, Any]]:
+        return [(n, REDACTED if n in view.__redact__ else getattr(self, n)) for n in names]
+
+    def __repr__(self: Any) -> str:
+        shown = (f"{n}={v}" if v is REDACTED else f"{n}={v!r}" for n, v in __rich_repr__(self))
+        return f"{view.__name__}({', '.join(shown)})"
+
+    namespace = {
+        "__annotations__": dict.fromkeys(names, object),
+        "__module__": view.__module__,
+        "__qualname__": view.__qualname__,
+        "__doc__": view.__doc__,
+        "__reduce__": __reduce__,
+        "__hash__": __hash__,
+    }
+    if view.__redact__:
+        namespace |= {"__repr__": __repr__, "__rich_repr__": __rich_repr__}
+    record = _RecordMeta(view.__name__, (view, msgspec.Struct), namespace, frozen=True, gc=False)
+    return cast("type[Any]", record)
 
 
 def _restore(view: Any, values: tuple[Any, ...]) -> Any:

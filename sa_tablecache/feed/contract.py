@@ -41,7 +41,10 @@ class Watch:
     """Columns of which a big statement logs the smallest and the largest value, old and new."""
     limit: int = MOST_KEYS
     cascades: tuple[Any, ...] = ()
-    """Where foreign keys fire no triggers (MariaDB, MySQL): what they do to other tables."""
+    """What a write does to other rows without firing triggers, as the dialect puts it.
+
+    Foreign keys of MariaDB and MySQL; REPLACE, in SQLite. :meth:`Changelog.propose` finds it.
+    """
 
 
 class Change(NamedTuple):
@@ -115,8 +118,12 @@ class Changelog(ABC):
         """Return the statements that install the changelog; harmless where it is installed."""
 
     @abstractmethod
-    def drop(self) -> Sequence[str]:
-        """Return the statements that remove the changelog, all triggers included."""
+    def drop(self, watched: Iterable[Relation] = ()) -> Sequence[str]:
+        """Return the statements that remove the changelog, all triggers included.
+
+        :param watched: the tables that are watched, as :meth:`installed` has them: SQLite, MariaDB
+            and MySQL have no statement that finds triggers and drops them. Others may ignore it.
+        """
 
     @abstractmethod
     def watch(self, watch: Watch) -> Sequence[str]:

@@ -13,13 +13,82 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "sa_tablecache"
 
 ORDER = """
-    exc scores comparison criteria options turns functions view readers expressions joins groups
-    keys analysis actions orders storage coverage clauses catalog loading shapes planner changes
-    usage triggers layout stale freshness deltas replacing chunks cascades wording statements
-    returning commits drivers events figures limits slots state keeping loads table feed
-    invalidation upkeep health answering remembered readthrough windows policies explaining
-    attempts transactions cache scopes modes reading ranges results listening session
-    middleware metrics asyncio migrations testing __init__ __main__
+    exc
+    scores
+    comparison
+    criteria
+    settings
+    options
+    turns
+    functions
+    view
+    readers
+    expressions
+    joins
+    groups
+    keys
+    analysis
+    actions
+    orders
+    storage
+    coverage
+    clauses
+    catalog
+    loading
+    shapes
+    planner
+    changes
+    usage
+    triggers
+    layout
+    stale
+    freshness
+    deltas
+    replacing
+    chunks
+    cascades
+    wording
+    statements
+    returning
+    commits
+    drivers
+    events
+    figures
+    limits
+    slots
+    state
+    keeping
+    loads
+    table
+    feed
+    invalidation
+    upkeep
+    health
+    answering
+    remembered
+    readthrough
+    windows
+    policies
+    explaining
+    attempts
+    transactions
+    cache
+    scopes
+    modes
+    reading
+    ranges
+    results
+    listening
+    session
+    middleware
+    metrics
+    asyncio
+    commands
+    inspecting
+    migrations
+    testing
+    __init__
+    __main__
 """.split()
 
 MAX_LINES = 500

@@ -1,0 +1,138 @@
+"""Ranges beside the peers: the database, ``tablecache``, ``dogpile.cache`` and bare structures.
+
+Each contestant is a process of its own; they take turns, interval by interval and round by round,
+so that a busy machine slows them alike. One whose package this Python does not have is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from statistics import median
+from typing import Any
+
+from sqlalchemy import URL
+
+from benchmarks.contestants import CONTESTANTS, Cached, Contestant, Sorted, TableCache43
+from benchmarks.harness import Result
+from benchmarks.ranges import intervals
+
+FASTER_THAN_TABLECACHE = (8, 50, 100)
+"""How many times, for each of the three intervals."""
+BYTES_OF_TABLECACHE = 0.45
+
+
+class Process:
+    """A contestant, seen from outside."""
+
+    def __init__(self, contestant: type[Contestant], url: str) -> None:
+        self.contestant = contestant
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.contestants", contestant.__name__, url],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        )  # fmt: skip
+        self.loaded = self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.contestant.name} ended with {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def read(self, interval: tuple[datetime, datetime]) -> dict[str, Any]:
+        """Have it read an interval."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([each.isoformat() for each in interval]) + "\n")
+        return self._answer()
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.communicate()
+
+
+@contextmanager
+def processes(url: URL) -> Iterator[list[Process]]:
+    """Start those who can take part, one after the other."""
+    rendered = url.render_as_string(hide_password=False)
+    with ExitStack() as stack:
+        started = []
+        for contestant in CONTESTANTS:
+            if contestant.missing():
+                print(f"\n{contestant.name}: not installable on this Python, left out")
+                continue
+            process = Process(contestant, rendered)
+            stack.callback(process.close)
+            started.append(process)
+        yield started
+
+
+def run(url: URL, *, quick: bool) -> list[Result]:
+    """Have the contestants read three intervals, and compare what they hold."""
+    results: list[Result] = []
+    with processes(url) as all_of_them:
+        for number, interval in enumerate(intervals(quick=quick)):
+            goal = None if quick else FASTER_THAN_TABLECACHE[number]
+            results += _in_turns(all_of_them, interval, goal, rounds=5 if quick else 15)
+        results += _sizes(all_of_them, quick=quick)
+    return results
+
+
+def _in_turns(
+    contestants: Sequence[Process],
+    interval: tuple[datetime, datetime],
+    goal: float | None,
+    *,
+    rounds: int,
+) -> list[Result]:
+    samples: dict[str, list[float]] = {each.contestant.name: [] for each in contestants}
+    said = set()
+    for turn in range(rounds):
+        first = turn % len(contestants)
+        for each in (*contestants[first:], *contestants[:first]):
+            answer = each.read(interval)
+            samples[each.contestant.name].append(answer["seconds"])
+            said.add((answer["records"], answer["same"]))
+    ((count, _),) = said  # all of them read the same records
+    base = samples[Cached.name]
+    return [
+        Result(
+            benchmark=f"{count:,} records, beside the peers (times session.range)",
+            case=name,
+            value=median(mine),
+            unit="s",
+            ratio=median(one / other for one, other in zip(mine, base, strict=True)),
+            goal=goal if name == TableCache43.name else None,
+            at_least=True,
+            spread=(min(mine), max(mine)),
+            rounds=rounds,
+        )
+        for name, mine in samples.items()
+    ]
+
+
+def _sizes(contestants: Sequence[Process], *, quick: bool) -> list[Result]:
+    holding = [each for each in contestants if each.contestant.holds]
+    everything = (datetime(2000, 1, 1), datetime(2100, 1, 1))
+    count = holding[0].read(everything)["records"]
+    sizes = {each.contestant: each.loaded["bytes"] / count for each in holding}
+    peer = sizes.get(TableCache43) or sizes[Sorted]
+    return [
+        Result(
+            benchmark=f"memory of {count:,} records, beside the peers",
+            case=contestant.name,
+            value=size,
+            unit="B",
+            ratio=size / peer,
+            goal=BYTES_OF_TABLECACHE
+            if contestant is Cached and TableCache43 in sizes and not quick
+            else None,
+        )
+        for contestant, size in sizes.items()
+    ]
