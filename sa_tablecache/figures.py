@@ -12,6 +12,7 @@ from typing import Any, Final, Self
 from sqlalchemy import Connection, func, select
 
 from .layout import Layout
+from .loading import Rows
 from .readers import EveryScope
 from .scores import IntervalSet
 from .storage import Storage
@@ -179,6 +180,13 @@ def records_bytes(
     if hidden:
         each += 8 + sys.getsizeof(hidden[0])
     return (size + each * len(sample)) * len(records) // len(sample)
+
+
+def rows_bytes(layout: Layout, rows: Rows) -> int:
+    """Estimate the memory that rows will take as records of a view."""
+    orders = layout.columns.orders.values()
+    stored = sum(order.stored for order in orders)
+    return records_bytes(rows.records, rows.hidden, len(orders), stored=stored)
 
 
 def stored_bytes(storage: Storage) -> int:

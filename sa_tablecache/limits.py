@@ -3,7 +3,7 @@
 In: what the views of a cache hold, and what loads under way have read so far. Out: whether a load
 may go on, or :class:`.MemoryLimitExceeded` with the figures.
 
-Sizes are estimated from samples, see :func:`.figures.records_bytes`: repeated values are shared
+Sizes are estimated from samples, see :func:`.figures.rows_bytes`: repeated values are shared
 between records, so that no sum over all of them would be right either.
 """
 
@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from .exc import MemoryLimitExceeded, TableCacheError
-from .figures import records_bytes, shown_bytes
+from .figures import rows_bytes, shown_bytes
+from .layout import Layout
 from .loading import Rows
 from .turns import Section
 
@@ -67,18 +68,17 @@ class MemoryLimit:
 
     @contextmanager
     def loading(
-        self, holder: Holder, orders: int, kept: float
+        self, holder: Holder, layout: Layout, kept: float
     ) -> Iterator[Callable[[Rows, bool], None]]:
         """Count a load while it is under way.
 
-        :param orders: in how many orders the view keeps its records.
         :param kept: the part of what the view holds that stays beside what is loaded, 0 to 1.
         :returns: what to call with the rows that were read so far, and whether these are all.
         """
         load = object()
 
         def check(rows: Rows, complete: bool) -> None:
-            size = records_bytes(rows.records, rows.hidden, orders)
+            size = rows_bytes(layout, rows)
             with self._lock:
                 self._underway[load] = size
             stays = int(holder.held_bytes * kept)
@@ -109,6 +109,10 @@ class MemoryLimit:
             for h in self._holders
             if h is not holder and h.held_bytes
         ]
+        with self._lock:
+            underway = sum(self._underway.values()) - size
+        if underway > 0:
+            others.append(f"loads under way {shown_bytes(underway)}")
         if stays:
             others.insert(0, f"{holder.name} itself {shown_bytes(stays)}")
         return (

@@ -141,14 +141,14 @@ class Loads(ViewState):
         """
         layout = self._renewed()
         started = time.monotonic()
-        with self._loading:
+        extend = extend or most is not None
+        with self._loading, self._limited(index, target, extend=extend) as check:
             token = self._begin()
             try:
                 missing = self._state.coverage.missing(index, target)
                 rows, complete = layout.no_rows(), True
                 if missing:
-                    kept = self._kept(index, target, extend=extend or most is not None)
-                    with self._limited(kept) as check, self._snapshot() as connection:
+                    with self._snapshot() as connection:
                         if most is None:
                             where = layout.where(index, missing)
                             rows = layout.loader.read(
@@ -165,7 +165,6 @@ class Loads(ViewState):
                 expired = 0
                 while True:
                     state = self._state
-                    extend = extend or most is not None
                     coverage = (
                         state.coverage.plus(index, target) if extend else Coverage({index: target})
                     )
@@ -226,19 +225,17 @@ class Loads(ViewState):
             return self._snapshots.open()
         return self.slots.open(self._snapshots, in_task=self._in_task)
 
-    def _limited(self, kept: float) -> AbstractContextManager[Check | None]:
+    def _limited(
+        self, index: str, target: IntervalSet, *, extend: bool
+    ) -> AbstractContextManager[Check | None]:
         """Give what a load has to call with what it has read, if there is a memory limit."""
         if self.memory is None:
             return nullcontext()
         assert self.layout is not None
-        return self.memory.loading(self, len(self.layout.columns.orders), kept)
-
-    def _kept(self, index: str, target: IntervalSet, *, extend: bool) -> float:
-        """Return the part of the stored records that a load leaves."""
-        storage = self._state.storage
-        if extend or not len(storage):
-            return 1.0
-        return sum(map(storage.orders[index].count, target)) / len(storage)
+        storage, kept = self._state.storage, 1.0
+        if len(storage) and not extend:
+            kept = sum(map(storage.orders[index].count, target)) / len(storage)
+        return self.memory.loading(self, self.layout, kept)
 
     def fill(
         self,

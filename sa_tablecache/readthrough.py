@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 from .answering import loadable_candidate
 from .coverage import Coverage
-from .figures import Reason, records_bytes
+from .figures import Reason, rows_bytes
 from .keeping import Keeper
 from .layout import Layout
 from .loading import Rows
@@ -262,9 +262,7 @@ class ReadRanges(Keeper):
         """Estimate the bytes of a record from some that were read."""
         layout = self._table.layout
         assert layout is not None
-        orders = len(layout.columns.orders)
-        size = records_bytes(rows.records, rows.hidden, orders)
-        self._each = max(1.0, size / len(rows.records))
+        self._each = max(1.0, rows_bytes(layout, rows) / len(rows.records))
 
     def _measure_stored(self) -> None:
         """Estimate it from what is stored, each time that has become other by a quarter."""

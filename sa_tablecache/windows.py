@@ -149,7 +149,8 @@ class Window(Keeper):
             )
         try:
             if self._now is not None:
-                score = self._now(now) + sign * span
+                score = self._now(now)
+                score = score + sign * span if span else score
             elif isinstance(type_, DateTime):
                 moment = now if type_.timezone else now.replace(tzinfo=None)
                 score = moment + sign * _time(span)
@@ -176,5 +177,7 @@ def _time(span: Span) -> dt.timedelta:
     :raises TypeError: if it is a number, and nobody knows of what.
     """
     if not isinstance(span, dt.timedelta):
+        if not span:
+            return dt.timedelta()
         raise TypeError(f"past and future have to be timedeltas, and {span!r} is none")
     return span
