@@ -7,6 +7,7 @@ from .exc import (
     Closed,
     CriteriaError,
     DuplicateKey,
+    FeedUnavailable,
     LoadSlotTimeout,
     MemoryLimitExceeded,
     NotExpressible,
@@ -20,6 +21,7 @@ from .exc import (
     ViewDefinitionError,
 )
 from .explaining import Explanation
+from .feed import ChangeFeed, FeedHealth
 from .figures import Estimate, Stats
 from .options import bypass_cache, max_staleness, no_store
 from .policies import Everything, Manual, ReadThrough, SlidingWindow
@@ -37,12 +39,15 @@ __all__ = [
     "CacheSession",
     "CacheUnavailable",
     "CachedView",
+    "ChangeFeed",
     "Closed",
     "CriteriaError",
     "DuplicateKey",
     "Estimate",
     "Everything",
     "Explanation",
+    "FeedHealth",
+    "FeedUnavailable",
     "LastRead",
     "LoadSlotTimeout",
     "Manual",

@@ -6,7 +6,8 @@ In: an engine, views, and what the application says (load, evict, invalidate). A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
@@ -14,16 +15,18 @@ from typing import Any, Self, cast
 from sqlalchemy import Engine, select
 from sqlalchemy.sql import ColumnElement
 
-from .analysis import plan_of, table_label, table_name
+from .analysis import ViewPlan, plan_of, table_label, table_name
 from .answering import covered_candidate
-from .changes import VIEW, ChangeSet
+from .changes import MOST_RANGES, VIEW, ChangeSet, Marks, RangeMark
 from .comparison import Inexact
 from .events import tables_of, unwatch, watch
-from .exc import Closed, CriteriaError, TableCacheError, Unbound, UnknownView
+from .exc import Closed, CriteriaError, NotExpressible, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
-from .figures import Estimate, Stats, estimate
+from .feed import ChangeFeed
+from .figures import Estimate, Reason, Stats, estimate
+from .following import Following
 from .health import Health, health
-from .invalidation import Invalidation
+from .indexing import indexes_lacking_in
 from .keeping import Clock, utc_now
 from .layout import log_coarse
 from .limits import MemoryLimit
@@ -33,10 +36,10 @@ from .policies import Kept, Policy, check_number, policy_of
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
 from .slots import LoadSlots
+from .staleness import Refreshing
 from .statements import exact_value
 from .table import CachedTable, Timer
 from .triggers import unexplained
-from .upkeep import Upkeep
 from .view import CachedView, ViewMeta
 
 
@@ -51,7 +54,7 @@ class Problem:
         return f"{self.view}: {self.what}"
 
 
-class BaseTableCache(Invalidation):
+class BaseTableCache(Following):
     """What :class:`.TableCache` is but for its sessions, which stand to the right of this module.
 
     See there.
@@ -63,11 +66,13 @@ class BaseTableCache(Invalidation):
         *,
         views: Iterable[type[CachedView]] = (),
         load_engine: Engine | None = None,
+        feed: ChangeFeed | None = None,
+        exclusive_writer: bool = False,
         memory_limit: int | None = None,
         load_slots: int | None = None,
         slot_timeout: float = 300.0,
     ) -> None:
-        super().__init__()
+        super().__init__(feed, exclusive_writer=exclusive_writer)
         self.clock: Clock = utc_now
         """Says what time it is for windows and ages, as an aware datetime; tests have their own."""
         self.memory = None if memory_limit is None else MemoryLimit(memory_limit)
@@ -84,8 +89,7 @@ class BaseTableCache(Invalidation):
         self.closing: list[Callable[[], object]] = []
         """Called when the cache is closed, while its views are still there."""
         self._closed = False
-        self.upkeep = Upkeep()
-        """The jobs that run in the background once the cache is started."""
+        self.refreshing = Refreshing(self.upkeep)
         if engine is not None:
             self.bind(engine)
         for view in views:
@@ -97,6 +101,7 @@ class BaseTableCache(Invalidation):
         """Bind the cache to an engine, whose commits it notices from now on. Emits no SQL.
 
         :raises UnsuitableEngine: if all connections of the engine's pool are one.
+        :raises FeedUnavailable: if the cache has a feed, and there is none for the dialect.
         :raises TableCacheError: if it is bound already.
         """
         self._check_open()
@@ -107,7 +112,9 @@ class BaseTableCache(Invalidation):
                 f"a TableCache is bound to an Engine, not to a {type(engine).__name__}; for an "
                 "AsyncEngine use AsyncTableCache"
             )
-        self._snapshots = Snapshots(engine, self._given_load_engine)
+        snapshots = Snapshots(engine, self._given_load_engine)
+        self._follow(snapshots)
+        self._snapshots = snapshots
         self._engine = engine
         self._watch(engine)
         for view in self._views:
@@ -121,6 +128,8 @@ class BaseTableCache(Invalidation):
             table.memory = self.memory
             self.memory.add(table)
         self._keep(view, table)
+        self._follow_view(table)
+        self.refreshing.watch(table)
         return table
 
     def _keep(self, view: type[CachedView], table: CachedTable) -> None:
@@ -330,15 +339,19 @@ class BaseTableCache(Invalidation):
     def invalidate(self, target: Any, *what: Any) -> None:
         """Mark records as stale, so that they are read again before the next answer.
 
-        ``invalidate(View)`` marks the whole view, and so do criteria of a view for now.
-        ``invalidate(Model, key)`` marks what was made from a base row, ``invalidate(Model)``
-        what was made from its table. A key of several columns is a tuple. Emits no SQL.
+        ``invalidate(View)`` marks the whole view, ``invalidate(View, *criteria)`` the records that
+        meet the criteria, as they are stored or in the database (the whole view, if the criteria
+        are no range of an index). ``invalidate(Model, key)`` marks what was made from a base row,
+        ``invalidate(Model)`` what was made from its table. A key of several columns is a tuple.
+        Emits no SQL.
+
+        :raises CriteriaError: for what is no view, table, key or criterion of the view.
         """
         if isinstance(target, ViewMeta):
             view: Any = target
-            if what:
-                shape_of_criteria(view, what)
-            self.table(view).publish(frozenset({VIEW}))
+            marked = self.table(view)
+            marked.publish(self._marks_where(view, what))
+            marked.observers.tell()
             return
         changes = ChangeSet()
         tables = tables_of(target)
@@ -363,7 +376,24 @@ class BaseTableCache(Invalidation):
                 else:
                     changes.add_rows(table_name(table), [exact])
         assert self.engine is not None
-        self.publish(changes, None)
+        self.mark(changes)
+
+    def _marks_where(self, view: type[CachedView], criteria: Sequence[Any]) -> Marks:
+        """Return the marks of the records that meet criteria."""
+        whole: Marks = frozenset({VIEW})
+        if not criteria:
+            return whole
+        table = self.table(view)
+        if table.layout is None or table.plan.anchor is None:
+            shape_of_criteria(view, criteria)
+            return whole
+        try:
+            _, index, intervals = self._target(view, criteria)
+        except NotExpressible:
+            return whole
+        if intervals.is_everything or len(intervals) > MOST_RANGES:
+            return whole
+        return frozenset(RangeMark(index, interval, leave=True) for interval in intervals)
 
     def refresh(self, view: type[CachedView]) -> None:
         """Read again what is marked now, instead of before the next answer."""
@@ -379,15 +409,18 @@ class BaseTableCache(Invalidation):
         """Return what keeps views from being served exactly: coarse tables, unordered indexes.
 
         Asks the catalog about views that were not used yet. What keeps a view from being used at
-        all is a problem too, and not raised here.
+        all is a problem too, and not raised here; and so is an index that reads of the cache need
+        and that the database does not have, for which the catalog is asked about each table.
         """
-        problems: list[Problem] = []
+        problems = [Problem(view.__name__, why) for view, why in self.feed_problems().items()]
+        usable: list[ViewPlan] = []
         for view, table in self._tables.items():
             try:
                 columns = table.set_up().columns
             except TableCacheError as error:
                 problems.append(Problem(view.__name__, str(error)))
                 continue
+            usable.append(table.plan)
             problems += [
                 Problem(
                     view.__name__, f"any change of {table_label(name)} marks the whole view: {why}"
@@ -408,6 +441,10 @@ class BaseTableCache(Invalidation):
                                 f"{how.reason or 'no order that Python knows'}",
                             )
                         )
+        if usable:
+            with self.load_engine.connect() as connection:
+                lacking = indexes_lacking_in(connection, usable)
+            problems += [Problem(index.view, str(index)) for index in lacking]
         return problems
 
     def explain(self, statement: Any) -> Explanation:
@@ -439,7 +476,33 @@ class BaseTableCache(Invalidation):
             health = cache.health()
             return JSONResponse(health.reasons, status_code=200 if health.ok else 503)
         """
-        return health(self.upkeep)
+        feed = None if self.consumer is None else self.consumer.health()
+        return health(self.upkeep, feed, () if feed is None else feed.complaints)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Have the database answer all reads of a block, in whatever thread or task they are.
+
+        ::
+
+            with cache.disabled():
+                slow = measure(report)
+
+        What is loaded stays, and commits are noticed as ever. Emits no SQL.
+        """
+        reason = Reason("disabled", "the cache is disabled")
+
+        def guard(*_: Any) -> str:
+            return reason
+
+        tables = list(self._tables.values())
+        for table in tables:
+            table.guards = (guard, *table.guards)
+        try:
+            yield
+        finally:
+            for table in tables:
+                table.guards = tuple(each for each in table.guards if each is not guard)
 
     def close(self) -> None:
         """Stop noticing commits, give up all records, close the cache's own connections.

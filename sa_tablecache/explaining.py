@@ -18,6 +18,7 @@ from .options import BypassCache
 from .planner import ask
 from .scores import NOTHING
 from .shapes import shape_of
+from .staleness import tolerated
 from .table import CachedTable
 
 
@@ -85,7 +86,11 @@ def _explained(
             return Explanation("miss", name, f"the coverage is {state.coverage}", coarse=coarse)
         candidate, missing = partial
         kind, reason = "partial", "the gaps are fetched and merged"
-    if table.current is None or state.is_stale(candidate.index, candidate.intervals - missing):
+    marked = table.current is None or state.is_stale(candidate.index, candidate.intervals - missing)
+    stale = None if missing or not marked else tolerated(table, shape.options)
+    if stale is not None:
+        reason = stale
+    elif marked:
         if not table.refresh_needed:
             raise Inexact("a commit is under way")
         reason = reason or "after a refresh of what is marked"

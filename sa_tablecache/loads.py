@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy import Connection
 
@@ -35,6 +35,19 @@ from .triggers import Automatic, automatic
 from .turns import Turn, new_future, wait_for
 
 log = logging.getLogger(__name__)
+
+
+class Feed(Protocol):
+    """What loads and refreshes ask of a change feed."""
+
+    def seed(self) -> None:
+        """Begin to follow the view, before anything of it is read; do nothing if that fails."""
+
+    def catch_up(self) -> None:
+        """Read, and publish, all that was committed before this call."""
+
+    def position(self, connection: Connection) -> Any:
+        """Return the position of a snapshot in the changelog."""
 
 
 def evicted(
@@ -77,6 +90,7 @@ class Loads(ViewState):
         """Whether DDL ran, or what may have been, since the catalog was asked."""
         self.timers: list[Callable[[Any, str, float], object]] = []
         """Those of the cache: one list for all of its tables."""
+        self.feed: Feed | None = None
         self.keeper: Keeper | None = None
         """What the policy does about reads, if anything."""
         self.slots: LoadSlots | None = None
@@ -139,6 +153,8 @@ class Loads(ViewState):
         :returns: whether all of the target is covered.
         :raises MemoryLimitExceeded: if there is a limit that it would pass.
         """
+        if self.feed is not None:
+            self.feed.seed()
         layout = self._renewed()
         started = time.monotonic()
         extend = extend or most is not None
@@ -189,6 +205,7 @@ class Loads(ViewState):
                 len(rows.records), expired, seconds,
             )  # fmt: skip
         self._tell_timers("load", seconds)
+        self.observers.tell()
         return complete
 
     def load_chunks(
@@ -256,6 +273,8 @@ class Loads(ViewState):
         :param check: called with what was read so far; it may raise to end it.
         :param most: read the first so many records only, or with ``descending`` the last.
         """
+        if self.feed is not None:
+            self.feed.seed()
         layout = self._renewed()
         token = self._begin()
         try:
@@ -275,6 +294,7 @@ class Loads(ViewState):
                 self.counts.records_loaded += len(rows.records)
         finally:
             self._end(token)
+        self.observers.tell()
 
     def _change(self, token: int, make: Callable[[State], State]) -> None:
         """Replace records and coverage by what is made of them, whatever others do meanwhile."""
@@ -291,6 +311,7 @@ class Loads(ViewState):
         layout = self.set_up()
         with self._loading:
             self.give_up(lambda state: evicted(layout, state, {index: intervals}))
+        self.observers.tell()
 
     def give_up(self, make: Callable[[State], tuple[State, int]]) -> None:
         """Replace the state by one that has less; only by who holds the turn of loads.
@@ -318,9 +339,11 @@ class Loads(ViewState):
             empty = layout.build(layout.no_rows())
             if not self._freshness.underway:
                 self._freshness.forget()
+            self.observers.stored(self._state.storage, empty, refreshed=False)
             self._set_state(State(empty, Coverage()))
             if self._ready.done():
                 self._ready = new_future()
+        self.observers.tell()
 
     def wait_ready(self, timeout: float | None) -> bool:
         """Wait for the first load to end."""

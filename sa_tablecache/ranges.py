@@ -38,6 +38,7 @@ from .reading import (
 )
 from .scopes import database_reason, flush_pending
 from .scores import MAX, MIN, NULLS_LAST, Interval, IntervalSet
+from .staleness import tolerated
 from .state import State
 from .table import CachedTable
 from .view import ViewIndex
@@ -81,6 +82,10 @@ def range_from_cache(
             reason = database_reason(session, cache, table)
             if reason is not None:
                 raise Inexact(reason)
+            stale: Reason | None = None
+            if state is None:
+                stale = tolerated(table)
+                state = None if stale is None else table.state
             if state is not None:
                 if not state.coverage and not fills:
                     if fetch:
@@ -112,11 +117,12 @@ def range_from_cache(
                 ):
                     loaded = True
                     continue
-                if state.is_stale(name, (interval,)):
-                    pass
-                elif not covered:
+                marked = stale is not None or state.is_stale(name, (interval,))
+                if not marked and not covered:
                     return _partial_range(session, table, read, state, interval)
-                else:
+                if covered and marked:
+                    stale = stale or tolerated(table)
+                if covered and (not marked or stale is not None):
                     order = state.storage.orders[name]
                     if read.limit is None:
                         records = order.between(interval)
@@ -125,11 +131,13 @@ def range_from_cache(
                     else:
                         records = order.some(interval, read.limit, from_end=read.descending)
                     if keeper is None:
-                        remember(session, table, "hit", REFRESHED if refreshed else "")
+                        remember(session, table, "hit", stale or (REFRESHED if refreshed else ""))
                     else:
                         if not loaded:
                             keeper.used(name, (interval,))
-                        note_kept(session, table, loaded=loaded, lent=lent, refreshed=refreshed)
+                        note_kept(session, table, stale, loaded=loaded, lent=lent, again=refreshed)
+                    if stale is not None:
+                        cache.refreshing.behind(table)
                     return layout.given(records)
             if not fetch or not freshen(session, cache, table):
                 return None

@@ -37,6 +37,7 @@ from .planner import Candidate, Question, ask
 from .scopes import database_reason, flush_pending, in_own_scope
 from .scores import IntervalSet
 from .shapes import Shape, shape_of, view_of
+from .staleness import tolerated
 from .state import State
 from .table import CachedTable
 from .view import CachedView
@@ -163,6 +164,10 @@ def answer(
             reason = database_reason(session, cache, table, statement)
             if reason is not None:
                 raise Inexact(reason)
+            stale: Reason | None = None
+            if state is None:
+                stale = tolerated(table, shape.options)
+                state = None if stale is None else table.state
             if state is not None:
                 if not state.coverage and not fills:
                     if fetch:
@@ -193,16 +198,23 @@ def answer(
                         remember(session, table, "miss", lacking(state))
                         return None
                     found, missing = partial
-                    if not state.is_stale(found.index, found.intervals - missing):
+                    present = found.intervals - missing
+                    if stale is None and not state.is_stale(found.index, present):
                         return _partial(session, table, statement, question, state, *partial)
-                elif not state.is_stale(candidate.index, candidate.intervals):
+                elif (
+                    stale is not None
+                    or not state.is_stale(candidate.index, candidate.intervals)
+                    or (stale := tolerated(table, shape.options)) is not None
+                ):
                     rows = from_state(layout, question, state, candidate)
                     if keeper is None:
-                        remember(session, table, "hit", REFRESHED if refreshed else "")
+                        remember(session, table, "hit", stale or (REFRESHED if refreshed else ""))
                     else:
                         if not loaded:
                             keeper.used(candidate.index, candidate.intervals)
-                        note_kept(session, table, loaded=loaded, lent=lent, refreshed=refreshed)
+                        note_kept(session, table, stale, loaded=loaded, lent=lent, again=refreshed)
+                    if stale is not None:
+                        cache.refreshing.behind(table, shape.options)
                     return Answer(rows, shape)
             if not fetch or not freshen(session, cache, table):
                 return None
@@ -216,13 +228,20 @@ def answer(
 
 
 def note_kept(
-    session: Session, table: CachedTable, *, loaded: bool, lent: bool, refreshed: bool
+    session: Session,
+    table: CachedTable,
+    stale: Reason | None,
+    *,
+    loaded: bool,
+    lent: bool,
+    again: bool,
 ) -> None:
     """Note that storage gave an answer, and what the policy had to do for it."""
     if loaded:
         remember(session, table, "miss", LOADED)
     else:
-        remember(session, table, "hit", LENT if lent else REFRESHED if refreshed else "")
+        why = LENT if lent else REFRESHED if again else ""
+        remember(session, table, "hit", stale or why)
 
 
 def _no_store(shape: Shape) -> bool:

@@ -36,12 +36,12 @@ from typing import Any, TypeAlias
 from sqlalchemy.orm import Session
 
 from .analysis import ViewPlan, table_label
-from .changes import VIEW, AnyMark, Mark
+from .changes import UNREAD, VIEW, AnyMark, Mark
 from .coverage import Coverage
-from .deltas import Touched, read_coverage, read_touched
+from .deltas import Delta, read_coverage, read_touched
 from .figures import Stats
 from .layout import Layout
-from .loading import Rows, Snapshots
+from .loading import Snapshots
 from .loads import Loads
 from .replacing import refreshed
 from .state import State
@@ -61,6 +61,7 @@ Guard: TypeAlias = Callable[[Session, "CachedTable", Any, bool], str | None]
 It is given the session, the table, the statement (``None`` for range reads and reads by key), and
 whether it may ask the database itself; if it would have to and may not, it gives a reason.
 """
+
 
 RESTARTS = 3
 """How often a refresh starts again because the coverage changed under it."""
@@ -99,16 +100,20 @@ class CachedTable(Loads):
 
         It emits one SELECT for each base table that has marks, and one for the touched anchors
         that those did not return (or for the touched groups); or one SELECT of all that is covered
-        if the view is marked.
+        if the view is marked. Before that, if a change feed has what nobody has read, it is polled;
+        and it is asked for its position if it is going to tell of a mark again.
         Where loads change the coverage again and again meanwhile, it gives up; the marks stay.
         """
         if not self._freshness.pending:
             return
         with self._refreshing:
-            if self._freshness.pending:
+            if UNREAD in self._freshness.pending and self.feed is not None:
+                self.feed.catch_up()
+            if self._freshness.pending.keys() - {UNREAD}:
                 self._refresh()
         if self.keeper is not None:
             self.keeper.trim()
+        self.observers.tell()
 
     def _refresh(self) -> None:
         started = time.monotonic()
@@ -118,9 +123,11 @@ class CachedTable(Loads):
             for _ in range(RESTARTS):
                 with self._lock:
                     marks = dict(self._freshness.pending)
+                    marks.pop(UNREAD, None)
                     state = self._state
-                touched, read = self._read_marked(layout, state, marks)
-                if self._replace(layout, token, state.coverage, marks, touched, read):
+                    asks = self.feed is not None and self.echoes.expects(marks)
+                delta, position = self._read_marked(layout, state, marks, asks=asks)
+                if self._replace(layout, token, state.coverage, marks, delta, position):
                     break
             else:
                 return
@@ -129,31 +136,34 @@ class CachedTable(Loads):
         seconds = time.monotonic() - started
         self.counts.refreshes += 1
         self.counts.refresh_seconds += seconds
-        log.debug(
+        log.info(
             "view %s: refreshed %d marks, %d records in %.3f s", self.plan.name, len(marks),
-            len(read.records), seconds,
+            len(delta.rows.records), seconds,
         )  # fmt: skip
         self._tell_timers("refresh", seconds)
 
     def _read_marked(
-        self, layout: Layout, state: State, marks: dict[AnyMark, int]
-    ) -> tuple[Touched | None, Rows]:
-        """Read what the marks touch (``None``: all records), and what it is now."""
+        self, layout: Layout, state: State, marks: dict[AnyMark, int], *, asks: bool
+    ) -> tuple[Delta, Any]:
+        """Read what the marks touch, and what it is now; and the feed's position if it is asked."""
         if not state.coverage:
-            return None, layout.no_rows()
+            return Delta(None, layout.no_rows()), None
+        position = None
         with self._snapshots.open() as connection:
             self._pause("snapshot")
+            if asks and self.feed is not None:
+                position = self.feed.position(connection)
             if VIEW in marks:
                 rows = layout.no_rows()
                 if self.rereads:
                     rows = read_coverage(layout, connection, state.coverage)
-                touched: Touched | None = None
+                delta = Delta(None, rows)
             else:
-                touched, rows = read_touched(
+                delta = read_touched(
                     layout, connection, state.storage, state.coverage, marks, reread=self.rereads
                 )
         self._pause("read")
-        return touched, rows
+        return delta, position
 
     def _replace(
         self,
@@ -161,8 +171,8 @@ class CachedTable(Loads):
         token: int,
         coverage: Coverage,
         marks: dict[AnyMark, int],
-        touched: Touched | None,
-        read: Rows,
+        delta: Delta,
+        position: Any,
     ) -> bool:
         """Put what a refresh read into storage; say no if the coverage is another by now."""
         while True:
@@ -172,13 +182,17 @@ class CachedTable(Loads):
                 return False
             pairs = [
                 (record, hidden)
-                for record, hidden in read.pairs()
+                for record, hidden in delta.rows.pairs()
                 if layout.is_covered(coverage, record, hidden)
             ]
-            storage = refreshed(layout, state.storage, touched, pairs)
-            kept = self.rereads or touched is not None
+            storage = refreshed(layout, state.storage, delta.touched, pairs)
+            kept = self.rereads or delta.touched is not None
             with self._lock:
                 if self._is_still(state):
+                    if position is not None and self._freshness.underway == 1:
+                        whole = delta.touched is None
+                        read = (VIEW,) if whole else (*marks, *delta.groups)
+                        self.echoes.was_read(read, position)
                     self._apply(token, State(storage, coverage if kept else Coverage()), marks)
                     return True
 

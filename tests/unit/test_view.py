@@ -360,3 +360,31 @@ def test_text_and_literals_in_a_select() -> None:
         declare(__select__=select(Plane.tailnum, text("1"))).__plan__
     view = declare(__select__=select(Plane.tailnum, literal(1).label("one")))
     assert view(tailnum="N1", one=1).one == 1
+
+
+def test_a_derived_view_is_a_view_of_its_own() -> None:
+    """What a base view has worked out is not taken for that of the views derived from it."""
+    base = declare(__select__=select(Plane.tailnum, Plane.model))
+    early = type("Early", (base,), {})
+    bases = [base, early]
+    for view in bases:
+        assert view.__plan__.view is view
+        assert view.tailnum.table is view.__table__
+    late = type("Late", (base,), {"__primary_key__": ("model",)})
+    assert late.__plan__.key == ("model",)
+    assert base.__plan__.key == ("tailnum",)
+    assert {v.__record__.__mro__[1] for v in (*bases, late)} == {*bases, late}
+
+
+@pytest.mark.parametrize("entity", [select(Plane), classmethod(lambda _: select(Plane))])
+def test_a_derived_view_of_entities_is_a_view_of_its_own(entity: Any) -> None:
+    """The same where columns are known when a view is first used, whichever is used first."""
+    base = declare(__select__=entity)
+    early = type("Early", (base,), {})
+    assert base.tailnum.table is base.__table__
+    late = type("Late", (early,), {})
+    for view in (base, early, late):
+        assert view.tailnum.table is view.__table__
+        assert view.__table__.view is view
+        assert view.__plan__.view is view
+        assert isinstance(view(tailnum="N1", model=None, year=None), view)
