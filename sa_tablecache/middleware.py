@@ -24,7 +24,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
 from datetime import timedelta
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypedDict, Unpack
 
 from .asyncio import AsyncTableCache
 from .cache import BaseTableCache
@@ -45,6 +45,18 @@ MOST_CHARACTERS: Final = 2_000
 """Longer tokens are neither sent nor looked at."""
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token of RFC 9110
+
+
+class TokenOptions(TypedDict, total=False):
+    """The options of :class:`CommitTokenMiddleware`."""
+
+    header: str | None
+    cookie: str | None
+    timeout: float
+    max_age: timedelta
+    secure: bool
+    path: str
+    domain: str | None
 
 
 class _Tokens:
@@ -158,7 +170,12 @@ class CommitTokenMiddleware(_Tokens):
         cookie, or its name cannot be one.
     """
 
-    def __init__(self, app: ASGIApplication, cache: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        app: ASGIApplication,
+        cache: AnyCache | Callable[[], AnyCache],
+        **options: Unpack[TokenOptions],
+    ) -> None:
         self.app = app
         super().__init__(cache, **options)
 
@@ -220,7 +237,12 @@ class WSGICommitTokenMiddleware(_Tokens):
     The options and the costs are those of :class:`CommitTokenMiddleware`.
     """
 
-    def __init__(self, app: Callable[..., Iterable[bytes]], cache: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        app: Callable[..., Iterable[bytes]],
+        cache: AnyCache | Callable[[], AnyCache],
+        **options: Unpack[TokenOptions],
+    ) -> None:
         self.app = app
         super().__init__(cache, **options)
         self._variable = f"HTTP_{(self._header or '').upper().replace('-', '_')}"
