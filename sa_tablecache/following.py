@@ -19,6 +19,7 @@ from .exc import TableCacheError
 from .feed import ChangeFeed, Consumer
 from .feed.dialects import changelog_for
 from .feed.installing import install, uninstall
+from .figures import Reason
 from .invalidation import Invalidation, Lease
 from .loading import Snapshots
 from .table import CachedTable
@@ -122,10 +123,12 @@ class Following(Invalidation):
         consumer = self._followed
         wanted = self._freshness_of(session) if self._fresher else "feed"
         if isinstance(wanted, timedelta):
-            return consumer.reason(table, bound=wanted.total_seconds(), fetch=fetch)
-        if wanted == "barrier":
-            return consumer.reason(table, bound=-1.0, fetch=fetch)
-        return consumer.reason(table, fetch=fetch)
+            reason = consumer.reason(table, bound=wanted.total_seconds(), fetch=fetch)
+        elif wanted == "barrier":
+            reason = consumer.reason(table, bound=-1.0, fetch=fetch)
+        else:
+            reason = consumer.reason(table, fetch=fetch)
+        return None if reason is None else Reason("feed", reason)
 
     def barrier(self) -> None:
         """Have everything visible that was committed anywhere before this call: one poll.

@@ -44,7 +44,6 @@ ORDER = """
     layout
     stale
     freshness
-    echoes
     deltas
     replacing
     cascades
@@ -80,13 +79,14 @@ ORDER = """
     results
     listening
     session
+    middleware
     metrics
     asyncio
-    middleware
     commands
     inspecting
     feed_command
     migrations
+    binding
     testing
     __init__
     __main__
