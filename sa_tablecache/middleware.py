@@ -13,8 +13,8 @@ A token is a short string, such as ``8f3a51c0.2f7`` on PostgreSQL; it tells how 
 there were, and nothing else. A client may send what it likes: a token that is none is ignored, and
 one of the future costs one poll.
 
-What is committed after the beginning of the response was sent, in background tasks say, has no
-token any more.
+What is committed after the beginning of the response was sent has no token any more: in background
+tasks, or by a dependency of FastAPI behind its ``yield``.
 """
 
 from __future__ import annotations
@@ -186,16 +186,22 @@ class CommitTokenMiddleware(_Tokens):
             return
         cache = self.cache()
         await self._wait(cache, scope["headers"])
+        begun: bool | None = None
         with noting_commits() as committed:
 
             async def send_with_token(message: MutableMapping[str, Any]) -> None:
-                if message["type"] == "http.response.start" and _sync(cache) in committed:
-                    message = {**message, "headers": [*message.get("headers", ())]}
-                    for name, value in await self._headers(cache):
-                        message["headers"].append((name.encode(), value.encode()))
+                nonlocal begun
+                if message["type"] == "http.response.start":
+                    begun = _sync(cache) in committed
+                    if begun:
+                        message = {**message, "headers": [*message.get("headers", ())]}
+                        for name, value in await self._headers(cache):
+                            message["headers"].append((name.encode(), value.encode()))
                 await send(message)
 
             await self.app(scope, receive, send_with_token)
+            if begun is False and _sync(cache) in committed:
+                log.debug("%s %s committed after its response", scope["method"], scope["path"])
 
     async def _wait(self, cache: AnyCache, headers: Iterable[tuple[bytes, bytes]]) -> None:
         header, cookies = "", []
