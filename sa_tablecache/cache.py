@@ -6,6 +6,7 @@ In: an engine, views, and what the application says (load, evict, invalidate). A
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,6 +23,7 @@ from .events import tables_of, unwatch, watch
 from .exc import Closed, CriteriaError, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
 from .figures import Estimate, Stats, estimate
+from .forks import watch_forks
 from .health import Health, health
 from .invalidation import Invalidation
 from .layout import log_coarse
@@ -33,8 +35,10 @@ from .staleness import Refreshing
 from .statements import exact_value
 from .table import CachedTable, Timer
 from .triggers import unexplained
-from .upkeep import Upkeep
+from .upkeep import Upkeep, has_running_loop
 from .view import CachedView, ViewMeta
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,9 @@ class BaseTableCache(Invalidation):
         self.upkeep = Upkeep()
         """The jobs that run in the background once the cache is started."""
         self.refreshing = Refreshing(self.upkeep)
+        self._resumes = False
+        """Whether the upkeep ran in the parent, and is to run in this child when it is used."""
+        watch_forks(self)
         if engine is not None:
             self.bind(engine)
         for view in views:
@@ -359,7 +366,58 @@ class BaseTableCache(Invalidation):
 
         :raises TableCacheError: if it was started already.
         """
+        self._resumes = False
         self.upkeep.start(in_task=bool(self.engine.dialect.is_async))
+
+    # -- forks ----------------------------------------------------------------------------------
+
+    def after_fork(self) -> None:
+        """In a forked child: go on with what is the child's own. The cache is told of a fork.
+
+        Connections are left to the parent. Records are kept if a change feed goes on from the
+        position to which the parent has read it, else dropped: then each process sees its own
+        commits alone. The upkeep starts again, if it ran, when the cache is used.
+        """
+        if self._closed:
+            return
+        super().after_fork()
+        if self._snapshots is not None:
+            self._snapshots.after_fork()
+        had = [table for table in self._tables.values() if table.state.coverage]
+        kept = [t for t in self._tables.values() if t.after_fork(keep=self._goes_on())]
+        dropped = ", ".join(table.plan.name for table in had if table not in kept)
+        if dropped:
+            log.warning(
+                "this process was forked, and drops the records that it inherited of %s: %s",
+                dropped,
+                "they were being changed"
+                if self._goes_on()
+                else "without a change feed it does not see what its parent commits, nor its "
+                "parent what it does; give the cache feed=ChangeFeed(), or load it after the fork",
+            )
+        self._resumes = self.upkeep.after_fork()
+        if self._resumes:
+            for table in self._tables.values():
+                table.guards = (self._resume, *table.guards)
+
+    def _goes_on(self) -> bool:
+        """Whether a change feed tells a forked child what happens to what it inherited."""
+        return False
+
+    def _resume(self, *_: Any) -> None:
+        """Start the upkeep of a forked child: a guard, which goes when it was asked.
+
+        Not in the hook of the fork: other libraries may not have got over it yet, and a child that
+        goes on to execute another program, or never reads, needs no threads.
+        """
+        if self.engine.dialect.is_async and not has_running_loop():
+            return
+        for table in self._tables.values():
+            table.guards = tuple(guard for guard in table.guards if guard != self._resume)
+        with self._lock:
+            resumes, self._resumes = self._resumes, False
+        if resumes:
+            self.start()
 
     def health(self) -> Health:
         """Return how the cache is doing: its upkeep, and whether something keeps failing.
@@ -369,6 +427,8 @@ class BaseTableCache(Invalidation):
             health = cache.health()
             return JSONResponse(health.reasons, status_code=200 if health.ok else 503)
         """
+        if self._resumes:
+            self._resume()
         return health(self.upkeep)
 
     def close(self) -> None:

@@ -189,6 +189,15 @@ class Freshness:
             # Those that began meanwhile must find it again when they are applied.
             self._log.append((self.sequence, mark))
 
+    def after_fork(self) -> None:
+        """Forget commits, loads and refreshes of the parent process: they end there."""
+        self.leased.clear()
+        self._leased_since.clear()
+        self.leases = self._moving_leases = 0
+        self._underway.clear()
+        self._begun.clear()
+        self._log.clear()
+
     def _check(self) -> None:
         """Assert the invariants of marks and leases."""
         assert self.leases >= 0

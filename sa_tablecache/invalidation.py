@@ -119,6 +119,11 @@ class Invalidation:
     def _actions(self) -> frozenset[Action]:
         return frozenset[Action]().union(*(layout.actions for layout in self._layouts()))
 
+    def after_fork(self) -> None:
+        """In a forked child: the commits under way are the parent's, and end there."""
+        self._lock = Lock()
+        self._orphans.clear()
+
     # -- commits --------------------------------------------------------------------------------
 
     def wanted(self, table: str) -> frozenset[str] | None:

@@ -20,6 +20,7 @@ ORDER = """
     settings
     options
     turns
+    forks
     functions
     view
     readers
@@ -62,7 +63,6 @@ ORDER = """
     upkeep
     health
     staleness
-    forks
     policies
     answering
     explaining
