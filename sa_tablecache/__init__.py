@@ -7,6 +7,7 @@ from .exc import (
     Closed,
     CriteriaError,
     DuplicateKey,
+    FeedUnavailable,
     NotExpressible,
     TableCacheError,
     TransactionConflict,
@@ -18,6 +19,7 @@ from .exc import (
     ViewDefinitionError,
 )
 from .explaining import Explanation
+from .feed import ChangeFeed, FeedHealth
 from .figures import Estimate, Stats
 from .options import bypass_cache, max_staleness, no_store
 from .reading import LastRead
@@ -34,11 +36,14 @@ __all__ = [
     "CacheSession",
     "CacheUnavailable",
     "CachedView",
+    "ChangeFeed",
     "Closed",
     "CriteriaError",
     "DuplicateKey",
     "Estimate",
     "Explanation",
+    "FeedHealth",
+    "FeedUnavailable",
     "LastRead",
     "NotExpressible",
     "Problem",

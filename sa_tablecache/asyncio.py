@@ -6,7 +6,7 @@ There is one implementation, the synchronous one. What may ask the database runs
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
@@ -20,9 +20,10 @@ from . import ranges
 from .cache import Problem
 from .exc import TableCacheError, Unbound
 from .explaining import Explanation
+from .feed import ChangeFeed
 from .figures import Estimate, Stats
+from .following import AnswerFreshness
 from .health import Health
-from .listening import listen
 from .loading import Progress
 from .ranges import RangeRead
 from .reading import Answer, LastRead
@@ -55,10 +56,14 @@ class AsyncTableCache:
         *,
         views: Iterable[type[CachedView]] = (),
         load_engine: AsyncEngine | None = None,
+        feed: ChangeFeed | None = None,
+        exclusive_writer: bool = False,
     ) -> None:
         self._engine: AsyncEngine | None = None
         self.sync_cache = TableCache(
-            load_engine=load_engine.sync_engine if load_engine is not None else None
+            load_engine=load_engine.sync_engine if load_engine is not None else None,
+            feed=feed,
+            exclusive_writer=exclusive_writer,
         )
         """The cache that this one is a proxy of."""
         if engine is not None:
@@ -143,6 +148,26 @@ class AsyncTableCache:
         """See :meth:`.TableCache.stats`."""
         return self.sync_cache.stats(view)
 
+    async def barrier(self) -> None:
+        """See :meth:`.TableCache.barrier`."""
+        await greenlet_spawn(self.sync_cache.barrier)
+
+    async def commit_token(self) -> str:
+        """See :meth:`.TableCache.commit_token`."""
+        return await greenlet_spawn(self.sync_cache.commit_token)
+
+    async def wait_for(self, token: str, timeout: float | None = None) -> bool:
+        """See :meth:`.TableCache.wait_for`."""
+        return await greenlet_spawn(self.sync_cache.wait_for, token, timeout)
+
+    async def install_feed(self) -> int:
+        """See :meth:`.TableCache.install_feed`."""
+        return await greenlet_spawn(self.sync_cache.install_feed)
+
+    async def uninstall_feed(self) -> None:
+        """See :meth:`.TableCache.uninstall_feed`."""
+        await greenlet_spawn(self.sync_cache.uninstall_feed)
+
     async def check(self) -> list[Problem]:
         """See :meth:`.TableCache.check`."""
         return await greenlet_spawn(self.sync_cache.check)
@@ -152,15 +177,20 @@ class AsyncTableCache:
         return await greenlet_spawn(self.sync_cache.explain, statement)
 
     def sessionmaker(
-        self, *, scope: Scope | None = None, **options: Any
+        self,
+        *,
+        scope: Scope | None = None,
+        freshness: AnswerFreshness = "feed",
+        **options: Any,
     ) -> async_sessionmaker[AsyncCacheSession]:
         """Return a factory of async sessions that read from the cache, bound to its engine.
 
         :param scope: see :meth:`attach`.
+        :param freshness: see :meth:`attach`.
         """
         sync_class: type[CacheSession] = options.pop("sync_session_class", CacheSession)
         sync_class = type(sync_class.__name__, (sync_class,), {"cache": self.sync_cache})
-        listen(self.sync_cache, sync_class, scope)
+        self.sync_cache._listen(sync_class, scope, freshness)
         options.setdefault("bind", self.engine)
         options.setdefault("class_", AsyncCacheSession)
         return async_sessionmaker(sync_session_class=sync_class, **options)
@@ -178,18 +208,25 @@ class AsyncTableCache:
     def _sessions(self) -> async_sessionmaker[AsyncCacheSession]:
         return self.sessionmaker()
 
-    def attach(self, target: Any, *, scope: Scope | None = None) -> None:
+    def attach(
+        self,
+        target: Any,
+        *,
+        scope: Scope | None = None,
+        freshness: AnswerFreshness = "feed",
+    ) -> None:
         """Have an application's own engine or sessions work with the cache.
 
         :param target: an ``AsyncEngine``, an ``async_sessionmaker`` or an ``AsyncSession``, or
             what :meth:`.TableCache.attach` takes.
         :param scope: see :meth:`.TableCache.attach`; it is given the synchronous session, which has
             the ``info`` of the asynchronous one.
+        :param freshness: see :meth:`.TableCache.attach`.
         """
         if isinstance(target, AsyncEngine):
             self.sync_cache.attach(target.sync_engine)
         elif isinstance(target, AsyncSession):
-            self.sync_cache.attach(target.sync_session, scope=scope)
+            self.sync_cache.attach(target.sync_session, scope=scope, freshness=freshness)
         elif isinstance(target, async_sessionmaker):
             # All async sessions share Session as their sync class, so this factory gets its own.
             base = target.kw.get("sync_session_class") or target.class_.sync_session_class
@@ -198,14 +235,14 @@ class AsyncTableCache:
             bind = target.kw.get("bind")
             if isinstance(bind, AsyncEngine):
                 self.sync_cache.attach(bind.sync_engine)
-            self.sync_cache.attach(sync_class, scope=scope)
+            self.sync_cache.attach(sync_class, scope=scope, freshness=freshness)
         elif isinstance(target, type) and issubclass(target, AsyncSession):
             raise TableCacheError(
                 f"attach an async_sessionmaker of {target.__name__}, or an AsyncSession: all "
                 "classes of async sessions share one Session class"
             )
         else:
-            self.sync_cache.attach(target, scope=scope)
+            self.sync_cache.attach(target, scope=scope, freshness=freshness)
 
     def start(self) -> None:
         """See :meth:`.TableCache.start`; the jobs are tasks of the running event loop."""
@@ -315,6 +352,11 @@ class AsyncCacheSession(AsyncSession):
             session.range, index, *prefix, ge=ge, gt=gt, le=le, lt=lt,
             descending=descending, limit=limit, after=after,
         )  # fmt: skip
+
+    @property
+    def commit_token(self) -> Awaitable[str | None]:
+        """See :attr:`.CacheSession.commit_token`; ``await session.commit_token``."""
+        return greenlet_spawn(getattr, self.sync_session, "commit_token")
 
     @property
     def last_read(self) -> LastRead | None:

@@ -17,15 +17,16 @@ from sqlalchemy.sql import ColumnElement
 
 from .analysis import plan_of, table_label, table_name
 from .answering import covered_candidate
-from .changes import VIEW, ChangeSet
+from .changes import MOST_RANGES, VIEW, ChangeSet, Marks, RangeMark
 from .comparison import Inexact
 from .events import tables_of, unwatch, watch
-from .exc import Closed, CriteriaError, TableCacheError, Unbound, UnknownView
+from .exc import Closed, CriteriaError, NotExpressible, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
+from .feed import ChangeFeed
 from .figures import Estimate, Stats, estimate
+from .following import Following
 from .forks import watch_forks
 from .health import Health, health
-from .invalidation import Invalidation
 from .layout import log_coarse
 from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
@@ -35,7 +36,7 @@ from .staleness import Refreshing
 from .statements import exact_value
 from .table import CachedTable, Timer
 from .triggers import unexplained
-from .upkeep import Upkeep, has_running_loop
+from .upkeep import has_running_loop
 from .view import CachedView, ViewMeta
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Problem:
         return f"{self.view}: {self.what}"
 
 
-class BaseTableCache(Invalidation):
+class BaseTableCache(Following):
     """What :class:`.TableCache` is but for its sessions, which stand to the right of this module.
 
     See there.
@@ -64,8 +65,10 @@ class BaseTableCache(Invalidation):
         *,
         views: Iterable[type[CachedView]] = (),
         load_engine: Engine | None = None,
+        feed: ChangeFeed | None = None,
+        exclusive_writer: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(feed, exclusive_writer=exclusive_writer)
         self._engine: Engine | None = None
         self._given_load_engine = load_engine
         self._watched: list[Engine] = []
@@ -75,8 +78,6 @@ class BaseTableCache(Invalidation):
         self.closing: list[Callable[[], object]] = []
         """Called when the cache is closed, while its views are still there."""
         self._closed = False
-        self.upkeep = Upkeep()
-        """The jobs that run in the background once the cache is started."""
         self.refreshing = Refreshing(self.upkeep)
         self._resumes = False
         """Whether the upkeep ran in the parent, and is to run in this child when it is used."""
@@ -92,6 +93,7 @@ class BaseTableCache(Invalidation):
         """Bind the cache to an engine, whose commits it notices from now on. Emits no SQL.
 
         :raises UnsuitableEngine: if all connections of the engine's pool are one.
+        :raises FeedUnavailable: if the cache has a feed, and there is none for the dialect.
         :raises TableCacheError: if it is bound already.
         """
         self._check_open()
@@ -102,7 +104,9 @@ class BaseTableCache(Invalidation):
                 f"a TableCache is bound to an Engine, not to a {type(engine).__name__}; for an "
                 "AsyncEngine use AsyncTableCache"
             )
-        self._snapshots = Snapshots(engine, self._given_load_engine)
+        snapshots = Snapshots(engine, self._given_load_engine)
+        self._follow(snapshots)
+        self._snapshots = snapshots
         self._engine = engine
         self._watch(engine)
         for view in self._views:
@@ -112,6 +116,7 @@ class BaseTableCache(Invalidation):
         table = CachedTable(plan_of(view), snapshots)
         table.timers = self.timers
         self.refreshing.watch(table)
+        self._follow_view(table)
         return table
 
     def _watch(self, engine: Engine) -> None:
@@ -265,16 +270,18 @@ class BaseTableCache(Invalidation):
     def invalidate(self, target: Any, *what: Any) -> None:
         """Mark records as stale, so that they are read again before the next answer.
 
-        ``invalidate(View)`` marks the whole view, and so do criteria of a view for now.
-        ``invalidate(Model, key)`` marks what was made from a base row, ``invalidate(Model)``
-        what was made from its table. A key of several columns is a tuple. Emits no SQL.
+        ``invalidate(View)`` marks the whole view, ``invalidate(View, *criteria)`` the records that
+        meet the criteria, as they are stored or in the database (the whole view, if the criteria
+        are no range of an index). ``invalidate(Model, key)`` marks what was made from a base row,
+        ``invalidate(Model)`` what was made from its table. A key of several columns is a tuple.
+        Emits no SQL.
+
+        :raises CriteriaError: for what is no view, table, key or criterion of the view.
         """
         if isinstance(target, ViewMeta):
             view: Any = target
-            if what:
-                shape_of_criteria(view, what)
             marked = self.table(view)
-            marked.publish(frozenset({VIEW}))
+            marked.publish(self._marks_where(view, what))
             marked.observers.tell()
             return
         changes = ChangeSet()
@@ -300,7 +307,24 @@ class BaseTableCache(Invalidation):
                 else:
                     changes.add_rows(table_name(table), [exact])
         assert self.engine is not None
-        self.publish(changes, None)
+        self.mark(changes)
+
+    def _marks_where(self, view: type[CachedView], criteria: Sequence[Any]) -> Marks:
+        """Return the marks of the records that meet criteria."""
+        whole: Marks = frozenset({VIEW})
+        if not criteria:
+            return whole
+        table = self.table(view)
+        if table.layout is None or table.plan.anchor is None:
+            shape_of_criteria(view, criteria)
+            return whole
+        try:
+            _, index, intervals = self._target(view, criteria)
+        except NotExpressible:
+            return whole
+        if intervals.is_everything or len(intervals) > MOST_RANGES:
+            return whole
+        return frozenset(RangeMark(index, interval, leave=True) for interval in intervals)
 
     def refresh(self, view: type[CachedView]) -> None:
         """Read again what is marked now, instead of before the next answer."""
@@ -318,7 +342,7 @@ class BaseTableCache(Invalidation):
         Asks the catalog about views that were not used yet. What keeps a view from being used at
         all is a problem too, and not raised here.
         """
-        problems: list[Problem] = []
+        problems = [Problem(view.__name__, why) for view, why in self.feed_problems().items()]
         for view, table in self._tables.items():
             try:
                 columns = table.set_up().columns
@@ -381,17 +405,18 @@ class BaseTableCache(Invalidation):
         if self._closed:
             return
         super().after_fork()
+        keep = self.goes_on
         if self._snapshots is not None:
             self._snapshots.after_fork()
         had = [table for table in self._tables.values() if table.state.coverage]
-        kept = [t for t in self._tables.values() if t.after_fork(keep=self._goes_on())]
+        kept = [t for t in self._tables.values() if t.after_fork(keep=keep)]
         dropped = ", ".join(table.plan.name for table in had if table not in kept)
         if dropped:
             log.warning(
                 "this process was forked, and drops the records that it inherited of %s: %s",
                 dropped,
                 "they were being changed"
-                if self._goes_on()
+                if keep
                 else "without a change feed it does not see what its parent commits, nor its "
                 "parent what it does; give the cache feed=ChangeFeed(), or load it after the fork",
             )
@@ -399,10 +424,6 @@ class BaseTableCache(Invalidation):
         if self._resumes:
             for table in self._tables.values():
                 table.guards = (self._resume, *table.guards)
-
-    def _goes_on(self) -> bool:
-        """Whether a change feed tells a forked child what happens to what it inherited."""
-        return False
 
     def _resume(self, *_: Any) -> None:
         """Start the upkeep of a forked child: a guard, which goes when it was asked.
@@ -429,7 +450,8 @@ class BaseTableCache(Invalidation):
         """
         if self._resumes:
             self._resume()
-        return health(self.upkeep)
+        feed = None if self.consumer is None else self.consumer.health()
+        return health(self.upkeep, feed, () if feed is None else feed.complaints)
 
     def close(self) -> None:
         """Stop noticing commits, give up all records, close the cache's own connections.

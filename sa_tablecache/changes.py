@@ -9,17 +9,21 @@ Pure: no SQL, no SQLAlchemy events.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
 from .analysis import TableName
 from .groups import GroupPath
+from .scores import Interval
 
 RowKey: TypeAlias = tuple[Any, ...]
 
 MOST_KEYS = 5_000
 """More changed rows of one table than this mark the table."""
+
+MOST_RANGES = 100
+"""More statements than this of which only ranges are known mark the table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,8 @@ class Written:
 
     A mapping may lack columns.
     """
+    logged: bool = False
+    """Whether a change feed says so, which has what the row really was and became, both."""
 
     def then(self, later: Written) -> Written:
         """Return both, one after the other."""
@@ -51,6 +57,12 @@ class Written:
 
 UNKNOWN: Final = Written()
 
+Ranges: TypeAlias = Mapping[str, tuple[Any, Any]]
+"""For columns of a table, the smallest and the largest value, old and new, of rows that changed.
+
+Twice ``None``: all were NULL. Otherwise none was.
+"""
+
 
 @dataclass(slots=True)
 class ChangeSet:
@@ -59,6 +71,10 @@ class ChangeSet:
     rows: dict[TableName, dict[RowKey, Written]] = field(default_factory=dict)
     tables: set[TableName] = field(default_factory=set)
     everything: bool = False
+    ranges: dict[TableName, list[Ranges]] = field(default_factory=dict)
+    """Of tables of which the rows are not known, where they are; each of one statement."""
+    unlogged: bool = False
+    """Whether a change feed may not tell of some of it: rows that REPLACE deletes."""
 
     def add_rows(
         self, table: TableName, keys: Iterable[RowKey], written: Written = UNKNOWN
@@ -79,6 +95,14 @@ class ChangeSet:
         """Note a table of which any row may have changed."""
         self.tables.add(table)
         self.rows.pop(table, None)
+        self.ranges.pop(table, None)
+
+    def add_ranges(self, table: TableName, ranges: Ranges) -> None:
+        """Note a table of which any row in a range of values may have changed."""
+        if not ranges or len(self.ranges.get(table, ())) >= MOST_RANGES:
+            self.add_table(table)
+        elif table not in self.tables:
+            self.ranges.setdefault(table, []).append(ranges)
 
     def add_everything(self) -> None:
         """Note that any row of any table may have changed."""
@@ -87,8 +111,12 @@ class ChangeSet:
     def update(self, other: ChangeSet) -> None:
         """Note all that another change set has."""
         self.everything = self.everything or other.everything
+        self.unlogged = self.unlogged or other.unlogged
         for table in other.tables:
             self.add_table(table)
+        for table, statements in other.ranges.items():
+            for ranges in statements:
+                self.add_ranges(table, ranges)
         for table, rows in other.rows.items():
             for key, written in rows.items():
                 self.add_rows(table, [key], written)
@@ -105,14 +133,16 @@ class ChangeSet:
 
     def touches(self, tables: Iterable[TableName]) -> bool:
         """Whether one of the tables was written."""
-        return self.everything or any(t in self.tables or t in self.rows for t in tables)
+        return self.everything or any(
+            t in self.tables or t in self.rows or t in self.ranges for t in tables
+        )
 
     def sets_off(self, table: TableName, columns: frozenset[str] | None) -> bool:
         """Whether what was done to a table may set off actions of foreign keys that refer to it.
 
         :param columns: those of ON UPDATE of certain columns; ``None`` for those of ON DELETE.
         """
-        return table in self.tables or any(
+        return (table in self.tables or table in self.ranges) or any(
             written.before != ()
             if written.columns is None
             else columns is not None and not written.columns.isdisjoint(columns)
@@ -120,7 +150,7 @@ class ChangeSet:
         )
 
     def __bool__(self) -> bool:
-        return self.everything or bool(self.tables) or bool(self.rows)
+        return self.everything or bool(self.tables or self.rows or self.ranges)
 
 
 class Mark(NamedTuple):
@@ -138,11 +168,16 @@ class Mark(NamedTuple):
     @property
     def kind(self) -> str:
         """By which marks are counted."""
-        return "view" if self == VIEW else "row"
+        if self.table != VIEW.table:
+            return "row"
+        return "view" if self == VIEW else "unread"
 
 
 VIEW: Final = Mark((None, ""), ())
 """The mark of a whole view."""
+
+UNREAD: Final = Mark((None, ""), ("unread",))
+"""The change feed has changes of the view that nobody has read: a poll says which rows they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +194,23 @@ class GroupMark:
     """By which marks are counted."""
 
 
-AnyMark: TypeAlias = Mark | GroupMark
+@dataclass(frozen=True, slots=True)
+class RangeMark:
+    """Records that may be stale because they are, or were, in an interval of an index."""
+
+    index: str
+    interval: Interval
+    leave: bool = False
+    """Whether records may have come into the interval from elsewhere, or left it."""
+    moves: ClassVar[bool] = True
+    kind: ClassVar[str] = "range"
+
+
+AnyMark: TypeAlias = Mark | GroupMark | RangeMark
 Marks: TypeAlias = frozenset[AnyMark]
 
 _THE_VIEW: Final[Marks] = frozenset({VIEW})
+_UNREAD: Final[Marks] = frozenset({UNREAD})
 _NONE: Final[Marks] = frozenset()
 
 
@@ -187,27 +235,61 @@ class Concern:
     """Whether an UPDATE may change columns that it does not name: generated ones, triggers."""
     paths: tuple[GroupPath, ...] = ()
     """How a changed row leads to groups."""
+    scores: tuple[tuple[str, str], ...] = ()
+    """Columns by whose values all records with a row are found: the names of a column, and of the
+    index that it leads."""
+    interval: Callable[[str, Any, Any], Interval | None] | None = None
+    """Returns the interval of an index between two values, if Python sorts them as the database."""
+
+    def range_mark(self, ranges: Ranges) -> RangeMark | None:
+        """Return the mark of the records with rows in a range of values, if that can be told."""
+        if self.followed and self.interval is not None:
+            for column, index in self.scores:
+                if column in ranges:
+                    interval = self.interval(index, *ranges[column])
+                    if interval is not None:
+                        return RangeMark(index, interval)
+        return None
 
 
 def marks_of(
-    tables: frozenset[TableName], concerns: Mapping[TableName, Concern], changes: ChangeSet
+    tables: frozenset[TableName],
+    concerns: Mapping[TableName, Concern],
+    changes: ChangeSet,
+    *,
+    unread: bool = False,
 ) -> Marks:
     """Return what changes mark of a view.
 
     :param tables: the tables that concern the view.
     :param concerns: what is known of them; a change of another marks the whole view.
+    :param unread: whether a change feed will tell which rows changed, where that is not known.
     """
     if not changes.touches(tables):
         return _NONE
-    if changes.everything or not changes.tables.isdisjoint(tables):
-        return _THE_VIEW
+    unknown = _UNREAD if unread else _THE_VIEW
+    if changes.everything:
+        return unknown
+    anywhere = changes.tables & tables
+    if anywhere:
+        lost = any(t in concerns and not concerns[t].followed for t in anywhere)
+        return _THE_VIEW if lost else unknown
     marks: set[AnyMark] = set()
+    for table, statements in changes.ranges.items():
+        concern = concerns.get(table)
+        if table not in tables:
+            continue
+        for ranges in statements:
+            mark = None if concern is None else concern.range_mark(ranges)
+            if mark is None:
+                return unknown
+            marks.add(mark)
     for table, rows in changes.rows.items():
         if table not in tables:
             continue
         concern = concerns.get(table)
-        if concern is None:
-            return _THE_VIEW
+        if concern is None:  # a partition, say
+            return unknown
         for key, written in rows.items():
             columns = None if concern.opaque else written.columns
             if columns is not None and columns.isdisjoint(concern.used):
@@ -215,11 +297,12 @@ def marks_of(
             if not concern.followed:
                 return _THE_VIEW
             # What it was before an UPDATE is pieced together from the columns that it names.
-            before = written.before if not (concern.opaque and written.before) else None
+            pieced = concern.opaque and not written.logged
+            before = None if pieced and written.before else written.before
             for path in concern.paths:
                 groups = path.of_key(key) if path.follows_from_key else path.before(columns, before)
                 if groups is None:
-                    return _THE_VIEW
+                    return unknown
                 marks.update(GroupMark(path.names, values) for values in groups)
             if concern.by_key:
                 moves = columns is None or not columns.isdisjoint(concern.placing)

@@ -131,6 +131,7 @@ class Transaction:
         """
         self.underway.pop(id(statement.context), None)
         writes, changes = statement.writes, self.changes
+        changes.unlogged = changes.unlogged or writes.replaces
         if writes.anything:
             changes.add_everything()
             return

@@ -16,18 +16,19 @@ are followed to their anchors from there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 from sqlalchemy import Connection, and_, literal, or_, select, tuple_
 from sqlalchemy.sql import ColumnElement
 
 from .analysis import TableName
-from .changes import AnyMark, GroupMark
+from .changes import AnyMark, GroupMark, Mark, RangeMark
 from .coverage import Coverage
 from .groups import GroupPath
 from .layout import Layout, RowKey
 from .loading import Rows
 from .orders import Hidden, Record
+from .scores import IntervalSet
 from .storage import Storage
 
 BATCH = 5_000
@@ -42,8 +43,24 @@ def read_coverage(layout: Layout, connection: Connection, coverage: Coverage) ->
     return layout.loader.read(connection, layout.coverage_clause(coverage), stream=True)
 
 
-Touched: TypeAlias = dict[str, set[RowKey]]
-"""For some orders, what the keys of touched records start with."""
+class Touched(NamedTuple):
+    """Which records are to be replaced."""
+
+    keys: dict[str, set[RowKey]]
+    """For some orders, what the keys of touched records start with."""
+    ranges: dict[str, IntervalSet]
+    """For some indexes, where they are."""
+
+
+class Delta(NamedTuple):
+    """What a refresh has read."""
+
+    touched: Touched | None
+    """Which records to replace; ``None`` for all of them."""
+    rows: Rows
+    """What they are now."""
+    groups: frozenset[GroupMark] = frozenset()
+    """Groups that were read beside those that were marked."""
 
 
 def read_touched(
@@ -52,18 +69,19 @@ def read_touched(
     storage: Storage,
     coverage: Coverage,
     marks: Iterable[AnyMark],
-) -> tuple[Touched | None, Rows]:
-    """Read the records that changed rows touch, now or as they are stored.
-
-    :returns: which records to replace, ``None`` for all of them, and what they are now.
-    """
+) -> Delta:
+    """Read the records that changed rows touch, now or as they are stored."""
     keys: dict[TableName, set[RowKey]] = {}
     groups: dict[tuple[str, ...], set[RowKey]] = {}
+    ranges: list[RangeMark] = []
     for mark in marks:
-        if isinstance(mark, GroupMark):
-            groups.setdefault(mark.names, set()).add(mark.values)
-        else:
-            keys.setdefault(mark.table, set()).add(mark.key)
+        match mark:
+            case Mark():
+                keys.setdefault(mark.table, set()).add(mark.key)
+            case GroupMark():
+                groups.setdefault(mark.names, set()).add(mark.values)
+            case RangeMark():
+                ranges.append(mark)
     known = True
     for path in layout.paths:
         if path.table in keys and not path.follows_from_key:
@@ -75,11 +93,14 @@ def read_touched(
         touched, rows = (
             _read_groups(layout, connection, groups, covered)
             if layout.plan.grouped
-            else _read_anchors(layout, connection, storage, coverage, keys, groups)
+            else _read_anchors(layout, connection, storage, coverage, keys, groups, ranges)
         )
         if rows is not None:
-            return touched, rows
-    return None, read_coverage(layout, connection, coverage)
+            read = frozenset(GroupMark(names, v) for names, vs in groups.items() for v in vs)
+            delta = Delta(touched, rows, read)
+            _read_ranges(layout, connection, ranges, covered, delta)
+            return delta
+    return Delta(None, read_coverage(layout, connection, coverage))
 
 
 def _groups_of(connection: Connection, path: GroupPath, keys: set[RowKey]) -> set[RowKey] | None:
@@ -102,9 +123,9 @@ def _read_groups(
     covered: list[ColumnElement[bool]],
 ) -> tuple[Touched, Rows]:
     """Read the records of groups: one SELECT."""
-    touched: Touched = {}
+    touched = Touched({}, {})
     for names, values in groups.items():
-        touched.setdefault(layout.group_orders[names], set()).update(values)
+        touched.keys.setdefault(layout.group_orders[names], set()).update(values)
     if not any(groups.values()):
         return touched, layout.no_rows()
     criterion = or_(
@@ -124,14 +145,15 @@ def _read_anchors(
     coverage: Coverage,
     keys: dict[TableName, set[RowKey]],
     groups: dict[tuple[str, ...], set[RowKey]],
+    ranges: list[RangeMark],
 ) -> tuple[Touched, Rows | None]:
-    """Read all records of the anchors that rows and groups lead to; none if those are too many."""
+    """Read all records of the anchors that marks lead to; none if those are too many."""
     plan = layout.plan
     anchor = plan.anchor
     assert anchor is not None
     touched: set[RowKey] = set()
     complete: dict[RowKey, tuple[Record, Hidden | None]] = {}
-    result = {layout.anchor_order: touched}
+    result = Touched({layout.anchor_order: touched}, {})
     covered = layout.coverage_clause(coverage)
     ways: list[tuple[int, list[Record], tuple[str, ...], tuple[str, ...], set[RowKey]]] = []
     for leaf in plan.leaves:
@@ -160,6 +182,13 @@ def _read_anchors(
             touched.add(key)
             if plan.one_row_per_anchor:
                 complete[key] = record, hidden
+    for mark in ranges:
+        if mark.leave:
+            stored = storage.orders[mark.index].between(mark.interval)
+            interval = IntervalSet([mark.interval])
+            found = _read_range(layout, connection, mark.index, interval, covered)
+            for record, hidden in (*storage.with_hidden(stored), *found.pairs()):
+                touched.add(layout.anchor_key(record, hidden))
     rest = touched - complete.keys()
     if len(rest) > MOST_ANCHORS:
         return result, None
@@ -169,6 +198,40 @@ def _read_anchors(
         if rows.hidden is not None:
             rows.hidden.append(cast("Hidden", hidden))
     return result, rows
+
+
+def _read_ranges(
+    layout: Layout,
+    connection: Connection,
+    ranges: list[RangeMark],
+    covered: list[ColumnElement[bool]],
+    delta: Delta,
+) -> None:
+    """Read intervals that no record has left or come into, as they are: one SELECT an index."""
+    assert delta.touched is not None
+    key_of, rows = layout.orders[""].key_of, delta.rows
+    known = {key_of(record, hidden) for record, hidden in rows.pairs()}
+    for index in dict.fromkeys(mark.index for mark in ranges if not mark.leave):
+        intervals = IntervalSet(m.interval for m in ranges if m.index == index and not m.leave)
+        delta.touched.ranges[index] = intervals
+        read = _read_range(layout, connection, index, intervals, covered).pairs()
+        new = [(r, h) for r, h in read if key_of(r, h) not in known]
+        known.update(key_of(record, hidden) for record, hidden in new)
+        rows.records += [record for record, _ in new]
+        if rows.hidden is not None:
+            rows.hidden += [cast("Hidden", hidden) for _, hidden in new]
+
+
+def _read_range(
+    layout: Layout,
+    connection: Connection,
+    index: str,
+    intervals: IntervalSet,
+    covered: list[ColumnElement[bool]],
+) -> Rows:
+    """Read the covered records in intervals of an index: one SELECT."""
+    where = [*layout.where(index, intervals), *covered]
+    return layout.only(layout.loader.read(connection, where, stream=True), index, intervals)
 
 
 def _read(

@@ -13,14 +13,17 @@ refreshes. Out: whether readers may be answered, and beside which rows. This is 
   others may have seen what it changed.
 * Marks and leases that move records keep all readers from storage; those *in place* only the
   answers with the records of their rows.
+* :data:`.UNREAD` says that a change feed has changes that nobody has read. No refresh clears it,
+  but a poll that began after it was made, in one step with making the marks that it found.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 
-from .changes import VIEW, AnyMark, Mark, Marks, in_place
+from .changes import UNREAD, VIEW, AnyMark, Mark, Marks, in_place
 
 MOST_IN_PLACE = 10_000
 """With more marks in place than this the next read refreshes, whatever it reads."""
@@ -79,9 +82,9 @@ class Freshness:
         return in_place((*self.pending, *self.leased))
 
     @property
-    def underway(self) -> bool:
-        """Whether a load or refresh is under way."""
-        return bool(self._underway)
+    def underway(self) -> int:
+        """How many loads and refreshes are under way."""
+        return self._underway.total()
 
     @property
     def oldest(self) -> float | None:
@@ -130,11 +133,32 @@ class Freshness:
         else:
             since = []
         # It is not known here whose they are: they are as old as any commit that is under way.
+        # So is what a feed tells of what was unread.
+        since += [self._since[UNREAD]] if UNREAD in self._since else []
         first = min((*since, *self._leased_since.values()), default=time.monotonic())
         for mark in marks:
             self._set(mark, first)
             if self._underway:
                 self._log.append((self.sequence, mark))
+
+    def note(self, marks: Iterable[AnyMark]) -> None:
+        """Note marks of which nothing is in storage now, for what is under way."""
+        for mark in marks:
+            if self._underway:
+                self.sequence += 1
+                self._log.append((self.sequence, mark))
+
+    def drop(self, marks: Iterable[AnyMark]) -> None:
+        """Drop pending marks of which nothing is in storage any more."""
+        for mark in list(marks):
+            self._unset(mark)
+
+    def read(self, until: int) -> None:
+        """A poll that began when the sequence was this has read all that was unread then."""
+        if self.pending.get(UNREAD, until + 1) <= until:
+            self._unset(UNREAD)
+        # What is under way will find the marks that the poll made.
+        self._log = [entry for entry in self._log if entry[1] != UNREAD or entry[0] > until]
 
     def _set(self, mark: AnyMark, since: float) -> None:
         if mark not in self.pending:

@@ -22,6 +22,7 @@ from .cascades import all_cascades
 from .changes import ChangeSet, Marks
 from .commits import Backend
 from .events import tables_of
+from .feed import Consumer
 from .layout import Layout
 from .loading import Snapshots
 from .table import CachedTable
@@ -34,7 +35,7 @@ ORPHAN_CHECK_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Lease:
+class Lease:
     """What one commit under way will mark, for each view that it concerns."""
 
     marks: dict[CachedTable, Marks]
@@ -45,7 +46,7 @@ class _Lease:
 class _Orphan:
     """The lease of a COMMIT of which nobody knows how it ended."""
 
-    lease: _Lease
+    lease: Lease
     backend: Backend | None
     checked: float = 0.0
 
@@ -57,6 +58,8 @@ class Invalidation:
         self._snapshots: Snapshots | None = None
         self._tables: dict[type[CachedView], CachedTable] = {}
         self._side_effects: dict[TableName, frozenset[TableName]] = {}
+        self.consumer: Consumer | None = None
+        """What follows the changes that others make."""
         self._orphans: list[_Orphan] = []
         self._lock = Lock()
 
@@ -155,18 +158,18 @@ class Invalidation:
         """The tables whose rows are visible when they are written, and stay."""
         return frozenset[TableName]().union(*(layout.at_once for layout in self._layouts()))
 
-    def lease(self, changes: ChangeSet) -> _Lease:
+    def lease(self, changes: ChangeSet) -> Lease:
         """Take a lease on what the changes of a commit will mark."""
         self._add_side_effects(changes)
         marks = {}
         for table in list(self._tables.values()):
-            found = table.marks_of(changes)
+            found = self._marks_of(table, changes)
             if found:
                 table.lease(found)
                 marks[table] = found
-        return _Lease(marks, changes)
+        return Lease(marks, changes)
 
-    def publish(self, changes: ChangeSet, lease: _Lease | None) -> None:
+    def publish(self, changes: ChangeSet, lease: Lease | None) -> None:
         """Mark what a commit changed, and end its lease."""
         if after_sections(lambda: self.publish(changes, lease)):
             return  # called by the garbage collector
@@ -174,11 +177,30 @@ class Invalidation:
         leased = lease.marks if lease is not None else {}
         for table in list(self._tables.values()):
             table.doubtful = table.doubtful or changes.everything
-            table.publish(table.marks_of(changes), leased.get(table))
+            marks = self._marks_of(table, changes)
+            echoed = self.consumer is not None and self.consumer.trusts(table)
+            table.publish(marks, leased.get(table), echoed=echoed)
+        self._tell_observers()
+
+    def mark(self, changes: ChangeSet) -> None:
+        """Mark what the application says has changed, whatever a change feed tells."""
+        self._add_side_effects(changes)
+        for table in list(self._tables.values()):
+            table.publish(table.marks_of(changes))
+        self._tell_observers()
+
+    def _tell_observers(self) -> None:
+        # When all leases have ended: one of them may be interrupted.
         for table in list(self._tables.values()):
             table.observers.tell()
 
-    def orphan(self, lease: _Lease, backend: Backend | None) -> None:
+    def _marks_of(self, table: CachedTable, changes: ChangeSet) -> Marks:
+        """Return what changes mark of a view; those of unknown rows a feed may tell of."""
+        consumer = self.consumer
+        unread = consumer is not None and consumer.trusts(table) and consumer.will_tell_of(changes)
+        return table.marks_of(changes, unread=unread)
+
+    def orphan(self, lease: Lease, backend: Backend | None) -> None:
         """Keep a lease until the transaction of a lost connection has ended."""
         if lease.marks:
             with self._lock:

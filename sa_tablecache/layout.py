@@ -23,19 +23,19 @@ from sqlalchemy.types import NullType
 
 from .analysis import Leaf, TableName, ViewPlan, table_label
 from .catalog import Catalog
-from .changes import Concern
+from .changes import Concern, RangeMark
 from .clauses import ScoreColumn, intervals_clause
-from .comparison import Comparison, is_sortable
+from .comparison import Comparison, Inexact, is_sortable
 from .coverage import Coverage
 from .exc import ViewDefinitionError
 from .groups import GroupPath
 from .loading import Loader, Rows
 from .orders import Hidden, Order, Part, Record
 from .planner import Columns
-from .scores import Extreme, Interval, IntervalSet
+from .scores import MAX, MIN, Cut, Extreme, Interval, IntervalSet
 from .storage import Storage
 from .triggers import Automatic
-from .usage import placing_columns, used_columns
+from .usage import placing_columns, score_columns, used_columns
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,11 @@ RowKey: TypeAlias = tuple[Any, ...]
 
 LINEAGE = "lineage "
 """What the names of orders that only lead from base rows to records begin with."""
+
+
+def _leading(cut: Cut, end: Extreme) -> Cut:
+    """Return a cut that only looks at the leading score, so far out that it leaves none out."""
+    return (cut[0], end) if len(cut) > 1 else cut
 
 
 MOST_CLAUSES = 100
@@ -263,6 +268,7 @@ class Layout:
 
     def _concerns(self, followed: frozenset[TableName]) -> dict[TableName, Concern]:
         used, placing = used_columns(self.plan), placing_columns(self.plan)
+        scores = score_columns(self.plan)
         none: frozenset[str] = frozenset()
         leaves = {leaf.table for leaf in self.plan.leaves}
         concerns = {}
@@ -276,8 +282,43 @@ class Layout:
                 opaque=table in self.automatic,
                 by_key=table in leaves or not all(path.follows_from_key for path in paths),
                 paths=paths,
+                scores=tuple((column.name, index) for column, index in scores.get(table, ())),
+                interval=self._interval,
             )
         return concerns
+
+    def _interval(self, index: str, lower: Any, upper: Any) -> Interval | None:
+        """Return all keys of an index from one leading score to another, if Python knows them.
+
+        :param lower: the smallest as the database sorts; with ``upper`` ``None``: NULL.
+        """
+        order = self.orders[index]
+        part, how = order.parts[0], self.columns.comparisons[order.parts[0].name]
+        if lower is None and upper is None:
+            return order.prefix([None]) if part.nullable else None
+        try:
+            lower, upper = how.parameter(lower), how.parameter(upper)
+        except Inexact:
+            return None
+        if part.hashed or not how.order or None in (lower, upper) or upper < lower:
+            return None
+        return Interval((lower, MIN), (upper, MAX))
+
+    def is_outside(self, coverage: Coverage, mark: RangeMark) -> bool:
+        """Whether none of the records that a mark may concern is, or could be, in storage."""
+        if coverage.everything:
+            return False
+        lead = self.orders[mark.index].parts[0].name
+        for index, covered in coverage.sets.items():
+            same = index == mark.index
+            if mark.leave or not (same or self.orders[index].parts[0].name == lead):
+                return False  # what covers them may be elsewhere
+            lower, upper = mark.interval
+            if not same:
+                lower, upper = _leading(lower, MIN), _leading(upper, MAX)
+            if covered & IntervalSet([Interval(lower, upper)]):
+                return False
+        return True
 
     @property
     def followed(self) -> frozenset[TableName]:

@@ -16,6 +16,7 @@ from sqlalchemy.orm import ORMExecuteState, Session
 from . import reading
 from .cache import BaseTableCache
 from .figures import Reason
+from .following import AnswerFreshness
 from .readers import reading_as
 from .reading import SKIP
 from .results import result_of, selects_views, with_records, without_row_order
@@ -27,7 +28,16 @@ OTHER_LISTENERS = Reason(
 )
 
 
-def listen(cache: BaseTableCache, target: Any, scope: Scope | None = None) -> None:
+COMMITTED = "sa_tablecache.committed"
+"""In ``Session.info``, after a commit: its token, once somebody has asked for it."""
+
+
+def listen(
+    cache: BaseTableCache,
+    target: Any,
+    scope: Scope | None = None,
+    freshness: AnswerFreshness = "feed",
+) -> None:
     """Have sessions answered by the cache: a Session class, a Session, or a factory of them."""
 
     def do_orm_execute(state: ORMExecuteState) -> Result[Any] | None:
@@ -77,11 +87,15 @@ def listen(cache: BaseTableCache, target: Any, scope: Scope | None = None) -> No
         known[:] = [c for c in known if not c.closed and c is not connection]
         known.append(connection)
 
+    def after_commit(session: Session) -> None:
+        session.info[COMMITTED] = None
+
     listeners: tuple[Any, ...] = (do_orm_execute, after_begin)
     for listener in listeners:
-        harmless(listener)._sa_tablecache = Attachment(cache, scope)
+        harmless(listener)._sa_tablecache = Attachment(cache, scope, freshness)
     event.listen(target, "do_orm_execute", do_orm_execute)
     event.listen(target, "after_begin", after_begin)
+    event.listen(target, "after_commit", after_commit)
     if isinstance(target, Session) and target.in_transaction():
         # Its transaction began before anybody listened: its own writes could be missed.
         transaction = target.get_transaction()

@@ -119,15 +119,21 @@ class Snapshots:
         return self._engine
 
     @contextmanager
+    def connect(self) -> Iterator[Connection]:
+        """Lend a connection of the pool. It emits nothing."""
+        with self.engine.connect() as connection:
+            if self._owned:  # a pool given to the cache may be the application's
+                connection.info[READER] = True
+            yield connection
+
+    @contextmanager
     def open(self) -> Iterator[Connection]:
         """Open one snapshot. It emits BEGIN, and on a new PostgreSQL connection one SELECT.
 
         :raises UnsuitableEngine: if the server is a standby.
         """
         dialect = self.engine.dialect.name
-        with self.engine.connect() as connection:
-            if self._owned:  # a pool given to the cache may be the application's
-                connection.info[READER] = True
+        with self.connect() as connection:
             if dialect == "sqlite":
                 connection = connection.execution_options()
                 driver = cast("Any", connection.connection.driver_connection)

@@ -68,9 +68,12 @@ def refreshed(
         return result
     gone = {
         id(record): record
-        for order, values in touched.items()
+        for order, values in touched.keys.items()
         for record in storage.starting_with(order, values)
     }
+    for index, intervals in touched.ranges.items():
+        for interval in intervals:
+            gone.update((id(r), r) for r in storage.orders[index].between(interval))
     result = storage.replace(storage.with_hidden(list(gone.values())), pairs)
     if not layout.key_is_proven:
         primary = result.orders[""]

@@ -11,6 +11,7 @@ And the scope in which a session reads the views that declare one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -22,8 +23,9 @@ from .cache import BaseTableCache
 from .commits import KEY, Transaction
 from .drivers import CURSOR, TAINTED
 from .events import Watcher, root_of
-from .exc import UnscopedRead
+from .exc import TableCacheError, UnscopedRead
 from .figures import Reason
+from .following import AnswerFreshness
 from .readers import in_scope
 from .table import CachedTable
 from .view import CachedView
@@ -45,11 +47,34 @@ class Attachment(NamedTuple):
 
     cache: BaseTableCache
     scope: Scope | None
+    freshness: AnswerFreshness = "feed"
 
 
 def attachment_of(listener: Any) -> Attachment | None:
     """Return the attachment of a listener; ``None`` if it is the application's."""
     return getattr(listener, "_sa_tablecache", None)
+
+
+def freshness_of(session: Session, cache: BaseTableCache) -> AnswerFreshness:
+    """Return how fresh a session wants answers of a cache."""
+    for attachment in map(attachment_of, session.dispatch.do_orm_execute):
+        if attachment is not None and attachment.cache is cache:
+            return attachment.freshness
+    return "feed"
+
+
+def check_freshness(freshness: Any) -> None:
+    """Refuse what is no freshness.
+
+    :raises TableCacheError: for it.
+    """
+    if freshness in ("feed", "barrier"):
+        return
+    if not isinstance(freshness, timedelta) or freshness < timedelta(0):
+        raise TableCacheError(
+            f"freshness={freshness!r}: it is 'feed', 'barrier', or how old the last poll of the "
+            "change feed may be, a timedelta"
+        )
 
 
 def scope_of(session: Session, view: type[CachedView]) -> Any:

@@ -23,14 +23,17 @@ from .cache import BaseTableCache
 from .comparison import Inexact
 from .exc import CriteriaError, TableCacheError
 from .explaining import Explanation
-from .listening import OTHER_LISTENERS, listen
+from .following import AnswerFreshness
+from .listening import COMMITTED, OTHER_LISTENERS, listen
 from .ranges import RangeRead
 from .reading import Answer, LastRead
 from .results import result_of
 from .scopes import (
     Scope,
+    check_freshness,
     database_reason,
     flush_pending,
+    freshness_of,
     in_own_scope,
     may_change_reads,
     overrides,
@@ -230,6 +233,27 @@ class CacheSession(Session):
             return False
         return bool(how.equality and getattr(record, name) == value)
 
+    @property
+    def commit_token(self) -> str | None:
+        """A token of what the session committed last, for :meth:`.TableCache.wait_for` elsewhere.
+
+        ::
+
+            session.commit()
+            response.headers["X-Commit-Token"] = session.commit_token
+
+        ``None`` before the first commit. One SELECT when it is asked for the first time after a
+        commit, on a connection of the cache; none if it is not.
+
+        :raises TableCacheError: if the cache has no change feed.
+        """
+        if COMMITTED not in self.info:
+            return None
+        token: str | None = self.info[COMMITTED]
+        if token is None:
+            token = self.info[COMMITTED] = _cache_of(self).commit_token()
+        return token
+
     def range(
         self,
         index: ViewIndex[V],
@@ -335,11 +359,16 @@ class TableCache(BaseTableCache):
     """
 
     def sessionmaker(
-        self, *, scope: Scope | None = None, **options: Any
+        self,
+        *,
+        scope: Scope | None = None,
+        freshness: AnswerFreshness = "feed",
+        **options: Any,
     ) -> sessionmaker[CacheSession]:
         """Return a factory of sessions that read from the cache, bound to its engine.
 
         :param scope: see :meth:`attach`.
+        :param freshness: see :meth:`attach`.
         :param options: as for :class:`sqlalchemy.orm.sessionmaker`; ``class_`` has to be a
             subclass of :class:`CacheSession`.
         """
@@ -347,7 +376,7 @@ class TableCache(BaseTableCache):
         class_ = type(class_.__name__, (class_,), {"cache": self, "__module__": class_.__module__})
         options.setdefault("bind", self.engine)
         factory = sessionmaker(class_=class_, **options)
-        listen(self, factory, scope)
+        self._listen(factory, scope, freshness)
         return factory
 
     def in_transaction(self, **options: Unpack[TransactionOptions]) -> SyncDecorator[CacheSession]:
@@ -372,7 +401,21 @@ class TableCache(BaseTableCache):
     def _sessions(self) -> Any:  # the name of its type is that of a method here
         return self.sessionmaker()
 
-    def attach(self, target: Any, *, scope: Scope | None = None) -> None:
+    def _listen(self, target: Any, scope: Scope | None, freshness: AnswerFreshness) -> None:
+        check_freshness(freshness)
+        self._fresher = self._fresher or freshness != "feed"
+        listen(self, target, scope, freshness)
+
+    def _freshness_of(self, session: Any) -> AnswerFreshness:
+        return freshness_of(session, self)
+
+    def attach(
+        self,
+        target: Any,
+        *,
+        scope: Scope | None = None,
+        freshness: AnswerFreshness = "feed",
+    ) -> None:
         """Have an application's own engine or sessions work with the cache.
 
         :param target: an :class:`~sqlalchemy.Engine`, whose commits invalidate from now on; or a
@@ -382,6 +425,9 @@ class TableCache(BaseTableCache):
             value of that column in the records that the session may see. It is asked at each read,
             and is not to ask the database itself; ``None`` or a ``LookupError`` say that there is
             none, and the read is an :class:`.UnscopedRead`.
+        :param freshness: of a cache with a change feed. ``"feed"``: what others committed may be
+            unseen for the feed's ``max_lag``. A ``timedelta`` instead of that. ``"barrier"``: each
+            read polls first, and sees whatever was committed anywhere before it.
         :raises TableCacheError: for anything else.
 
         ::
@@ -405,4 +451,4 @@ class TableCache(BaseTableCache):
             )
         if bind is not None:
             self._watch(bind.engine)
-        listen(self, target, scope)
+        self._listen(target, scope, freshness)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from .analysis import TableName, ViewPlan
-from .changes import AnyMark, ChangeSet, Marks, in_place, marks_of
+from .changes import UNREAD, AnyMark, ChangeSet, Marks, RangeMark, in_place, marks_of
 from .coverage import Coverage
+from .echoes import Echoes
 from .events import tick
 from .figures import Counts
 from .freshness import Freshness
@@ -50,6 +51,7 @@ class ViewState:
         self.changed_at = 0
         """When records, marks or leases changed last, as an :func:`.events.tick`."""
         self._freshness = Freshness()
+        self.echoes = Echoes()
         self.observers = Observers(plan, self._given)
         self.when_marked: Callable[[], object] | None = None
         """Called when marks were made; it takes no lock."""
@@ -122,10 +124,10 @@ class ViewState:
         """The tables of which a change concerns the view."""
         return self.plan.tables if self.layout is None else self.layout.tables
 
-    def marks_of(self, changes: ChangeSet) -> Marks:
-        """Return what changes mark of the view."""
+    def marks_of(self, changes: ChangeSet, *, unread: bool = False) -> Marks:
+        """Return what changes mark of the view; see :func:`.changes.marks_of`."""
         concerns = {} if self.layout is None else self.layout.concerns
-        return marks_of(self.tables, concerns, changes)
+        return marks_of(self.tables, concerns, changes, unread=unread)
 
     def lease(self, marks: Marks) -> None:
         """Have readers whom these marks would concern ask the database until :meth:`publish`."""
@@ -133,25 +135,72 @@ class ViewState:
             self._freshness.lease(marks)
             self._set_state(self._state, marks)
 
-    def publish(self, marks: Marks, lease: Marks | None = None) -> None:
-        """Mark what changed and end the lease, in one critical section."""
+    def publish(self, marks: Marks, lease: Marks | None = None, *, echoed: bool = False) -> None:
+        """Mark what changed and end the lease, in one critical section.
+
+        :param echoed: whether a change feed will tell of it again.
+        """
         if not marks and lease is None:
             return
         with self._lock:
+            self._mark(marks)
+            if echoed:
+                self.echoes.expect(marks, self._freshness.sequence)
             freshness = self._freshness
-            freshness.mark(marks)
-            for mark in marks:
-                self.counts.marks[mark.kind] += 1
             if lease is not None:
                 freshness.release(lease)
-            kept = lease is None or all(map(freshness.has, lease))
-            if not self._state.coverage and not freshness.underway:
-                freshness.forget()
-                kept = False
-            self._set_state(self._state, marks if kept else None)
-            self.observers.marked(marks)
-            if self.when_marked is not None and marks:
-                self.when_marked()
+            self._marked(marks, kept=lease is None or all(map(freshness.has, lease)))
+
+    def _mark(self, marks: Iterable[AnyMark]) -> None:
+        """Make marks pending but for those of records of which none is stored."""
+        layout, coverage = self.layout, self._state.coverage
+        outside = frozenset(
+            mark
+            for mark in marks
+            if isinstance(mark, RangeMark) and (layout is None or layout.is_outside(coverage, mark))
+        )
+        self._freshness.mark(frozenset(marks) - outside)
+        self._freshness.note(outside)
+        for mark in marks:
+            self.counts.marks[mark.kind] += 1
+
+    def _marked(self, marks: Marks, *, kept: bool) -> None:
+        """Show readers what was marked.
+
+        :param kept: whether all marks and leases that were there still are.
+        """
+        if not self._state.coverage and not self._freshness.underway:
+            self._freshness.forget()
+            kept = False
+        self._set_state(self._state, marks if kept else None)
+        self.observers.marked(marks)
+        if self.when_marked is not None and marks:
+            self.when_marked()
+
+    # -- what a change feed tells ---------------------------------------------------------------
+
+    @property
+    def sequence(self) -> int:
+        """The number of the last mark."""
+        with self._lock:
+            return self._freshness.sequence
+
+    def deliver(self, marks: Marks, until: int, position: Any) -> None:
+        """Mark what a poll found: what was unread when it began is not any more, in one step.
+
+        :param until: the :attr:`sequence` from before the poll began.
+        :param position: how far it has read.
+        """
+        with self._lock:
+            freshness = self._freshness
+            self.echoes.delivered(until, position)
+            was_unread = UNREAD in freshness.pending
+            if marks:
+                self._mark(marks)
+            freshness.read(until)
+            unread = UNREAD in freshness.pending
+            if marks or was_unread != unread:
+                self._marked(marks, kept=was_unread == unread)
 
     def count_read(self, kind: str, category: str) -> None:
         """Count a read that was not a plain hit."""
@@ -172,6 +221,7 @@ class ViewState:
             self._set_state(self._state)
         else:
             self._freshness = Freshness()
+            self.echoes = Echoes()
             empty = Storage({}, {}) if self.layout is None else self.layout.empty()
             self._set_state(State(empty, Coverage()))
         return keep
@@ -192,4 +242,10 @@ class ViewState:
         """Publish what a load or refresh made; only under the lock."""
         self.observers.stored(self._state.storage, state.storage, refreshed=bool(cleared))
         self._freshness.apply(token, cleared)
+        if self.layout is not None:
+            self._freshness.drop(
+                mark
+                for mark in self._freshness.pending
+                if isinstance(mark, RangeMark) and self.layout.is_outside(state.coverage, mark)
+            )
         self._set_state(state)

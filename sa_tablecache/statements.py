@@ -94,6 +94,8 @@ class Writes:
     """Whether it rolls back to a savepoint."""
     moves: bool = False
     """Whether a name without a schema may mean another table from now on."""
+    replaces: bool = False
+    """Whether it may delete rows that it does not name: REPLACE."""
     locks: bool = False
     """Whether others may have to wait, to read what it locks, until the transaction ends."""
     primary_key: tuple[Column[Any], ...] = field(default=(), compare=False)
@@ -279,7 +281,7 @@ def _dml(statement: Any, compiled: Any) -> Writes:
         if replaces(statement, table):
             # Rows that the statement does not name are deleted.
             others = frozenset({name}) | cascades(table, deleted=True, columns=None)
-            return Writes(table=name, further=others, kind="upsert")
+            return Writes(table=name, further=others, kind="upsert", replaces=True)
         if statement._post_values_clause is not None or statement._prefixes:
             others = cascades(table, deleted=False, columns=None)
             known = () if _moves_key(statement._post_values_clause, primary_key) else primary_key
@@ -296,10 +298,12 @@ def _dml(statement: Any, compiled: Any) -> Writes:
         frozenset() if deleted else _written_columns(statement, table, compiled.column_keys or ())
     )
     tables = cascades(table, deleted=deleted, columns=written)
+    replacing = False
     if not deleted:  # MySQL: UPDATE a, b SET b.x = ...
         for other, columns in _other_targets(statement, table).items():
             tables |= {table_name(other)} | cascades(other, deleted=False, columns=columns)
-        if replaces(statement, table):
+        replacing = replaces(statement, table)
+        if replacing:
             # Rows that are in the way of the new values are deleted.
             tables |= {name} | cascades(table, deleted=True, columns=None)
     pins = pinned(statement, table)
@@ -320,6 +324,7 @@ def _dml(statement: Any, compiled: Any) -> Writes:
         kind="delete" if deleted else "update",
         key=tuple(keys),
         columns=None if moves_key else written,
+        replaces=replacing,
         primary_key=primary_key,
     )
 

@@ -32,18 +32,19 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
+from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
 from .analysis import TableName, ViewPlan, table_label
 from .catalog import Catalog, probe
-from .changes import VIEW, AnyMark, Mark
+from .changes import UNREAD, VIEW, AnyMark, Mark
 from .coverage import Coverage
-from .deltas import Touched, read_coverage, read_touched
+from .deltas import Delta, read_coverage, read_touched
 from .figures import Stats, stored_bytes
 from .layout import Layout
-from .loading import Progress, Rows, Snapshots
+from .loading import Progress, Snapshots
 from .replacing import loaded, refreshed
 from .scores import IntervalSet
 from .state import State, ViewState
@@ -65,6 +66,20 @@ Guard: TypeAlias = Callable[[Session, "CachedTable", Any, bool], str | None]
 It is given the session, the table, the statement (``None`` for range reads and reads by key), and
 whether it may ask the database itself; if it would have to and may not, it gives a reason.
 """
+
+
+class Feed(Protocol):
+    """What loads and refreshes ask of a change feed."""
+
+    def seed(self) -> None:
+        """Begin to follow the view, before anything of it is read; do nothing if that fails."""
+
+    def catch_up(self) -> None:
+        """Read, and publish, all that was committed before this call."""
+
+    def position(self, connection: Connection) -> Any:
+        """Return the position of a snapshot in the changelog."""
+
 
 RESTARTS = 3
 """How often a refresh starts again because the coverage changed under it."""
@@ -93,6 +108,7 @@ class CachedTable(ViewState):
         """The last reads that were no plain hits, as sessions remember them."""
         self.guards: tuple[Guard, ...] = ()
         """Asked at each read, before anything else."""
+        self.feed: Feed | None = None
 
     def guarded(self, session: Session, statement: Any = None, *, fetch: bool = True) -> str | None:
         """Return why one of the guards sends a read to the database, or ``None``."""
@@ -171,6 +187,8 @@ class CachedTable(ViewState):
 
         Only the difference is fetched and expired. A load that fails leaves everything as it was.
         """
+        if self.feed is not None:
+            self.feed.seed()
         layout = self._renewed()
         started = time.monotonic()
         with self._loading:
@@ -270,13 +288,16 @@ class CachedTable(ViewState):
 
         It emits one SELECT for each base table that has marks, and one for the touched anchors
         that those did not return (or for the touched groups); or one SELECT of all that is covered
-        if the view is marked.
+        if the view is marked. Before that, if a change feed has what nobody has read, it is polled;
+        and it is asked for its position if it is going to tell of a mark again.
         Where loads change the coverage again and again meanwhile, it gives up; the marks stay.
         """
         if not self._freshness.pending:
             return
         with self._refreshing:
-            if self._freshness.pending:
+            if UNREAD in self._freshness.pending and self.feed is not None:
+                self.feed.catch_up()
+            if self._freshness.pending.keys() - {UNREAD}:
                 self._refresh()
         self.observers.tell()
 
@@ -288,9 +309,11 @@ class CachedTable(ViewState):
             for _ in range(RESTARTS):
                 with self._lock:
                     marks = dict(self._freshness.pending)
+                    marks.pop(UNREAD, None)
                     state = self._state
-                touched, read = self._read_marked(layout, state, marks)
-                if self._replace(layout, token, state.coverage, marks, touched, read):
+                    asks = self.feed is not None and self.echoes.expects(marks)
+                delta, position = self._read_marked(layout, state, marks, asks=asks)
+                if self._replace(layout, token, state.coverage, marks, delta, position):
                     break
             else:
                 return
@@ -301,27 +324,27 @@ class CachedTable(ViewState):
         self.counts.refresh_seconds += seconds
         log.info(
             "view %s: refreshed %d marks, %d records in %.3f s", self.plan.name, len(marks),
-            len(read.records), seconds,
+            len(delta.rows.records), seconds,
         )  # fmt: skip
         self._tell_timers("refresh", seconds)
 
     def _read_marked(
-        self, layout: Layout, state: State, marks: dict[AnyMark, int]
-    ) -> tuple[Touched | None, Rows]:
-        """Read what the marks touch (``None``: all records), and what it is now."""
+        self, layout: Layout, state: State, marks: dict[AnyMark, int], *, asks: bool
+    ) -> tuple[Delta, Any]:
+        """Read what the marks touch, and what it is now; and the feed's position if it is asked."""
         if not state.coverage:
-            return None, layout.no_rows()
+            return Delta(None, layout.no_rows()), None
+        position = None
         with self._snapshots.open() as connection:
             self._pause("snapshot")
+            if asks and self.feed is not None:
+                position = self.feed.position(connection)
             if VIEW in marks:
-                rows = read_coverage(layout, connection, state.coverage)
-                touched: Touched | None = None
+                delta = Delta(None, read_coverage(layout, connection, state.coverage))
             else:
-                touched, rows = read_touched(
-                    layout, connection, state.storage, state.coverage, marks
-                )
+                delta = read_touched(layout, connection, state.storage, state.coverage, marks)
         self._pause("read")
-        return touched, rows
+        return delta, position
 
     def _replace(
         self,
@@ -329,8 +352,8 @@ class CachedTable(ViewState):
         token: int,
         coverage: Coverage,
         marks: dict[AnyMark, int],
-        touched: Touched | None,
-        read: Rows,
+        delta: Delta,
+        position: Any,
     ) -> bool:
         """Put what a refresh read into storage; say no if the coverage is another by now."""
         while True:
@@ -340,12 +363,16 @@ class CachedTable(ViewState):
                 return False
             pairs = [
                 (record, hidden)
-                for record, hidden in read.pairs()
+                for record, hidden in delta.rows.pairs()
                 if layout.is_covered(coverage, record, hidden)
             ]
-            storage = refreshed(layout, state.storage, touched, pairs)
+            storage = refreshed(layout, state.storage, delta.touched, pairs)
             with self._lock:
                 if self._is_still(state):
+                    if position is not None and self._freshness.underway == 1:
+                        whole = delta.touched is None
+                        read = (VIEW,) if whole else (*marks, *delta.groups)
+                        self.echoes.was_read(read, position)
                     self._apply(token, State(storage, coverage), marks)
                     return True
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 from sqlalchemy import Connection
 
@@ -36,7 +36,10 @@ class Watch:
 
     relation: Relation
     key: tuple[str, ...]
-    """The columns that are logged of a changed row; empty if the table has no primary key."""
+    """The columns that are logged of a changed row, old and new; empty: none can tell which it is.
+
+    The primary key, and perhaps others by which views group.
+    """
     ranges: tuple[str, ...] = ()
     """Columns of which a big statement logs the smallest and the largest value, old and new."""
     limit: int = MOST_KEYS
@@ -111,6 +114,16 @@ class Installation:
 class Changelog(ABC):
     """The changelog of one dialect. Its statements are for ``exec_driver_sql``, one by one."""
 
+    finds_anything: ClassVar[bool] = False
+    """Whether a poll tells of whatever SQL may do to a watched table: TRUNCATE, DDL, functions.
+
+    Logged, or by a fingerprint that moves, even where triggers were switched off and on again.
+    """
+    finds_replaced: ClassVar[bool] = True
+    """Whether the rows that REPLACE deletes are logged, whatever the settings of the writer."""
+    wakes: ClassVar[bool] = False
+    """Whether :meth:`notify` wakes anybody."""
+
     # -- installing: SQL only, so that it can be rendered offline -------------------------------
 
     @abstractmethod
@@ -151,9 +164,16 @@ class Changelog(ABC):
 
     @abstractmethod
     def propose(
-        self, connection: Connection, relation: Relation, ranges: Sequence[str] = ()
+        self,
+        connection: Connection,
+        relation: Relation,
+        ranges: Sequence[str] = (),
+        key: Sequence[str] = (),
     ) -> Watch:
-        """Return how a table is best watched: its primary key, its cascades."""
+        """Return how a table is best watched: its primary key, its cascades.
+
+        :param key: columns to log instead of the primary key; what a write does depends on them.
+        """
 
     @abstractmethod
     def owned(self) -> frozenset[Relation]:

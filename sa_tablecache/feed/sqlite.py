@@ -207,7 +207,11 @@ class SQLiteChangelog(Changelog):
         return found
 
     def propose(
-        self, connection: Connection, relation: Relation, ranges: Sequence[str] = ()
+        self,
+        connection: Connection,
+        relation: Relation,
+        ranges: Sequence[str] = (),
+        key: Sequence[str] = (),
     ) -> Watch:
         """Return how a table is best watched: four statements, and one for each index.
 
@@ -220,13 +224,13 @@ class SQLiteChangelog(Changelog):
         columns = connection.exec_driver_sql(
             f"PRAGMA {quoted(schema)}.table_xinfo({quoted(table.name)})"
         ).all()
-        missing = set(ranges) - {column[1] for column in columns}
+        missing = {*ranges, *key} - {column[1] for column in columns}
         if missing:
             raise TableCacheError(f"{relation} has no column {', '.join(sorted(missing))}")
         watched = Relation(schema, table.name)
-        key = tuple(c[1] for c in sorted(columns, key=lambda c: int(c[5])) if c[5])
-        replaced = tuple(conflicts(connection, watched, table.sql, key))
-        return Watch(watched, key, tuple(ranges), MOST_KEYS, replaced)
+        logged = tuple(key) or tuple(c[1] for c in sorted(columns, key=lambda c: int(c[5])) if c[5])
+        replaced = tuple(conflicts(connection, watched, table.sql, logged))
+        return Watch(watched, logged, tuple(ranges), MOST_KEYS, replaced)
 
     def owned(self) -> frozenset[Relation]:
         """Return the changelog's own tables."""
