@@ -7,6 +7,7 @@ There is one implementation, the synchronous one. What may ask the database runs
 from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
@@ -251,6 +252,10 @@ class AsyncTableCache:
     def health(self) -> Health:
         """See :meth:`.TableCache.health`."""
         return self.sync_cache.health()
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """See :meth:`.TableCache.disabled`; a synchronous context manager, for ``with``."""
+        return self.sync_cache.disabled()
 
     async def close(self) -> None:
         """See :meth:`.TableCache.close`; steps that are under way are cancelled."""

@@ -7,7 +7,8 @@ In: an engine, views, and what the application says (load, evict, invalidate). A
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
@@ -15,7 +16,7 @@ from typing import Any, Self, cast
 from sqlalchemy import Engine, select
 from sqlalchemy.sql import ColumnElement
 
-from .analysis import plan_of, table_label, table_name
+from .analysis import ViewPlan, plan_of, table_label, table_name
 from .answering import covered_candidate
 from .changes import MOST_RANGES, VIEW, ChangeSet, Marks, RangeMark
 from .comparison import Inexact
@@ -23,10 +24,11 @@ from .events import tables_of, unwatch, watch
 from .exc import Closed, CriteriaError, NotExpressible, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
 from .feed import ChangeFeed
-from .figures import Estimate, Stats, estimate
+from .figures import Estimate, Reason, Stats, estimate
 from .following import Following
 from .forks import watch_forks
 from .health import Health, health
+from .indexing import indexes_lacking_in
 from .layout import log_coarse
 from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
@@ -115,8 +117,8 @@ class BaseTableCache(Following):
     def _new_table(self, view: type[CachedView], snapshots: Snapshots) -> CachedTable:
         table = CachedTable(plan_of(view), snapshots)
         table.timers = self.timers
-        self.refreshing.watch(table)
         self._follow_view(table)
+        self.refreshing.watch(table)
         return table
 
     def _watch(self, engine: Engine) -> None:
@@ -340,15 +342,18 @@ class BaseTableCache(Following):
         """Return what keeps views from being served exactly: coarse tables, unordered indexes.
 
         Asks the catalog about views that were not used yet. What keeps a view from being used at
-        all is a problem too, and not raised here.
+        all is a problem too, and not raised here; and so is an index that reads of the cache need
+        and that the database does not have, for which the catalog is asked about each table.
         """
         problems = [Problem(view.__name__, why) for view, why in self.feed_problems().items()]
+        usable: list[ViewPlan] = []
         for view, table in self._tables.items():
             try:
                 columns = table.set_up().columns
             except TableCacheError as error:
                 problems.append(Problem(view.__name__, str(error)))
                 continue
+            usable.append(table.plan)
             problems += [
                 Problem(
                     view.__name__, f"any change of {table_label(name)} marks the whole view: {why}"
@@ -369,6 +374,10 @@ class BaseTableCache(Following):
                                 f"{how.reason or 'no order that Python knows'}",
                             )
                         )
+        if usable:
+            with self.load_engine.connect() as connection:
+                lacking = indexes_lacking_in(connection, usable)
+            problems += [Problem(index.view, str(index)) for index in lacking]
         return problems
 
     def explain(self, statement: Any) -> Explanation:
@@ -452,6 +461,31 @@ class BaseTableCache(Following):
             self._resume()
         feed = None if self.consumer is None else self.consumer.health()
         return health(self.upkeep, feed, () if feed is None else feed.complaints)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Have the database answer all reads of a block, in whatever thread or task they are.
+
+        ::
+
+            with cache.disabled():
+                slow = measure(report)
+
+        What is loaded stays, and commits are noticed as ever. Emits no SQL.
+        """
+        reason = Reason("disabled", "the cache is disabled")
+
+        def guard(*_: Any) -> str:
+            return reason
+
+        tables = list(self._tables.values())
+        for table in tables:
+            table.guards = (guard, *table.guards)
+        try:
+            yield
+        finally:
+            for table in tables:
+                table.guards = tuple(each for each in table.guards if each is not guard)
 
     def close(self) -> None:
         """Stop noticing commits, give up all records, close the cache's own connections.

@@ -472,6 +472,11 @@ def watch(engine: Engine, subscriber: Subscriber) -> None:
         watcher.subscribers.append(subscriber)
 
 
+def all_subscribers() -> list[Subscriber]:
+    """Return who is told of the commits of any engine of this process."""
+    return [each for watcher in list(_watchers.values()) for each in watcher.subscribers]
+
+
 def unwatch(engine: Engine, subscriber: Subscriber) -> None:
     """Stop telling a subscriber."""
     watcher = _watchers.get(root_of(engine))

@@ -34,6 +34,7 @@ REASONS: Final[Mapping[str, str]] = {
     "isolation": "the session's transaction has a snapshot or locks of its own",
     "connection": "the connection ran SET or the like, or a cursor of the driver was used",
     "listener": "the application listens where it could change what is read",
+    "disabled": "the cache was switched off",
     "bind": "the session is bound to another database or schema",
     "commit": "a commit that touches the view was under way",
     "refresh_failed": "the refresh failed",

@@ -344,7 +344,7 @@ class Loader:
             {} if isinstance(clause.type, _SHARED) else None for clause in self.clauses
         ]
         options = {"yield_per": PARTITION}
-        with connection.execution_options(**options).execute(statement) as result:
+        with connection.execute(statement, execution_options=options) as result:
             for partition in result.partitions():
                 self._add(rows, partition, pools)
                 for at, pool in enumerate(pools):

@@ -67,7 +67,7 @@ class _Job:
         self.failing_since: float | None = None
         self.error: str | None = None
         self._pause = FIRST_PAUSE
-        self.runner: _Thread | _Task | None = None
+        self.runner: _Thread | _Task | _Nobody | None = None
 
     def step(self) -> tuple[float | None, bool]:
         """Do one step; return the seconds until the next, and whether it may be woken before."""
@@ -241,6 +241,19 @@ def has_running_loop() -> bool:
     return _running_loop() is not None
 
 
+class _Nobody:
+    """Runs no job: a test does, by :meth:`Upkeep.run_once`."""
+
+    alive = True
+    task = None
+
+    def wake(self) -> None:
+        """Have it wait for the next :meth:`Upkeep.run_once`, as it does anyway."""
+
+    def end(self) -> None:
+        """There is nothing to end."""
+
+
 def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:
         return asyncio.get_running_loop()
@@ -260,6 +273,8 @@ class Upkeep:
     """
 
     def __init__(self) -> None:
+        self.in_background = True
+        """Whether jobs run by themselves; if not, only :meth:`run_once` runs them."""
         self._lock = Lock()
         self._jobs: dict[str, _Job] = {}
         self._started = False
@@ -340,6 +355,9 @@ class Upkeep:
 
     def _begin(self, job: _Job) -> None:
         name = f"sa_tablecache {job.name}"
+        if not self.in_background:
+            job.runner = _Nobody()
+            return
         job.runner = _Thread(job, name) if self._loop is None else _Task(job, name, self._loop)
 
     def stop(self, timeout: float = STOP_SECONDS) -> None:
@@ -375,6 +393,16 @@ class Upkeep:
             log.warning(
                 "upkeep: still busy after %.1f s, and left behind: %s", timeout, ", ".join(left)
             )
+
+    def run_once(self) -> None:
+        """Do one step of each job, here and now, one after another; what one raises is raised.
+
+        It does not matter whether the upkeep runs; where the engine is asynchronous, the caller is
+        in a greenlet.
+        """
+        for job in list(self._jobs.values()):
+            job.run()
+            job._succeeded()
 
     def health(self) -> dict[str, JobHealth]:
         """Return how each job is doing."""

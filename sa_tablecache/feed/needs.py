@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import CHAR, Date, DateTime, Enum, Integer, Numeric, String, Time
+from sqlalchemy import CHAR, REAL, Date, DateTime, Enum, Float, Integer, Numeric, String, Time
 
 from sa_tablecache.analysis import TableName, ViewPlan, table_name
 from sa_tablecache.usage import base_tables, score_columns
@@ -57,5 +57,8 @@ def needs_of(plans: Iterable[ViewPlan]) -> dict[TableName, Need]:
 
 def _has_extremes(type_: Any) -> bool:
     """Whether each database has MIN and MAX of a type, and JSON a form of it that has its order."""
+    if isinstance(type_, Float):  # with less than double precision, JSON says more than is stored
+        return not isinstance(type_, REAL) and type_.precision is None
     ordered = isinstance(type_, Integer | Numeric | Date | DateTime | Time | String)
-    return ordered and not isinstance(type_, Enum | CHAR)
+    zoned = isinstance(type_, Time) and type_.timezone
+    return ordered and not zoned and not isinstance(type_, Enum | CHAR)

@@ -46,6 +46,7 @@ CHANNEL: Final = "sa_tablecache"
 
 TRIM_BATCH: Final = 10_000
 
+_READABLE: Final = (VERSION, VERSION - 1)
 _UNBOUNDED: Final = frozenset(
     ("NaN", "Infinity", "-Infinity", "infinity", "-infinity", "infinity+00:00", "-infinity+00:00")
 )
@@ -185,18 +186,18 @@ class PostgreSQLChangelog(Changelog):
         Each table that lacks a trigger is locked against writers until the transaction ends; where
         nothing is to be done, nothing is locked.
         """
-        schema, name = map(_literal, watch.relation)
+        schema, name = _place(watch.relation)
         key, ranges = map(_array, (watch.key, watch.ranges))
         return (f"SELECT sa_tablecache.watch({schema}, {name}, {key}, {ranges}, {watch.limit})",)
 
     def unwatch(self, relation: Relation) -> Sequence[str]:
         """Return a call of ``sa_tablecache.unwatch()``."""
-        schema, name = map(_literal, relation)
+        schema, name = _place(relation)
         return (f"SELECT sa_tablecache.unwatch({schema}, {name})",)
 
     def invalidate(self, relation: Relation) -> Sequence[str]:
         """Return a call of ``sa_tablecache.invalidate()``, which a role that polls may make."""
-        schema, name = map(_literal, relation)
+        schema, name = _place(relation)
         return (f"SELECT sa_tablecache.invalidate({schema}, {name})",)
 
     # -- asking the catalog ---------------------------------------------------------------------
@@ -208,7 +209,8 @@ class PostgreSQLChangelog(Changelog):
         watched, outdated = {}, {}
         with _available():
             version = connection.scalar(_VERSION)
-            _check(version)
+            if version not in _READABLE:
+                return Installation(version)
             rows = connection.execute(_query("installed")).all()
         for schema, name, definition, problem in rows:
             found = json.loads(definition)
@@ -364,7 +366,7 @@ def _ranges(logged: str | None) -> dict[str, tuple[Any, Any]] | None:
 
 
 def _check(version: int | None) -> None:
-    if version not in (VERSION, VERSION - 1):
+    if version not in _READABLE:
         raise FeedUnavailable(
             f"the change feed that is installed is of version {version}, and this process reads "
             f"{VERSION} and {VERSION - 1}: deploy the program that goes with it"
@@ -381,6 +383,12 @@ def _available() -> Iterator[None]:
         if state not in _UNAVAILABLE:
             raise
         raise FeedUnavailable(_UNAVAILABLE[state]) from error
+
+
+def _place(relation: Relation) -> tuple[str, str]:
+    """Return a schema and a name as SQL; without a schema, the one in which tables are created."""
+    schema = _literal(relation.schema) if relation.schema else "current_schema()"
+    return schema, _literal(relation.name)
 
 
 def _literal(value: str) -> str:

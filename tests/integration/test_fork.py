@@ -19,6 +19,7 @@ from sa_tablecache import AsyncTableCache, TableCache
 from tests.integration.checking import counting
 from tests.integration.databases import Database
 from tests.integration.flights import World, flights_world, ids, insert_flights
+from tests.integration.test_feed import followed as followed_world
 from tests.integration.test_protocol import Held, Running
 from tests.zoo import OuterBoard, Plane
 
@@ -489,3 +490,104 @@ def test_an_asynchronous_cache_is_forked_between_loops(database: Database) -> No
     assert Child(lambda _: asyncio.run(serve())).result() == [6, "miss", 6, "hit", True]
     cache.sync_cache.upkeep.stop()
     cache.sync_cache.close()
+
+
+# --- with a feed ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def followed(database: Database) -> Iterator[World]:
+    """Six flights, all of them cached and followed by a change feed."""
+    with followed_world(database) as world:
+        world.cache.start()
+        yield world
+
+
+def test_a_child_goes_on_with_the_feed(followed: World) -> None:
+    """It keeps what it inherits, sees what its parent commits, and is seen by it."""
+    world = followed
+    commit_model(world, "A330")
+    assert model_of(world) == ("A330", "hit")
+    commit_model(world, "A340")
+
+    def work(child: Child) -> Any:
+        as_a_child(world)
+        seen: list[Any] = [world.cache.stats(OuterBoard).records]
+        with world.Session() as session, counting() as statements:
+            seen += [session.get(OuterBoard, 3).airline, len(statements)]
+        seen.append(model_of(world))
+        child.say()
+        child.listen()
+        world.cache.barrier()
+        seen.append(model_of(world))
+        commit_model(world, "A360")
+        seen += [model_of(world), world.cache.stats(OuterBoard).loads]
+        seen.append(world.cache.health().running)
+        world.cache._check()
+        world.cache.close()
+        return seen
+
+    child = Child(work)
+    child.wait()
+    commit_model(world, "A350")
+    child.go_on()
+    hits = [("A340", "hit"), ("A350", "hit"), ("A360", "hit")]
+    assert child.result() == [6, "United", 0, *hits, 0, True]
+    world.cache.barrier()
+    assert model_of(world) == ("A360", "hit")
+    with world.Session() as session, counting() as statements:
+        assert session.get(OuterBoard, 3).airline == "United"
+    assert statements == []
+    world.cache._check()
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_commit_that_was_under_way_is_told_by_the_feed(followed: World, published: bool) -> None:
+    """A commit that the parent has made, and marked before or after the fork, is seen."""
+    world = followed
+    wrap = world.cache.publish
+    forks: list[Child] = []
+
+    def work(child: Child) -> Any:
+        as_a_child(world)
+        world.cache.barrier()
+        return model_of(world), world.cache.stats(OuterBoard).leases
+
+    def publish(changes: Any, lease: Any) -> None:
+        if published:
+            wrap(changes, lease)
+        world.cache.__dict__.pop("publish")  # the child's own commits are published
+        forks.append(Child(work))
+        if not published:
+            wrap(changes, lease)
+
+    world.cache.publish = publish  # type: ignore[method-assign]
+    commit_model(world, "A370")
+    assert forks[0].result() == (("A370", "hit"), 0)
+    assert model_of(world) == ("A370", "hit")
+
+
+def test_the_inherited_position_may_be_trimmed_away(followed: World) -> None:
+    """If what came after the position is gone from the changelog, everything is read again."""
+    world = followed
+
+    def work(child: Child) -> Any:
+        as_a_child(world)
+        child.say()
+        child.listen()
+        world.cache.barrier()
+        return model_of(world)
+
+    child = Child(work)
+    child.wait()
+    with world.outside() as session:
+        session.execute(update(Plane).where(Plane.tailnum == "N1").values(model="A390"))
+        session.commit()
+    consumer = world.cache.consumer
+    assert consumer is not None
+    world.cache.barrier()
+    with consumer.connect() as connection:
+        assert consumer.changelog.trim(connection, 0.0) > 0
+    child.go_on()
+    model, _ = child.result()
+    assert model == "A390"

@@ -321,7 +321,8 @@ def test_check_names_coarse_tables_and_idle_indexes(linguistic: Database):
         problems = [str(problem) for problem in world.cache.check()]
         assert any("Routes" in p and "flights" in p and "DISTINCT" in p for p in problems)
         assert any("PlaneEntity" in problem and "by_model" in problem for problem in problems)
-        assert not any("by_hour" in problem or "by_year" in problem for problem in problems)
+        idle = [problem for problem in problems if "serves" in problem]
+        assert not any("by_hour" in problem or "by_year" in problem for problem in idle)
 
 
 # --- marks by hand --------------------------------------------------------------------------------
@@ -652,7 +653,7 @@ async def test_the_asynchronous_cache_has_the_same_methods(database: Database):
         async with cache.sessionmaker()() as session:
             found = await session.scalars(select(OuterBoard).where(OuterBoard.delay == 5.5))
             assert ids(found) == [1]
-        assert await cache.check() == []
+        assert all("has no index" in str(problem) for problem in await cache.check())
         await cache.clear(OuterBoard)
         assert cache.stats(OuterBoard).records == 0
     with pytest.raises(Closed):

@@ -126,7 +126,7 @@ def test_row_security_that_comes_later(world: World, reader: Engine, force: bool
 def test_row_security_that_comes_before_the_first_load(world: World, reader: Engine):
     """It is seen although the catalog was asked before."""
     with TableCache(world.engine, views=[Seats]) as cache:
-        assert cache.check() == []
+        assert all("has no index" in str(problem) for problem in cache.check())
         enable(world.engine)
         with pytest.raises(ViewDefinitionError, match="row-level security"):
             cache.load(Seats)
