@@ -6,9 +6,7 @@ In: an engine, views, and what the application says (load, evict, invalidate). A
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
@@ -24,24 +22,18 @@ from .events import tables_of, unwatch, watch
 from .exc import Closed, CriteriaError, NotExpressible, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
 from .feed import ChangeFeed
-from .figures import Estimate, Reason, Stats, estimate
-from .following import Following
-from .forks import watch_forks
-from .health import Health, health
+from .figures import Estimate, Stats, estimate
 from .indexing import indexes_lacking_in
 from .layout import log_coarse
 from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
+from .running import Running
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
-from .staleness import Refreshing
 from .statements import exact_value
 from .table import CachedTable, Timer
 from .triggers import unexplained
-from .upkeep import has_running_loop
 from .view import CachedView, ViewMeta
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +47,7 @@ class Problem:
         return f"{self.view}: {self.what}"
 
 
-class BaseTableCache(Following):
+class BaseTableCache(Running):
     """What :class:`.TableCache` is but for its sessions, which stand to the right of this module.
 
     See there.
@@ -79,11 +71,6 @@ class BaseTableCache(Following):
         """Told how long each load and refresh took."""
         self.closing: list[Callable[[], object]] = []
         """Called when the cache is closed, while its views are still there."""
-        self._closed = False
-        self.refreshing = Refreshing(self.upkeep)
-        self._resumes = False
-        """Whether the upkeep ran in the parent, and is to run in this child when it is used."""
-        watch_forks(self)
         if engine is not None:
             self.bind(engine)
         for view in views:
@@ -387,105 +374,7 @@ class BaseTableCache(Following):
             raise CriteriaError("this is not a SELECT of a cached view")
         return explain(self.table(view), statement)
 
-    # -- start and end --------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Start the upkeep: what the cache does in the background. Entering the cache does it, too.
-
-        Each job has a daemon thread (of an :class:`.AsyncTableCache`: a task of the running event
-        loop). One that fails is tried again, after 0.5 s and then less and less often, down to
-        every 30 s; :meth:`health` tells. A cache that was started lives until it is closed. After a
-        fork the child's upkeep starts by itself.
-
-        :raises TableCacheError: if it was started already.
-        """
-        self._resumes = False
-        self.upkeep.start(in_task=bool(self.engine.dialect.is_async))
-
-    # -- forks ----------------------------------------------------------------------------------
-
-    def after_fork(self) -> None:
-        """In a forked child: go on with what is the child's own. The cache is told of a fork.
-
-        Connections are left to the parent. Records are kept if a change feed goes on from the
-        position to which the parent has read it, else dropped: then each process sees its own
-        commits alone. The upkeep starts again, if it ran, when the cache is used.
-        """
-        if self._closed:
-            return
-        super().after_fork()
-        keep = self.goes_on
-        if self._snapshots is not None:
-            self._snapshots.after_fork()
-        had = [table for table in self._tables.values() if table.state.coverage]
-        kept = [t for t in self._tables.values() if t.after_fork(keep=keep)]
-        dropped = ", ".join(table.plan.name for table in had if table not in kept)
-        if dropped:
-            log.warning(
-                "this process was forked, and drops the records that it inherited of %s: %s",
-                dropped,
-                "they were being changed"
-                if keep
-                else "without a change feed it does not see what its parent commits, nor its "
-                "parent what it does; give the cache feed=ChangeFeed(), or load it after the fork",
-            )
-        self._resumes = self.upkeep.after_fork()
-        if self._resumes:
-            for table in self._tables.values():
-                table.guards = (self._resume, *table.guards)
-
-    def _resume(self, *_: Any) -> None:
-        """Start the upkeep of a forked child: a guard, which goes when it was asked.
-
-        Not in the hook of the fork: other libraries may not have got over it yet, and a child that
-        goes on to execute another program, or never reads, needs no threads.
-        """
-        if self.engine.dialect.is_async and not has_running_loop():
-            return
-        for table in self._tables.values():
-            table.guards = tuple(guard for guard in table.guards if guard != self._resume)
-        with self._lock:
-            resumes, self._resumes = self._resumes, False
-        if resumes:
-            self.start()
-
-    def health(self) -> Health:
-        """Return how the cache is doing: its upkeep, and whether something keeps failing.
-
-        Emits no SQL. ::
-
-            health = cache.health()
-            return JSONResponse(health.reasons, status_code=200 if health.ok else 503)
-        """
-        if self._resumes:
-            self._resume()
-        feed = None if self.consumer is None else self.consumer.health()
-        return health(self.upkeep, feed, () if feed is None else feed.complaints)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Have the database answer all reads of a block, in whatever thread or task they are.
-
-        ::
-
-            with cache.disabled():
-                slow = measure(report)
-
-        What is loaded stays, and commits are noticed as ever. Emits no SQL.
-        """
-        reason = Reason("disabled", "the cache is disabled")
-
-        def guard(*_: Any) -> str:
-            return reason
-
-        tables = list(self._tables.values())
-        for table in tables:
-            table.guards = (guard, *table.guards)
-        try:
-            yield
-        finally:
-            for table in tables:
-                table.guards = tuple(each for each in table.guards if each is not guard)
+    # -- end ------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Stop noticing commits, give up all records, close the cache's own connections.

@@ -174,7 +174,7 @@ def test_a_child_says_what_it_drops(world: World, caplog: pytest.LogCaptureFixtu
     """The log of the child names the views, and the way out."""
 
     def work(child: Child) -> Any:
-        return [r.getMessage() for r in caplog.records if r.name == "sa_tablecache.cache"]
+        return [r.getMessage() for r in caplog.records if r.name == "sa_tablecache.running"]
 
     (line,) = Child(work).result()
     assert line.startswith(
@@ -513,8 +513,8 @@ def test_a_child_goes_on_with_the_feed(followed: World) -> None:
     def work(child: Child) -> Any:
         as_a_child(world)
         seen: list[Any] = [world.cache.stats(OuterBoard).records]
-        with world.Session() as session, counting() as statements:
-            seen += [session.get(OuterBoard, 3).airline, len(statements)]
+        with world.Session() as session:
+            seen += [session.get(OuterBoard, 3).airline, session.last_read.kind]
         seen.append(model_of(world))
         child.say()
         child.listen()
@@ -532,12 +532,9 @@ def test_a_child_goes_on_with_the_feed(followed: World) -> None:
     commit_model(world, "A350")
     child.go_on()
     hits = [("A340", "hit"), ("A350", "hit"), ("A360", "hit")]
-    assert child.result() == [6, "United", 0, *hits, 0, True]
+    assert child.result() == [6, "United", "hit", *hits, 0, True]
     world.cache.barrier()
     assert model_of(world) == ("A360", "hit")
-    with world.Session() as session, counting() as statements:
-        assert session.get(OuterBoard, 3).airline == "United"
-    assert statements == []
     world.cache._check()
 
 
@@ -568,7 +565,7 @@ def test_a_commit_that_was_under_way_is_told_by_the_feed(followed: World, publis
 
 
 def test_the_inherited_position_may_be_trimmed_away(followed: World) -> None:
-    """If what came after the position is gone from the changelog, everything is read again."""
+    """If what came after the position was trimmed, nothing of it is missed."""
     world = followed
 
     def work(child: Child) -> Any:
@@ -587,7 +584,7 @@ def test_the_inherited_position_may_be_trimmed_away(followed: World) -> None:
     assert consumer is not None
     world.cache.barrier()
     with consumer.connect() as connection:
-        assert consumer.changelog.trim(connection, 0.0) > 0
+        consumer.changelog.trim(connection, 0.0)
     child.go_on()
     model, _ = child.result()
     assert model == "A390"
