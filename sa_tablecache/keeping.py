@@ -83,5 +83,11 @@ class Keeper:
     def yield_bytes(self, wanted: int) -> None:
         """Give up so many bytes, if what is given up would be loaded again when it is needed."""
 
+    def after_fork(self, *, intact: bool) -> None:
+        """In a forked child: forget what the parent's threads were doing.
+
+        :param intact: whether none of them was changing the records.
+        """
+
     def _check(self) -> None:
         """Assert the invariants."""

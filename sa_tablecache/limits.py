@@ -53,6 +53,11 @@ class MemoryLimit:
         self._underway: dict[object, int] = {}
         """What loads under way have read so far."""
 
+    def after_fork(self) -> None:
+        """In a forked child: forget the loads of the parent's threads."""
+        self._lock = Section()
+        self._underway = {}
+
     def add(self, holder: Holder) -> None:
         """Count what a view holds."""
         self._holders.append(holder)

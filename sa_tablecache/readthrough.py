@@ -467,6 +467,14 @@ class ReadRanges(Keeper):
             return 60.0
         return min(60.0, max(0.1, self._due - self._clock()))
 
+    def after_fork(self, *, intact: bool) -> None:
+        """In a forked child: forget what the parent's threads were reading."""
+        self._lock = Section()
+        self._fills = []
+        self._uses = deque(maxlen=MOST_USES)
+        if not intact:
+            self._ranges, self._seen, self._due = Ranges(), Coverage(), None
+
     def _check(self) -> None:
         """Assert the invariants of the ranges, and that they are those of the coverage."""
         with self._table._refreshing:
