@@ -196,6 +196,8 @@ class Loads(ViewState):
                             )
                             complete = part == missing
                             target = missing = part
+                    if check is not None:
+                        check(rows, True)
                     self._pause("loaded")
                     rows = layout.only(rows, index, missing)
                 expired = 0
@@ -391,10 +393,9 @@ class Loads(ViewState):
             self._measured = storage, size
         return size
 
-    def yield_bytes(self, wanted: int) -> None:
+    def yield_bytes(self, wanted: int, *, wait: bool) -> bool:
         """Give up what would be loaded again when it is needed."""
-        if self.keeper is not None:
-            self.keeper.yield_bytes(wanted)
+        return self.keeper is None or self.keeper.yield_bytes(wanted, wait=wait)
 
     def _tell_timers(self, what: str, seconds: float) -> None:
         for timer in self.timers:

@@ -74,6 +74,7 @@ ORDER = """
     running
     answering
     remembered
+    room
     readthrough
     windows
     policies
