@@ -1,7 +1,6 @@
 """Cached views of SQLAlchemy joins: see README.md."""
 
 from .asyncio import AsyncCacheSession, AsyncTableCache
-from .cache import Problem
 from .exc import (
     CacheUnavailable,
     Closed,
@@ -25,6 +24,7 @@ from .feed import ChangeFeed, FeedHealth
 from .figures import Estimate, Stats
 from .options import bypass_cache, max_staleness, no_store
 from .policies import Everything, Manual, ReadThrough, SlidingWindow
+from .problems import Problem
 from .reading import LastRead
 from .scopes import harmless
 from .session import CacheSession, TableCache

@@ -18,7 +18,6 @@ from sqlalchemy.sql import ColumnElement
 from sqlalchemy.util import greenlet_spawn
 
 from . import ranges
-from .cache import Problem
 from .exc import TableCacheError, Unbound
 from .explaining import Explanation
 from .feed import ChangeFeed
@@ -28,6 +27,7 @@ from .health import Health
 from .keeping import Clock
 from .loading import Progress
 from .policies import Policy
+from .problems import Problem
 from .ranges import RangeRead
 from .reading import Answer, LastRead
 from .results import result_of

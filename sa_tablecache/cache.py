@@ -7,48 +7,36 @@ In: an engine, views, and what the application says (load, evict, invalidate). A
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
 
 from sqlalchemy import Engine, select
 from sqlalchemy.sql import ColumnElement
 
-from .analysis import ViewPlan, plan_of, table_label, table_name
+from .analysis import plan_of
 from .answering import covered_candidate
-from .changes import MOST_RANGES, VIEW, ChangeSet, Marks, RangeMark
+from .changes import MOST_RANGES, VIEW, Marks, RangeMark
 from .comparison import Inexact
-from .events import tables_of, unwatch, watch
+from .events import unwatch, watch
 from .exc import Closed, CriteriaError, NotExpressible, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
 from .feed import ChangeFeed
 from .figures import Estimate, Stats, estimate
 from .indexing import indexes_lacking_in
+from .invalidation import named_changes
 from .keeping import Clock, utc_now
 from .layout import log_coarse
 from .limits import MemoryLimit
 from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
 from .policies import Kept, Policy, check_number, policy_of
+from .problems import Problem, problems_of
 from .running import Running
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
 from .slots import LoadSlots
-from .statements import exact_value
 from .table import CachedTable, Timer
-from .triggers import unexplained
 from .view import CachedView, ViewMeta
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something about a cache that its owner should know."""
-
-    view: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.view}: {self.what}"
 
 
 class BaseTableCache(Running):
@@ -348,30 +336,7 @@ class BaseTableCache(Running):
             marked.publish(self._marks_where(view, what))
             marked.observers.tell()
             return
-        changes = ChangeSet()
-        tables = tables_of(target)
-        for table in tables:
-            if not what:
-                changes.add_table(table_name(table))
-                continue
-            for key in what:
-                values = key if isinstance(key, tuple) else (key,)
-                columns = tuple(table.primary_key.columns)
-                if len(values) != len(columns):
-                    raise CriteriaError(
-                        f"{key!r} is no primary key of {table.fullname}, which is "
-                        f"({', '.join(c.name for c in columns)})"
-                    )
-                dialect = self.engine.dialect.name
-                exact = tuple(
-                    exact_value(c, v, dialect) for c, v in zip(columns, values, strict=True)
-                )
-                if None in exact:
-                    changes.add_table(table_name(table))
-                else:
-                    changes.add_rows(table_name(table), [exact])
-        assert self.engine is not None
-        self.mark(changes)
+        self.mark(named_changes(target, what, self.engine.dialect.name))
 
     def _marks_where(self, view: type[CachedView], criteria: Sequence[Any]) -> Marks:
         """Return the marks of the records that meet criteria."""
@@ -407,35 +372,11 @@ class BaseTableCache(Running):
         all is a problem too, and not raised here; and so is an index that reads of the cache need
         and that the database does not have, for which the catalog is asked about each table.
         """
+        tables = list(self._tables.values())
         problems = [Problem(view.__name__, why) for view, why in self.feed_problems().items()]
-        usable: list[ViewPlan] = []
-        for view, table in self._tables.items():
-            try:
-                columns = table.set_up().columns
-            except TableCacheError as error:
-                problems.append(Problem(view.__name__, str(error)))
-                continue
-            usable.append(table.plan)
-            problems += [
-                Problem(
-                    view.__name__, f"any change of {table_label(name)} marks the whole view: {why}"
-                )
-                for name, why in sorted(table.coarse.items(), key=lambda item: item[0][1])
-            ]
-            said = unexplained(table.set_up().automatic, self._side_effects)
-            problems += [Problem(view.__name__, what) for what in said]
-            for index in view.__indexes__.values():
-                for name in index.column_names:
-                    how = columns.comparisons[name]
-                    if not how.order:
-                        serves = "single values only" if how.equality else "nothing"
-                        problems.append(
-                            Problem(
-                                view.__name__,
-                                f"{index.name} serves {serves} of {name}: "
-                                f"{how.reason or 'no order that Python knows'}",
-                            )
-                        )
+        for table in tables:
+            problems += problems_of(table, self._side_effects)
+        usable = [table.plan for table in tables if table.layout is not None]
         if usable:
             with self.load_engine.connect() as connection:
                 lacking = indexes_lacking_in(connection, usable)

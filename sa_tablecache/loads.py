@@ -46,8 +46,14 @@ class Feed(Protocol):
     def catch_up(self) -> None:
         """Read, and publish, all that was committed before this call."""
 
-    def position(self, connection: Connection) -> Any:
-        """Return the position of a snapshot in the changelog."""
+    def snapshot(self, table: Loads, reader: object) -> AbstractContextManager[Connection]:
+        """Open a snapshot, after publishing all changes up to it.
+
+        :param reader: what reads in it, for :meth:`.ViewState.deliver` to the table.
+        """
+
+    def tell(self) -> None:
+        """Tell the listeners of all views what polls in snapshots have marked."""
 
 
 def evicted(
@@ -179,12 +185,14 @@ class Loads(ViewState):
         started = time.monotonic()
         extend = extend or most is not None
         with self._loading, self._limited(index, target, extend=extend) as check:
+            reader = object()
             token = self._begin()
             try:
-                missing = self._state.coverage.missing(index, target)
+                before = self._state
+                missing = before.coverage.missing(index, target)
                 rows, complete = layout.no_rows(), True
                 if missing:
-                    with self._snapshot() as connection:
+                    with self._snapshot(reader) as connection:
                         if most is None:
                             where = layout.where(index, missing)
                             rows = layout.loader.read(
@@ -211,7 +219,9 @@ class Loads(ViewState):
                     )
                     with self._lock:
                         if self._is_still(state):
-                            self._apply(token, State(storage, coverage), {})
+                            # Where all was read in this snapshot, what it has found is no news.
+                            found = {} if before.coverage else self._freshness.found_by(reader)
+                            self._apply(token, State(storage, coverage), found, reader)
                             if most is None and not self._ready.done():
                                 self._ready.set_result(None)
                             break
@@ -227,7 +237,7 @@ class Loads(ViewState):
                 len(rows.records), expired, seconds,
             )  # fmt: skip
         self._tell_timers("load", seconds)
-        self.observers.tell()
+        self._tell()
         return complete
 
     def load_chunks(
@@ -258,11 +268,21 @@ class Loads(ViewState):
             done += self.counts.records_loaded - before
         self.load(index, target, extend=extend, progress=so_far if progress else None)
 
-    def _snapshot(self) -> AbstractContextManager[Connection]:
+    def _snapshot(self, reader: object) -> AbstractContextManager[Connection]:
         """Open a snapshot for a load, holding one of the load slots if there are some."""
         if self.slots is None:
-            return self._snapshots.open()
-        return self.slots.open(self._snapshots, in_task=self._in_task)
+            return self._opened(reader)
+        return self.slots.open(self._snapshots, lambda: self._opened(reader), in_task=self._in_task)
+
+    def _opened(self, reader: object) -> AbstractContextManager[Connection]:
+        """Open a snapshot, in which a change feed has told of all changes up to it."""
+        return self._snapshots.open() if self.feed is None else self.feed.snapshot(self, reader)
+
+    def _tell(self) -> None:
+        """Tell listeners what happened: to other views too, if the change feed was polled."""
+        self.observers.tell()
+        if self.feed is not None:
+            self.feed.tell()
 
     def _limited(
         self, index: str, target: IntervalSet, *, extend: bool
@@ -298,9 +318,10 @@ class Loads(ViewState):
         if self.feed is not None:
             self.feed.seed()
         layout = self._renewed()
+        reader = object()
         token = self._begin()
         try:
-            with self._snapshots.open() as connection:
+            with self._opened(reader) as connection:
                 if most is None:
                     where = layout.where(index, missing)
                     rows = layout.loader.read(connection, where, stream=True, check=check)
@@ -311,21 +332,21 @@ class Loads(ViewState):
             self._pause("loaded")
             # A refresh starts again if the coverage changes under it: fills would not let it end.
             with self._refreshing:
-                store(rows, missing, lambda make: self._change(token, make))
+                store(rows, missing, lambda make: self._change(token, make, reader))
                 self.counts.fills += 1
                 self.counts.records_loaded += len(rows.records)
         finally:
             self._end(token)
-        self.observers.tell()
+        self._tell()
 
-    def _change(self, token: int, make: Callable[[State], State]) -> None:
+    def _change(self, token: int, make: Callable[[State], State], reader: object = None) -> None:
         """Replace records and coverage by what is made of them, whatever others do meanwhile."""
         while True:
             state = self._state
             made = make(state)
             with self._lock:
                 if self._is_still(state):
-                    self._apply(token, made, {})
+                    self._apply(token, made, {}, reader)
                     return
 
     def evict(self, index: str, intervals: IntervalSet) -> None:

@@ -25,7 +25,7 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, func, select, text
@@ -61,10 +61,19 @@ class LoadSlots:
         self.timeout = timeout
 
     @contextmanager
-    def open(self, snapshots: Snapshots, *, in_task: bool) -> Iterator[Connection]:
+    def open(
+        self,
+        snapshots: Snapshots,
+        opened: Callable[[], AbstractContextManager[Connection]] | None = None,
+        *,
+        in_task: bool,
+    ) -> Iterator[Connection]:
         """Open a snapshot while holding a slot.
 
         It emits one statement for each slot that is tried.
+
+        :param opened: opens a snapshot in another way than ``snapshots.open()``: a new one for each
+            try, since one that waits goes stale.
 
         :raises LoadSlotTimeout: if none becomes free in time.
         """
@@ -76,7 +85,7 @@ class LoadSlots:
         started = time.monotonic()
         waiting = False
         while True:
-            with snapshots.open() as connection:
+            with (opened or snapshots.open)() as connection:
                 # Not all begin with the same one: that would be two statements for the second.
                 first = random.randrange(self.number)  # noqa: S311
                 for at in range(self.number):

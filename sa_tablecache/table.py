@@ -21,6 +21,9 @@ The protocol that keeps answers right, under any interleaving:
   meanwhile, with a number newer than that of any refresh under way: what it read may lack that
   change. Records that are touched by a pending mark are found by their lineage as stored *and* by
   what the database joins now, so that refreshing a mark mends whatever an older snapshot brought.
+* Where a change feed tells of the commits of others, each snapshot begins with a poll, so that
+  nothing in storage is newer than what the feed has told: records that are not marked are those
+  of one moment. Marks of what a load or refresh has found in its own snapshot it may clear.
 * One refresh runs at a time; readers that need one wait for it, and go on by themselves if it
   fails. A load runs beside refreshes. One that fails or is cancelled leaves no trace.
 """
@@ -30,7 +33,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from sqlalchemy.orm import Session
@@ -44,6 +47,7 @@ from .layout import Layout
 from .loading import Snapshots
 from .loads import Loads
 from .replacing import refreshed
+from .scores import Interval
 from .state import State
 from .usage import base_tables
 
@@ -105,34 +109,29 @@ class CachedTable(Loads):
 
         It emits one SELECT for each base table that has marks, and one for the touched anchors
         that those did not return (or for the touched groups); or one SELECT of all that is covered
-        if the view is marked. Before that, if a change feed has what nobody has read, it is polled;
-        and it is asked for its position if it is going to tell of a mark again.
+        if the view is marked. Before these, in the same snapshot, it polls the change feed.
         Where loads change the coverage again and again meanwhile, it gives up; the marks stay.
         """
         if not self._freshness.pending:
             return
         with self._refreshing:
-            if UNREAD in self._freshness.pending and self.feed is not None:
-                self.feed.catch_up()
-            if self._freshness.pending.keys() - {UNREAD}:
+            if self._freshness.pending:
                 self._refresh()
         if self.keeper is not None:
             self.keeper.trim()
-        self.observers.tell()
+        self._tell()
 
     def _refresh(self) -> None:
         started = time.monotonic()
         layout = self._renewed()
+        reader = object()
         token = self._begin()
         try:
             for _ in range(RESTARTS):
-                with self._lock:
-                    marks = dict(self._freshness.pending)
-                    marks.pop(UNREAD, None)
-                    state = self._state
-                    asks = self.feed is not None and self.echoes.expects(marks)
-                delta, position = self._read_marked(layout, state, marks, asks=asks)
-                if self._replace(layout, token, state.coverage, marks, delta, position):
+                state, marks, delta = self._read_marked(layout, reader)
+                if not marks:
+                    return
+                if self._replace(layout, token, state.coverage, marks, delta, reader):
                     break
             else:
                 return
@@ -148,27 +147,49 @@ class CachedTable(Loads):
         self._tell_timers("refresh", seconds)
 
     def _read_marked(
-        self, layout: Layout, state: State, marks: dict[AnyMark, int], *, asks: bool
-    ) -> tuple[Delta, Any]:
-        """Read what the marks touch, and what it is now; and the feed's position if it is asked."""
-        if not state.coverage:
-            return Delta(None, layout.no_rows()), None
-        position = None
-        with self._snapshots.open() as connection:
+        self, layout: Layout, reader: object
+    ) -> tuple[State, dict[AnyMark, int], Delta]:
+        """Read what the marks touch, and what it is now, in one snapshot."""
+        if not self._state.coverage:
+            return *self._noted(), Delta(None, layout.no_rows())
+        with self._opened(reader) as connection:
+            state, marks = self._noted()
             self._pause("snapshot")
-            if asks and self.feed is not None:
-                position = self.feed.position(connection)
             if VIEW in marks:
-                rows = layout.no_rows()
-                if self.rereads:
-                    rows = read_coverage(layout, connection, state.coverage)
-                delta = Delta(None, rows)
-            else:
+                delta = Delta(
+                    None,
+                    read_coverage(layout, connection, state.coverage)
+                    if self.rereads
+                    else layout.no_rows(),
+                )
+            elif marks and state.coverage:
                 delta = read_touched(
                     layout, connection, state.storage, state.coverage, marks, reread=self.rereads
                 )
+            else:
+                delta = Delta(None, layout.no_rows())
         self._pause("read")
-        return delta, position
+        return state, marks, delta
+
+    def _noted(self) -> tuple[State, dict[AnyMark, int]]:
+        """Return the state, and the marks that a refresh is to clear."""
+        with self._lock:
+            marks = dict(self._freshness.pending)
+            marks.pop(UNREAD, None)  # the feed knows what it stands for
+            return self._state, marks
+
+    def may_merge(self, state: State, index: str, intervals: Iterable[Interval]) -> bool:
+        """Whether what a reader has just fetched goes with what a state holds in intervals.
+
+        Together they are of one moment if nothing of the latter has changed: here, or elsewhere,
+        as a poll of the change feed tells.
+        """
+        if self.feed is not None:
+            try:
+                self.feed.catch_up()
+            except Exception:
+                return False
+        return self.still_answers(state, index, intervals)
 
     def _replace(
         self,
@@ -177,7 +198,7 @@ class CachedTable(Loads):
         coverage: Coverage,
         marks: dict[AnyMark, int],
         delta: Delta,
-        position: Any,
+        reader: object,
     ) -> bool:
         """Put what a refresh read into storage; say no if the coverage is another by now."""
         while True:
@@ -194,11 +215,8 @@ class CachedTable(Loads):
             kept = self.rereads or delta.touched is not None
             with self._lock:
                 if self._is_still(state):
-                    if position is not None and self._freshness.underway == 1:
-                        whole = delta.touched is None
-                        read = (VIEW,) if whole else (*marks, *delta.groups)
-                        self.echoes.was_read(read, position)
-                    self._apply(token, State(storage, coverage if kept else Coverage()), marks)
+                    after = State(storage, coverage if kept else Coverage())
+                    self._apply(token, after, marks, reader, refreshed=True)
                     return True
 
     # -- figures --------------------------------------------------------------------------------

@@ -45,7 +45,6 @@ ORDER = """
     layout
     stale
     freshness
-    echoes
     deltas
     replacing
     chunks
@@ -81,6 +80,7 @@ ORDER = """
     explaining
     attempts
     transactions
+    problems
     cache
     scopes
     modes
@@ -90,12 +90,14 @@ ORDER = """
     results
     listening
     session
-    middleware
     metrics
     asyncio
+    middleware
     commands
     inspecting
+    feed_command
     migrations
+    binding
     testing
     __init__
     __main__
