@@ -145,6 +145,7 @@ class Following(Invalidation):
         """
         if not self._exclusive_writer:
             self._followed.catch_up()
+            self._tell_observers()
 
     def commit_token(self) -> str:
         """Return a token of all that was committed until now: one SELECT.
@@ -174,6 +175,22 @@ class Following(Invalidation):
         """
         return self._followed.wait_for(token, timeout)
 
+    # -- forks ----------------------------------------------------------------------------------
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a forked child is told what happens to the records that it inherits.
+
+        It goes on from the position to which its parent has read the feed.
+        """
+        return self.consumer is not None
+
+    def after_fork(self) -> None:
+        """In a forked child: nobody polls, and nobody's commits are under way."""
+        super().after_fork()
+        if self.consumer is not None:
+            self.consumer.after_fork()
+
     # -- jobs -----------------------------------------------------------------------------------
 
     def publish(self, changes: ChangeSet, lease: Lease | None) -> None:
@@ -189,6 +206,7 @@ class Following(Invalidation):
     def _poll(self) -> float:
         consumer = self._followed
         consumer.catch_up()
+        self._tell_observers()
         return consumer.feed.poll_interval
 
     def _trim(self) -> float:

@@ -236,6 +236,11 @@ class _Task:
             self._job.died(error)
 
 
+def has_running_loop() -> bool:
+    """Whether the caller is in an event loop, so that tasks can be started."""
+    return _running_loop() is not None
+
+
 class _Nobody:
     """Runs no job: a test does, by :meth:`Upkeep.run_once`."""
 
