@@ -411,6 +411,67 @@ def test_invalidating_by_criteria_reads_what_meets_them(world: World) -> None:
     assert marks(world)["view"] == before + 1
 
 
+# -- one moment ---------------------------------------------------------------------------------
+
+
+def test_a_refresh_shows_no_half_of_what_others_committed(world: World) -> None:
+    """A refresh of one row reads what others have changed until then, too, and not a part of it."""
+    write(
+        world,
+        update(Flight).where(Flight.id == 2).values(delay=50.0),
+        update(Flight).where(Flight.id == 5).values(delay=50.0),
+    )
+    with world.Session() as session:
+        session.get_one(Flight, 2).tailnum = "N3"
+        session.commit()
+    assert world.ids(OuterBoard.delay == 50.0) == [2, 5]
+    check(world)
+
+
+def test_gaps_are_not_merged_with_what_others_have_changed(world: World) -> None:
+    """What is fetched for the gaps of an answer is newer than the rest, unless nothing changed."""
+    world.cache.load(OuterBoard, OuterBoard.hour < hour(2))
+    write(world, update(Flight).values(delay=50.0))
+    assert "changed" in check(world, "miss")
+    assert check(world, "partial")
+    with world.Session() as session:
+        session.execute(update(Flight).values(delay=51.0))
+        session.commit()
+        ranged = session.range(OuterBoard.by_hour)
+        assert {record.delay for record in ranged} == {51.0}
+        write(world, update(Flight).values(delay=52.0))
+        assert {record.delay for record in session.range(OuterBoard.by_hour)} == {52.0}
+
+
+def test_a_load_brings_no_half_of_what_others_committed(world: World) -> None:
+    """After a load of the rest all records are of one moment."""
+    world.cache.load(OuterBoard, OuterBoard.hour < hour(2))
+    write(world, update(Flight).values(delay=50.0))
+    world.cache.load(OuterBoard)
+    assert {r.delay for r in _all(world)} == {50.0}
+    check(world)
+
+
+def _all(world: World) -> list[Any]:
+    with world.Session() as session:
+        found = session.scalars(EVERYTHING).all()
+        assert session.last_read is not None
+        assert session.last_read.kind == "hit"
+        return list(found)
+
+
+def test_a_first_load_is_not_read_twice(database: Database) -> None:
+    """What was committed between the beginning of the feed and a first load is no news after it."""
+    with followed(database) as world:
+        world.cache.clear(OuterBoard)
+        write(world, update(Flight).values(delay=50.0))
+        world.cache.load(OuterBoard)
+        with counting() as statements:
+            check_all = world.ids()
+        assert check_all == [1, 2, 3, 4, 5, 6]
+        assert not statements
+
+
 # -- trust --------------------------------------------------------------------------------------
 
 
