@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
-from sqlalchemy import Table, text
+from sqlalchemy import Connection, Table, text
 
 from .actions import Action
 from .analysis import TableName, table_name
@@ -56,6 +56,8 @@ class Invalidation:
 
     def __init__(self) -> None:
         self._snapshots: Snapshots | None = None
+        self.lives_in: Connection | None = None
+        """The connection in whose transaction the cache lives; ``None`` but in tests."""
         self._tables: dict[type[CachedView], CachedTable] = {}
         self._side_effects: dict[TableName, frozenset[TableName]] = {}
         self.consumer: Consumer | None = None

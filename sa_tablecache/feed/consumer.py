@@ -104,6 +104,8 @@ class Consumer:
         self._failed: tuple[int, float, BaseException] | None = None
         """The number of the last poll, when it failed, and why."""
         self._known = _Known()
+        self._owed = 0.0
+        """Somebody was promised more than what polls say that began before, by the clock."""
         self.counts: Counter[str] = Counter()
 
     @contextmanager
@@ -344,7 +346,7 @@ class Consumer:
         bound = self._max_lag if bound is None else bound
         known = self._known
         now = time.monotonic()
-        if table not in known.reasons or now - known.began > bound:
+        if table not in known.reasons or now - known.began > bound or known.began < self._owed:
             if not fetch:
                 return Reason("feed", "the change feed has to be read first")
             failed = self._failed
@@ -387,6 +389,8 @@ class Consumer:
                     raise
                 left = until - time.monotonic()
                 if left <= 0:
+                    # Who waited reads next: by the database, until a poll succeeds again.
+                    self._owed = time.monotonic()
                     return False
                 wait_for(new_future(), min(left, RETRY_SECONDS), in_task=self._in_task)
             else:

@@ -13,13 +13,83 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "sa_tablecache"
 
 ORDER = """
-    exc scores comparison criteria settings options turns functions view readers expressions joins
-    groups keys analysis actions orders storage coverage clauses catalog loading shapes planner
-    changes usage indexing triggers layout stale freshness deltas replacing cascades wording
-    statements returning commits drivers events figures history observers state table feed
-    invalidation upkeep health following staleness forks policies answering explaining attempts
-    transactions cache scopes modes misses reading ranges results listening session middleware
-    metrics asyncio commands inspecting migrations testing __init__ __main__
+    exc
+    scores
+    comparison
+    criteria
+    settings
+    options
+    turns
+    functions
+    view
+    readers
+    expressions
+    joins
+    groups
+    keys
+    analysis
+    actions
+    orders
+    storage
+    coverage
+    clauses
+    catalog
+    loading
+    shapes
+    planner
+    changes
+    usage
+    indexing
+    triggers
+    layout
+    stale
+    freshness
+    deltas
+    replacing
+    cascades
+    wording
+    statements
+    returning
+    commits
+    drivers
+    events
+    figures
+    history
+    observers
+    state
+    table
+    feed
+    invalidation
+    upkeep
+    health
+    following
+    staleness
+    forks
+    policies
+    answering
+    explaining
+    attempts
+    transactions
+    cache
+    scopes
+    modes
+    misses
+    reading
+    ranges
+    results
+    listening
+    session
+    middleware
+    metrics
+    asyncio
+    commands
+    inspecting
+    feed_command
+    migrations
+    binding
+    testing
+    __init__
+    __main__
 """.split()
 
 MAX_LINES = 500
