@@ -7,6 +7,9 @@ feed cannot be trusted; jobs of the upkeep, which poll, trim and wake up others;
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, Final, TypeAlias
 
@@ -16,6 +19,7 @@ from .exc import TableCacheError
 from .feed import ChangeFeed, Consumer
 from .feed.dialects import changelog_for
 from .feed.installing import install, uninstall
+from .figures import Reason
 from .invalidation import Invalidation, Lease
 from .loading import Snapshots
 from .table import CachedTable
@@ -33,6 +37,26 @@ NOTIFY: Final = "change feed, waking up others"
 LISTEN: Final = "change feed, listening"
 
 TRIM_SECONDS: Final = 30.0
+
+_COMMITTED: ContextVar[set[Following] | None] = ContextVar("sa_tablecache.committed", default=None)
+
+
+@contextmanager
+def noting_commits() -> Iterator[set[Following]]:
+    """Collect the caches on whose engines something is committed meanwhile, in this context.
+
+    In threads and tasks that began with a copy of it, too: all of them have the same set.
+    """
+    known = _COMMITTED.get()
+    if known is not None:
+        yield known
+        return
+    found = set[Following]()
+    before = _COMMITTED.set(found)
+    try:
+        yield found
+    finally:
+        _COMMITTED.reset(before)
 
 
 class Following(Invalidation):
@@ -99,10 +123,12 @@ class Following(Invalidation):
         consumer = self._followed
         wanted = self._freshness_of(session) if self._fresher else "feed"
         if isinstance(wanted, timedelta):
-            return consumer.reason(table, bound=wanted.total_seconds(), fetch=fetch)
-        if wanted == "barrier":
-            return consumer.reason(table, bound=-1.0, fetch=fetch)
-        return consumer.reason(table, fetch=fetch)
+            reason = consumer.reason(table, bound=wanted.total_seconds(), fetch=fetch)
+        elif wanted == "barrier":
+            reason = consumer.reason(table, bound=-1.0, fetch=fetch)
+        else:
+            reason = consumer.reason(table, fetch=fetch)
+        return None if reason is None else Reason("feed", reason)
 
     def barrier(self) -> None:
         """Have everything visible that was committed anywhere before this call: one poll.
@@ -153,6 +179,9 @@ class Following(Invalidation):
     def publish(self, changes: ChangeSet, lease: Lease | None) -> None:
         """Mark what a commit changed, end its lease, and have others woken up."""
         super().publish(changes, lease)
+        committed = _COMMITTED.get()
+        if committed is not None and changes:
+            committed.add(self)
         consumer = self.consumer
         if consumer is not None and consumer.changelog.wakes and consumer.concerns(changes):
             self.upkeep.wake(NOTIFY)
@@ -188,7 +217,7 @@ class Following(Invalidation):
         snapshots = self._bound
         changelog = changelog_for(snapshots.dialect.name)
         with snapshots.connect() as connection, connection.begin():
-            return install(connection, changelog, [plan_of(view) for view in self._tables])
+            return len(install(connection, changelog, [plan_of(view) for view in self._tables]))
 
     def uninstall_feed(self) -> None:
         """Remove the changelog from the database, with all triggers: for all who use it.

@@ -137,7 +137,7 @@ def _partial_range(
         intervals_clause(layout.score_columns(name), missing)
     )
     fetched = fetch_records(session, table.view, gaps)
-    if not table.still_answers(state, name, present):
+    if not table.may_merge(state, name, present):
         remember(session, table, "miss", CHANGED)
         return None
     records = layout.given([r for i in present for r in order.between(i)]) + fetched

@@ -44,7 +44,6 @@ ORDER = """
     layout
     stale
     freshness
-    echoes
     deltas
     replacing
     cascades
@@ -85,7 +84,9 @@ ORDER = """
     asyncio
     commands
     inspecting
+    feed_command
     migrations
+    binding
     testing
     __init__
     __main__
