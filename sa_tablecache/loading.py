@@ -44,6 +44,7 @@ from sqlalchemy.types import NullType
 from .analysis import ViewPlan
 from .comparison import Comparison, to_utc
 from .exc import TableCacheError, UnsuitableEngine
+from .forks import abandon
 from .readers import EveryScope
 
 log = logging.getLogger(__name__)
@@ -169,6 +170,12 @@ class Snapshots:
                 connection.rollback()
                 connection.exec_driver_sql(f"PRAGMA busy_timeout = {timeout}")
         return True
+
+    def after_fork(self) -> None:
+        """In a forked child: have a pool of one's own; a pool that was given is the giver's."""
+        if self._owned and self._engine is not None:
+            abandon(self._engine.pool)
+            self._engine = None
 
     def close(self) -> None:
         """Close the pool, if it is the cache's own."""

@@ -108,10 +108,8 @@ class CachedTable(ViewState):
         self.base_tables = base_tables(plan)
         self._snapshots = snapshots
         self._in_task = bool(snapshots.dialect.is_async)
-        self._loading = Turn(in_task=self._in_task)
-        self._refreshing = Turn(in_task=self._in_task)
         self._ready: Future[Any] = new_future()
-        self._setting_up = Turn(in_task=self._in_task)
+        self._take_turns()
         self.doubtful = False
         """Whether DDL ran, or what may have been, since the catalog was asked."""
         self.timers: list[Timer] = []
@@ -130,6 +128,25 @@ class CachedTable(ViewState):
                 return reason
         return None
 
+    def _take_turns(self) -> None:
+        self._loading, self._refreshing, self._setting_up = (
+            Turn(in_task=self._in_task) for _ in range(3)
+        )
+
+    def after_fork(self, *, keep: bool) -> bool:
+        """See :meth:`.ViewState.after_fork`."""
+        if self._setting_up.taken:
+            # Another thread was changing it, or about to.
+            keep, self.layout = False, None
+        self._take_turns()
+        self.recent.clear()
+        keep = super().after_fork(keep=keep)
+        ready = keep and self._ready.done()
+        self._ready = new_future()
+        if ready:
+            self._ready.set_result(None)
+        return keep
+
     # -- setting up -----------------------------------------------------------------------------
 
     def set_up(self) -> Layout:
@@ -139,7 +156,7 @@ class CachedTable(ViewState):
                 if self.layout is None:
                     layout = Layout(self.plan, self._snapshots.dialect, *self._probed())
                     with self._lock:
-                        self._set_state(State(layout.build(layout.no_rows()), Coverage()))
+                        self._set_state(State(layout.empty(), Coverage()))
                         self.layout = layout
         return self.layout
 
@@ -259,7 +276,7 @@ class CachedTable(ViewState):
         """Give up all records."""
         layout = self.set_up()
         with self._loading, self._lock:
-            empty = layout.build(layout.no_rows())
+            empty = layout.empty()
             if not self._freshness.underway:
                 self._freshness.forget()
             self.observers.stored(self._state.storage, empty, refreshed=False)

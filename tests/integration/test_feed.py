@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -823,3 +824,51 @@ async def check_hit(factory: Any) -> None:
         await session.scalars(EVERYTHING)
         assert session.last_read.kind == "hit"
         await greenlet_spawn(lambda: None)
+
+
+# -- in the background --------------------------------------------------------------------------
+
+
+def wait_until(world: World, ids: list[int]) -> None:
+    """Wait until sessions of a world see certain flights."""
+    deadline = time.monotonic() + 20
+    while world.ids() != ids:
+        assert time.monotonic() < deadline, world.ids()
+
+
+@contextmanager
+def started(world: World, **options: Any) -> Iterator[World]:
+    """Lend a second cache over the same database, which polls in the background."""
+    with world.database.lent_engine() as engine:
+        feed = ChangeFeed(**{"max_lag": HOUR, **options})
+        with TableCache(engine, views=[OuterBoard], feed=feed) as cache:
+            cache.load(OuterBoard)
+            yield World(world.database, engine, cache, cache.sessionmaker())
+
+
+def test_a_started_cache_polls_by_itself(world: World) -> None:
+    """In the background it polls at its interval, trims, and is healthy."""
+    with started(world, poll_interval=0.01) as other:
+        write(world, delete(Flight).where(Flight.id == 1))
+        wait_until(other, [2, 3, 4, 5, 6])
+        deadline = time.monotonic() + 20
+        while not other.cache.health().ok:
+            assert time.monotonic() < deadline, other.cache.health().reasons
+
+
+def test_commits_wake_up_the_caches_of_others(world: World) -> None:
+    """On PostgreSQL a cache hears of a commit of another one before its next poll is due."""
+    if world.database.dialect != "postgresql":
+        pytest.skip("only PostgreSQL has notifications")
+    world.cache.start()
+    with started(world, poll_interval=3600) as other:
+        deadline = time.monotonic() + 20
+        while other.cache._listener is None or not other.cache._listener.listening:
+            assert time.monotonic() < deadline
+        polls = consumer_of(other).counts["polls"]
+        with world.Session() as session:
+            session.execute(delete(Flight).where(Flight.id == 1))
+            session.commit()
+        wait_until(other, [2, 3, 4, 5, 6])
+        assert consumer_of(other).counts["polls"] > polls
+    assert other.cache._listener is None

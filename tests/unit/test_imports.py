@@ -20,6 +20,7 @@ ORDER = """
     settings
     options
     turns
+    forks
     functions
     view
     readers
@@ -62,9 +63,9 @@ ORDER = """
     invalidation
     upkeep
     health
-    following
     staleness
-    forks
+    following
+    running
     policies
     answering
     explaining
