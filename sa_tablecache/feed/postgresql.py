@@ -40,9 +40,7 @@ from .contract import (
     Relation,
     Watch,
 )
-
-CHANNEL: Final = "sa_tablecache"
-"""The channel of NOTIFY; each database has its own."""
+from .wakeup import CHANNEL
 
 TRIM_BATCH: Final = 10_000
 
