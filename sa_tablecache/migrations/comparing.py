@@ -182,32 +182,38 @@ class _Comparison:
         return True
 
     def _needed(self) -> None:
+        """Look at the tables of views."""
+        needs: dict[Relation, tuple[TableName, Need]] = {}
         for name, need in self.needs.items():
+            relation = self.relations.get(name)
             if not self._included(name):
                 log.warning(
                     "%s is read by views, but include_name or include_object of env.py leave it "
                     "out: it has to be watched by other means",
                     table_label(name),
                 )
-            elif name in self.relations and not self._is_view(name):
-                relation = self.relations[name]
-                have = self.installed.watched.get(relation)
-                try:
-                    wanted = self._wanted(relation, need, have)
-                except TableCacheError as error:  # of a kind that has no triggers
-                    log.warning("%s", error)
-                    continue
-                self._watch(name, wanted, have)
-            elif self._creating(name):
+            elif relation is None and self._creating(name):
                 self.ops.append(
                     WatchTableOp(name[1], schema=name[0], key=need.key or None, ranges=need.ranges)
                 )
-            else:
+            elif relation is None or self._is_view(name):
                 log.warning(
                     "%s is read by views, and is no table of the database: watch those that it "
                     "is made of, if it is a view",
                     table_label(name),
                 )
+            else:
+                # Models may call one table by two names, with its schema and without.
+                first, before = needs.get(relation, (name, Need(())))
+                needs[relation] = first, before.and_also(need)
+        for relation, (name, need) in needs.items():
+            have = self.installed.watched.get(relation)
+            try:
+                wanted = self._wanted(relation, need, have)
+            except TableCacheError as error:  # of a kind that has no triggers
+                log.warning("%s", error)
+            else:
+                self._watch(name, wanted, have)
 
     def _others(self) -> None:
         """Look at the tables that are watched and that no view needs."""

@@ -368,6 +368,22 @@ def test_a_partition_that_came_later_is_watched(new_project: Callable[..., Proje
 
 
 @on_sqlite
+def test_a_table_with_two_names_is_watched_once(new_project: Callable[..., Project]) -> None:
+    """A table that models call with its schema and without is watched as both need it."""
+    models, others = shop(), shop("main")
+
+    class ByCustomer(CachedView):
+        __select__ = select(others.orders.c.id, others.orders.c.customer_id)
+        by_customer = ScoreIndex("customer_id")
+
+    made = new_project(models.metadata, sa_tablecache_views=[models.view, ByCustomer])
+    models.metadata.create_all(made.engine)
+    body = made.migrate()
+    assert "op.watch_table('orders', key=['id'], ranges=['day', 'customer_id'])" in body
+    assert watched(made.engine)["orders"] == (("id",), ("day", "customer_id"))
+
+
+@on_sqlite
 def test_views_of_the_database_cannot_be_watched(
     new_project: Callable[..., Project], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -598,6 +614,15 @@ def test_by_hand_the_key_need_not_be_said(plain: tuple[Project, Any]) -> None:
     assert installed(made.engine) == Installation(None)
     made.revision("op.watch_table('missing')")
     with pytest.raises(CommandError, match="there is no table 'missing'"):
+        made.upgrade()
+
+
+@on_sqlite
+def test_a_migration_without_a_changelog_says_so(plain: tuple[Project, Any]) -> None:
+    """Tables can be watched only where the changelog is installed."""
+    made, _ = plain
+    made.revision("op.watch_table('orders')")
+    with pytest.raises(CommandError, match=r"op.create_change_feed\(\) has to come before"):
         made.upgrade()
 
 
