@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.pool import NullPool
 
-from sa_tablecache import CachedView, ScoreIndex, TableCache
+from sa_tablecache import CachedView, ChangeFeed, ScoreIndex, TableCache
 from sa_tablecache.feed.contract import VERSION, Installation, Relation
 from sa_tablecache.feed.dialects import changelog_for
 from tests.integration.alembic_project import Project, project, run_script
@@ -273,6 +274,47 @@ def test_what_older_workers_need_is_kept(
     assert watched(made.engine) == {"customers": (("id",), ())}
     made.downgrade("-1")
     assert watched(made.engine) == ORDERS_AND_CUSTOMERS
+
+
+@every_database
+def test_a_deploy_from_the_view_of_a_worker(plain: tuple[Project, Any]) -> None:
+    """A worker is served from memory before and after a migration of the next release, and right.
+
+    When its tables are taken from it, the database answers.
+    """
+    made, models = plain
+    made.migrate()
+    add = "INSERT INTO {} VALUES ({})"
+    first = "'2024-01-01'"
+    execute(made.engine, add.format("customers", "1, 'a'"), add.format("orders", f"1, 1, {first}"))
+
+    class OfTheNextRelease(CachedView):
+        __select__ = select(models.orders.c.id, models.orders.c.customer_id)
+        by_customer = ScoreIndex("customer_id")
+
+    engine = create_engine(made.url)
+    feed = ChangeFeed(max_lag=timedelta(hours=1))
+    with TableCache(engine, views=[models.view], feed=feed) as cache:
+        cache.load(models.view)
+        Session = cache.sessionmaker()
+
+        def names() -> tuple[str, list[str]]:
+            cache.barrier()
+            cache.refresh(models.view)
+            with Session() as session:
+                found = [record.name for record in session.scalars(select(models.view))]
+                return session.last_read.kind, found
+
+        assert names() == ("hit", ["a"])
+        assert "op.watch_table('orders'" in made.migrate()
+        execute(made.engine, "UPDATE customers SET name = 'b'")
+        assert names() == ("hit", ["b"])
+        made.revision("op.unwatch_table('customers')")
+        made.upgrade()
+        execute(made.engine, "UPDATE customers SET name = 'c'")
+        assert names() == ("bypass", ["c"])
+    engine.dispose()
+    del OfTheNextRelease
 
 
 @every_database
@@ -820,7 +862,7 @@ def test_lacking_indexes_are_proposed_and_kept(new_project: Callable[..., Projec
 MODELS = """
 from sqlalchemy import select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sa_tablecache import CachedView, ScoreIndex
+from sa_tablecache import CachedView, ChangeFeed, ScoreIndex
 
 class Base(DeclarativeBase):
     pass
