@@ -79,9 +79,9 @@ ORDER = """
     results
     listening
     session
-    middleware
     metrics
     asyncio
+    middleware
     commands
     inspecting
     feed_command
