@@ -58,7 +58,6 @@ from .mysql_triggers import (
     load,
     query,
     quoted,
-    relevant,
     statements,
     trigger_names,
     triggers,
@@ -183,14 +182,11 @@ class MySQLChangelog(Changelog):
             watched[relation] = watch = known.watch
             problem = None
             try:
-                now = propose(connection, relation, ())
+                now = propose(connection, relation, watch.ranges, watch.key)
             except TableCacheError as error:
                 problem = str(error)
             else:
-                now = replace(now, key=watch.key, ranges=watch.ranges, limit=watch.limit)
-                if relevant(now) == relevant(watch):
-                    watched[relation] = now  # with what else the catalog has by now
-                else:
+                if replace(now, limit=watch.limit) != watch:
                     problem = "columns or foreign keys are not those that it was watched with"
             if {(t.table, t.name, t.digest) for t in triggers(watch)} != known.triggers:
                 problem = problem or f"its triggers are of version {known.version}"
@@ -205,13 +201,17 @@ class MySQLChangelog(Changelog):
         return dict(resolve(connection, names))
 
     def propose(
-        self, connection: Connection, relation: Relation, ranges: Sequence[str] = ()
+        self,
+        connection: Connection,
+        relation: Relation,
+        ranges: Sequence[str] = (),
+        key: Sequence[str] = (),
     ) -> Watch:
         """Return how a table is best watched: four statements, and one for each that cascades.
 
-        :raises TableCacheError: if triggers cannot see its changes.
+        :raises TableCacheError: if a column is missing, or triggers cannot see its changes.
         """
-        return propose(connection, relation, ranges)
+        return propose(connection, relation, ranges, key)
 
     def owned(self) -> frozenset[Relation]:
         """Return the changelog's own tables."""

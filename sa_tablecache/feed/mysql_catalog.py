@@ -21,11 +21,11 @@ from sqlalchemy.exc import DBAPIError
 from sa_tablecache.exc import TableCacheError
 
 from .contract import Relation, Watch
+from .mysql_cascades import ForeignKey
 from .mysql_triggers import (
     LOG,
     MOST_PARENTS,
     PREFIX,
-    ForeignKey,
     Watched,
     kind_of,
     literal,
@@ -36,14 +36,14 @@ _ACCESS_DENIED: Final = (1044, 1045, 1142, 1143, 1227, 1370)
 
 _COLUMNS: Final = text(
     """
-    SELECT column_name, data_type, collation_name, column_key FROM information_schema.columns
+    SELECT column_name AS column_name, data_type AS data_type, collation_name AS collation_name
+    FROM information_schema.columns
     WHERE table_schema = COALESCE(NULLIF(:schema, ''), DATABASE()) AND table_name = :name
-    ORDER BY ordinal_position
     """
 )
 _PRIMARY_KEY: Final = text(
     """
-    SELECT column_name FROM information_schema.statistics
+    SELECT column_name AS column_name FROM information_schema.statistics
     WHERE table_schema = COALESCE(NULLIF(:schema, ''), DATABASE()) AND table_name = :name
         AND index_name = 'PRIMARY'
     ORDER BY seq_in_index
@@ -51,14 +51,16 @@ _PRIMARY_KEY: Final = text(
 )
 _TABLE: Final = text(
     """
-    SELECT table_type, engine FROM information_schema.tables
+    SELECT table_type AS table_type, engine AS engine FROM information_schema.tables
     WHERE table_schema = COALESCE(NULLIF(:schema, ''), DATABASE()) AND table_name = :name
     """
 )
 _FOREIGN_KEYS: Final = text(
     """
-    SELECT r.constraint_name, r.unique_constraint_schema, r.referenced_table_name,
-        r.delete_rule, r.update_rule, k.column_name, k.referenced_column_name
+    SELECT r.constraint_name AS constraint_name, r.referenced_table_name AS parent,
+        r.unique_constraint_schema AS parent_schema, r.delete_rule AS on_delete,
+        r.update_rule AS on_update, k.column_name AS column_name,
+        k.referenced_column_name AS referred
     FROM information_schema.referential_constraints AS r
     JOIN information_schema.key_column_usage AS k
         ON k.constraint_schema = r.constraint_schema AND k.constraint_name = r.constraint_name
@@ -104,7 +106,9 @@ def resolve(
                 yield name, Relation("" if schema == default else schema, table)
 
 
-def propose(connection: Connection, relation: Relation, ranges: Sequence[str]) -> Watch:
+def propose(
+    connection: Connection, relation: Relation, ranges: Sequence[str], key: Sequence[str]
+) -> Watch:
     """Return how a table is best watched.
 
     :raises TableCacheError: if triggers cannot see its changes.
@@ -120,19 +124,18 @@ def propose(connection: Connection, relation: Relation, ranges: Sequence[str]) -
             f"{relation} cannot be watched: its engine is {table.engine}, and only what is written "
             "to a table of InnoDB becomes visible together with its entry in the changelog"
         )
-    columns = connection.execute(_COLUMNS, given).all()
-    names = [column.column_name for column in columns]
-    if missing := set(ranges).difference(names):
+    columns = {column.column_name: column for column in connection.execute(_COLUMNS, given)}
+    if missing := {*ranges, *key}.difference(columns):
         raise TableCacheError(f"{relation} has no column {', '.join(sorted(missing))}")
-    by_kind: dict[str, list[str]] = defaultdict(list)
-    for column in columns:
-        kind = kind_of(column.data_type, column.collation_name)
-        if kind:
-            by_kind[kind].append(column.column_name)
-    key = tuple(connection.execute(_PRIMARY_KEY, given).scalars())
-    cascades = [(kind, *by_kind[kind]) for kind in sorted(by_kind)]
+    key = tuple(key) or tuple(connection.execute(_PRIMARY_KEY, given).scalars())
+    by_kind: dict[str, set[str]] = defaultdict(set)
+    for name in (*key, *ranges):
+        column = columns[name]
+        if kind := kind_of(column.data_type, column.collation_name):
+            by_kind[kind].add(name)
+    kinds = [(kind, *sorted(by_kind[kind])) for kind in sorted(by_kind)]
     keys = [("foreign key", *key) for key in sorted(_foreign_keys(connection, relation))]
-    return Watch(relation, key, tuple(ranges), cascades=(*cascades, *keys))
+    return Watch(relation, key, tuple(ranges), cascades=(*kinds, *keys))
 
 
 def _foreign_keys(connection: Connection, relation: Relation) -> Iterator[ForeignKey]:
@@ -155,19 +158,19 @@ def _foreign_keys(connection: Connection, relation: Relation) -> Iterator[Foreig
             rows[row.constraint_name].append(row)
         for parts in rows.values():
             first = parts[0]
-            if first.unique_constraint_schema != (relation.schema or default):
+            if first.parent_schema != (relation.schema or default):
                 raise TableCacheError(
-                    f"{relation} cannot be watched: {first.unique_constraint_schema}."
-                    f"{first.referenced_table_name} cascades into it from another database"
+                    f"{relation} cannot be watched: {first.parent_schema}.{first.parent} cascades "
+                    "into it from another database"
                 )
-            todo.append(first.referenced_table_name)
+            todo.append(first.parent)
             yield ForeignKey(
                 child,
                 tuple(part.column_name for part in parts),
-                first.referenced_table_name,
-                tuple(part.referenced_column_name for part in parts),
-                first.delete_rule,
-                first.update_rule,
+                first.parent,
+                tuple(part.referred for part in parts),
+                first.on_delete,
+                first.on_update,
             )
 
 
@@ -237,11 +240,12 @@ def _catalog(tables: Iterable[Relation], watched: Container[Relation]) -> str:
     for place, table in enumerate(tables):
         schema, name = schema_literal(table.schema), literal(table.name)
         if table in watched:
-            # A second is all the precision that there is: within two each poll is another.
+            # What is done twice in a second looks like once: until it is over, and the tick by
+            # which the clock of the files may be late, each poll finds something else.
             parts.append(
                 f"SELECT {place} AS place, 't' AS kind, COALESCE(t.engine, '') AS a, "
                 "t.table_type AS b, CAST(UNIX_TIMESTAMP(t.create_time) AS CHAR) AS c, "
-                "IF(TIMESTAMPDIFF(SECOND, t.create_time, SYSDATE()) BETWEEN -2 AND 1, "
+                "IF(UNIX_TIMESTAMP(SYSDATE(6)) - UNIX_TIMESTAMP(t.create_time) BETWEEN -1 AND 1.1, "
                 "CAST(SYSDATE(6) AS CHAR), '') AS d FROM information_schema.tables AS t "
                 f"WHERE t.table_schema = {schema} AND t.table_name = {name}"
             )

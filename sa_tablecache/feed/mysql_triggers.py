@@ -4,12 +4,11 @@ In: a :class:`.Watch`. Out: statements, one by one. Pure.
 
 A trigger knows one row, and so each row is one entry. What foreign keys do to other rows fires no
 trigger: who watches a table therefore makes triggers on the tables that cascade into it, too, which
-log the rows that are about to be deleted or changed. That a row's referenced columns change is
-rare, and then any row of the table that is watched may have changed.
+log the rows that are about to be deleted, or were changed. See ``mysql_cascades.py``.
 
-A catalog says more than a trigger needs: ``Watch.cascades`` has the kinds of all columns, as
-``(kind, column, ...)``, and the foreign keys on the way to the table, as ``("foreign key", child,
-columns, parent, columns, on delete, on update)``.
+What of the catalog a trigger depends on is in ``Watch.cascades``: the kinds of the columns that are
+logged, as ``(kind, column, ...)``, and the foreign keys on the way to the table, as ``("foreign
+key", child, columns, parent, columns, on delete, on update)``.
 """
 
 from __future__ import annotations
@@ -24,14 +23,13 @@ from importlib.resources import files
 from typing import Any, Final, NamedTuple
 
 from .contract import VERSION, Relation, Watch
+from .mysql_cascades import ForeignKey, Way, action_flags, ways
 
 PREFIX: Final = "sa_tablecache_"
 LOG: Final = f"{PREFIX}changelog"
 
 MOST_PARENTS: Final = 16
 """So many tables may cascade into a watched one: :meth:`unwatch` does not know which they are."""
-MOST_PATHS: Final = 8
-"""So many ways from a row to those that go with it are followed, and then only their first step."""
 
 _KINDS: Final[Mapping[str, tuple[str, ...]]] = {
     "integer": ("tinyint", "smallint", "mediumint", "int", "bigint", "year", "bit"),
@@ -76,17 +74,6 @@ def kind_of(data_type: str, collation: str | None) -> str:
         return "date"
     kind = next((kind for kind, types in _KINDS.items() if data_type in types), "")
     return "bytewise" if kind == "text" and collation in _BYTEWISE else kind
-
-
-class ForeignKey(NamedTuple):
-    """A foreign key of the database that changes the rows of its table by itself."""
-
-    child: str
-    columns: tuple[str, ...]
-    parent: str
-    referred: tuple[str, ...]
-    on_delete: str
-    on_update: str
 
 
 @cache
@@ -149,13 +136,6 @@ def foreign_keys(watch: Watch) -> list[ForeignKey]:
     ]
 
 
-def relevant(watch: Watch) -> tuple[Any, ...]:
-    """Return what the triggers of a table depend on."""
-    known = kinds(watch)
-    used = [(column, known.get(column)) for column in (*watch.key, *watch.ranges)]
-    return watch.key, watch.ranges, watch.limit, used, sorted(foreign_keys(watch))
-
-
 def dump(watch: Watch) -> str:
     """Return what the registry has of a table: how it is watched, and its triggers."""
     return json.dumps(
@@ -204,13 +184,6 @@ def load(relation: Relation, definition: str) -> Watched:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def action_flags(on_delete: str, on_update: str) -> int:
-    """Return the actions of a foreign key as InnoDB numbers them."""
-    return {"CASCADE": 1, "SET NULL": 2}.get(on_delete, 0) | {"CASCADE": 4, "SET NULL": 8}.get(
-        on_update, 0
-    )
 
 
 # -- triggers -------------------------------------------------------------------------------------
@@ -319,126 +292,41 @@ def _placed(relation: Relation, name: str) -> str:
 def _cascading(
     watch: Watch, keys: Sequence[ForeignKey], parent: str, number: int
 ) -> Iterator[Trigger]:
-    """Yield the triggers of a table whose changes cascade to the watched one."""
+    """Yield the triggers of a table whose changes cascade to the watched one.
+
+    What is deleted is looked up before, and what is moved after it has got its new values.
+    """
     relation = watch.relation
-    table = full_name(Relation(relation.schema, parent))
-    paths = _paths(keys, parent, relation.name)
-    if paths:
-        name = trigger_name(f"d{number}", relation)
-        bodies = [_logs_path(watch, path, whole) for path, whole in paths]
+    for kind, event, row in (("d", "BEFORE DELETE", "OLD"), ("u", "AFTER UPDATE", "NEW")):
+        paths = ways(keys, parent, relation.name, watch.key, deleted=kind == "d")
+        if not paths:
+            continue
+        bodies = []
+        for path in paths:
+            body = _logs_path(watch, path, row)
+            if kind == "u":
+                # By bytes, as InnoDB compares them: not by collation.
+                same = " AND ".join(
+                    f"CAST(OLD.{quoted(name)} AS BINARY) <=> CAST(NEW.{quoted(name)} AS BINARY)"
+                    for name in path.steps[0].key.referred
+                )
+                body = f"IF NOT ({same}) THEN\n    {body}\n    END IF;"
+            bodies.append(f"    {body}\n")
+        name = trigger_name(f"{kind}{number}", relation)
         text = (
-            f"CREATE TRIGGER {_placed(relation, name)} BEFORE DELETE ON {table} FOR EACH ROW\n"
+            f"CREATE TRIGGER {_placed(relation, name)} {event} "
+            f"ON {full_name(Relation(relation.schema, parent))} FOR EACH ROW\n"
             "BEGIN\n"
             "    DECLARE taken BOOLEAN DEFAULT FALSE;\n"
             "    DECLARE found BIGINT;\n"
             "    DECLARE rows_found LONGTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;\n"
             "    DECLARE CONTINUE HANDLER FOR 1062 SET taken = TRUE;\n"
-            + "".join(f"    {body}\n" for body in bodies)
-            + "END"
-        )
-        yield Trigger(parent, name, text)
-    moved = _moving(keys, parent, relation.name)
-    if moved:
-        name = trigger_name(f"u{number}", relation)
-        # By bytes, as InnoDB compares them: not by collation.
-        same = " AND ".join(
-            f"CAST(OLD.{quoted(c)} AS BINARY) <=> CAST(NEW.{quoted(c)} AS BINARY)"
-            for c in sorted(moved)
-        )
-        text = (
-            f"CREATE TRIGGER {_placed(relation, name)} AFTER UPDATE ON {table} FOR EACH ROW\n"
-            "BEGIN\n"
-            f"    DECLARE taken BOOLEAN DEFAULT NOT ({same});\n"
-            "    DECLARE CONTINUE HANDLER FOR 1062 SET taken = TRUE;\n"
-            f"    {_logged(relation, 'U', 'NULL')}\nEND"
+            f"{''.join(bodies)}END"
         )
         yield Trigger(parent, name, text)
 
 
-class Step(NamedTuple):
-    """A foreign key on the way of a cascade, and whether it deletes."""
-
-    key: ForeignKey
-    deletes: bool
-
-
-def _acts(key: ForeignKey, *, deleted: bool, changed: Iterable[str]) -> bool | None:
-    """Return what a foreign key does to its rows: delete (true), change (false), or nothing."""
-    if deleted:
-        return {"CASCADE": True, "SET NULL": False}.get(key.on_delete)
-    acts = key.on_update in ("CASCADE", "SET NULL") and not set(key.referred).isdisjoint(changed)
-    return False if acts else None
-
-
-def _paths(
-    keys: Sequence[ForeignKey], parent: str, table: str
-) -> list[tuple[tuple[Step, ...], bool]]:
-    """Return the ways by which deleting a row of a table deletes or changes rows of another.
-
-    Each with whether the rows at its end are known: not where a cycle would go on.
-    """
-    found: list[tuple[tuple[Step, ...], bool]] = []
-
-    def follow(path: tuple[Step, ...], at: str, deleted: bool, changed: tuple[str, ...]) -> None:
-        for key in keys:
-            if key.parent != at or len(found) > MOST_PATHS:
-                continue
-            acts = _acts(key, deleted=deleted, changed=changed)
-            if acts is None:
-                continue
-            step = Step(key, acts)
-            if sum(passed.key == key for passed in path) == 2:
-                # How deep it goes is not known: if there is any such row, any row may be touched.
-                found.append(((*path, step), False))
-                continue
-            if key.child == table:
-                found.append(((*path, step), True))
-            follow((*path, step), key.child, acts, key.columns)
-
-    follow((), parent, True, ())
-    if len(found) > MOST_PATHS:
-        firsts = [Step(key, True) for key in keys if key.parent == parent]
-        return [((first,), False) for first in firsts if _reaches(keys, (first,), table)]
-    return [(path, known) for path, known in found if known or _reaches(keys, path, table)]
-
-
-def _reaches(keys: Sequence[ForeignKey], path: Sequence[Step], table: str) -> bool:
-    """Whether a way that is not followed further could lead to a table."""
-    seen, todo = set[str](), [path[-1].key.child]
-    while todo:
-        at = todo.pop()
-        if at == table:
-            return True
-        if at not in seen:
-            seen.add(at)
-            todo += [key.child for key in keys if key.parent == at]
-    return False
-
-
-def _moving(keys: Sequence[ForeignKey], parent: str, table: str) -> set[str]:
-    """Return the columns of a table of which a change cascades to rows of another."""
-    moved = set[str]()
-    for first in keys:
-        if first.parent != parent or first.on_update not in ("CASCADE", "SET NULL"):
-            continue
-        todo, seen = [first], set[ForeignKey]()
-        while todo:
-            key = todo.pop()
-            if key.child == table:
-                moved.update(first.referred)
-                break
-            seen.add(key)
-            todo += [
-                further
-                for further in keys
-                if further not in seen
-                and further.parent == key.child
-                and _acts(further, deleted=False, changed=key.columns) is not None
-            ]
-    return moved
-
-
-def _logs_path(watch: Watch, path: Sequence[Step], known: bool) -> str:
+def _logs_path(watch: Watch, path: Way, row: str) -> str:
     """Return statements of a trigger that log the rows at the end of the way of a cascade.
 
     They are locked, as the cascade is about to do: a SELECT that locks nothing would miss rows that
@@ -446,17 +334,20 @@ def _logs_path(watch: Watch, path: Sequence[Step], known: bool) -> str:
     FOR UPDATE is refused in a trigger if the statement reads one of the tables itself.
     """
     relation = watch.relation
+    logs = _logged(relation, "D" if path.deletes else "U", "rows_found")
+    if not path.followed:
+        return f"SET rows_found = NULL, taken = TRUE;\n    {logs}"
     tables, conditions = [], []
-    for place, (key, _) in enumerate(path):
+    for place, (key, _) in enumerate(path.steps):
         tables.append(f"{full_name(Relation(relation.schema, key.child))} AS t{place}")
-        before = "OLD" if not place else f"t{place - 1}"
+        before = f"t{place - 1}" if place else row
         conditions += [
             f"t{place}.{quoted(column)} = {before}.{quoted(referred)}"
             for column, referred in zip(key.columns, key.referred, strict=True)
         ]
     source = f"FROM {' JOIN '.join(tables)} WHERE {' AND '.join(conditions)}"
-    if known and loggable(watch):
-        columns = ", ".join(f"t{len(path) - 1}.{quoted(column)}" for column in watch.key)
+    if path.known and loggable(watch):
+        columns = ", ".join(f"t{len(tables) - 1}.{quoted(column)}" for column in watch.key)
         # MariaDB cuts JSON_ARRAYAGG off at group_concat_max_len, and may close the array.
         array = f"JSON_ARRAYAGG({_array(watch.key, kinds(watch), 'q')})"
         whole = f"IF(JSON_VALID({array}), JSON_LENGTH({array}) = COUNT(*), FALSE)"
@@ -470,5 +361,4 @@ def _logs_path(watch: Watch, path: Sequence[Step], known: bool) -> str:
             "SELECT COUNT(*), NULL INTO found, rows_found "
             f"FROM (SELECT 1 AS one {source} LIMIT 1 LOCK IN SHARE MODE) AS q;"
         )
-    operation = "D" if known and path[-1].deletes else "U"
-    return f"{select}\n    SET taken = found > 0;\n    {_logged(relation, operation, 'rows_found')}"
+    return f"{select}\n    SET taken = found > 0;\n    {logs}"

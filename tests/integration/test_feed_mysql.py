@@ -25,6 +25,7 @@ from sqlalchemy.pool import NullPool
 
 from sa_tablecache import TableCacheError
 from sa_tablecache.exc import FeedUnavailable
+from sa_tablecache.feed import contract
 from sa_tablecache.feed.contract import Poll, Relation
 from sa_tablecache.feed.dialects import changelog_for
 from sa_tablecache.feed.mysql import MySQLChangelog
@@ -37,8 +38,7 @@ LOG = "sa_tablecache_changelog"
 
 def run(connection: Connection, *statements: str) -> None:
     """Execute statements as they are."""
-    for statement in statements:
-        connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
+    contract.run(connection, statements)
 
 
 class Feed:
@@ -59,11 +59,16 @@ class Feed:
             run(connection, *statements)
 
     def watch(
-        self, name: str, ranges: Sequence[str] = (), schema: str = "", **options: Any
+        self,
+        name: str,
+        ranges: Sequence[str] = (),
+        key: Sequence[str] = (),
+        schema: str = "",
+        **options: Any,
     ) -> Relation:
         """Watch a table as the catalog says it is best."""
         relation = Relation(schema, name)
-        watch = replace(self.log.propose(self.connection, relation, ranges), **options)
+        watch = replace(self.log.propose(self.connection, relation, ranges, key), **options)
         run(self.connection, *self.log.watch(watch))
         self.relations |= {relation}
         self.poll()
@@ -211,7 +216,7 @@ def next_id(feed: Feed) -> int:
         ("UPDATE IGNORE stock SET amount = 7", {("stock", "U", ((1,),))}),
         ("DELETE FROM stock", {("stock", "D", ((1,),)), ("parts", "D", ((11,), (12,)))}),
         ("DELETE IGNORE FROM stock", {("stock", "D", ((1,),)), ("parts", "D", ((11,), (12,)))}),
-        ("UPDATE stock SET id = 2", {("stock", "U", ((1,), (2,))), ("parts", "U", None)}),
+        ("UPDATE stock SET id = 2", {("stock", "U", ((1,), (2,))), ("parts", "U", ((11,), (12,)))}),
         ("TRUNCATE parts", set()),
     ],
 )
@@ -595,8 +600,8 @@ def test_cascades(feed: Feed) -> None:
     assert feed.poll() == [("c", "U", ((111,), (112,)))]
     feed.run("DELETE FROM a WHERE id = 3", "UPDATE a SET n = 1", "UPDATE b SET x = x")
     assert feed.poll() == []
-    feed.run("UPDATE b SET y = 5 WHERE x = 2")
-    assert feed.poll() == [("c", "U", None)]
+    feed.run("UPDATE b SET y = 5 WHERE x = 2", "UPDATE b SET y = 6, a = 3 WHERE x = 99")
+    assert feed.poll() == [("c", "U", ((121,),))]
     feed.watch("b")
     feed.run("DELETE a FROM a JOIN b ON b.a = a.id JOIN c ON c.x = b.x")
     assert sorted(feed.poll()) == [("b", "D", ((2, 5),)), ("c", "U", ((121,),))]
@@ -605,6 +610,30 @@ def test_cascades(feed: Feed) -> None:
     feed.run("INSERT INTO b VALUES (3, 3, 3)", "INSERT INTO c VALUES (333, 3, 3)")
     feed.run("DELETE FROM a")
     assert sorted(feed.poll()) == [("b", "D", ((3, 3),)), ("b", "I", ((3, 3),))]
+
+
+def test_cascades_of_new_values(feed: Feed) -> None:
+    """Rows that follow a new value are named, unless they have another key or none to refer to."""
+    feed.run(
+        "CREATE TABLE a (id VARCHAR(9) COLLATE utf8mb4_general_ci PRIMARY KEY, n INT)",
+        "CREATE TABLE b (id INT PRIMARY KEY, a VARCHAR(9) COLLATE utf8mb4_general_ci, "
+        "FOREIGN KEY (a) REFERENCES a (id) ON UPDATE CASCADE)",
+        "CREATE TABLE c (id INT, a VARCHAR(9) COLLATE utf8mb4_general_ci, PRIMARY KEY (id, a), "
+        "FOREIGN KEY (a) REFERENCES a (id) ON UPDATE CASCADE)",
+        "CREATE TABLE d (id INT PRIMARY KEY, a VARCHAR(9) COLLATE utf8mb4_general_ci, "
+        "FOREIGN KEY (a) REFERENCES a (id) ON UPDATE SET NULL)",
+        "INSERT INTO a VALUES ('x', 0), ('y', 0)",
+        *(f"INSERT INTO {name} VALUES (1, 'x'), (2, 'x'), (3, 'y')" for name in "bcd"),
+    )
+    for name in "bcd":
+        feed.watch(name)
+    feed.run("UPDATE a SET n = 5", "UPDATE a SET id = 'x' WHERE id = 'x'")
+    assert feed.poll() == []
+    feed.run("UPDATE a SET id = 'X' WHERE id = 'x'")
+    expected = [("b", "U", ((1,), (2,))), ("c", "U", None), ("d", "U", None)]
+    assert sorted(feed.poll()) == expected
+    feed.run("UPDATE a SET id = 'z' WHERE id = 'x'")
+    assert sorted(feed.poll()) == expected
 
 
 def test_a_table_that_refers_to_itself(feed: Feed) -> None:
@@ -877,7 +906,7 @@ def test_what_cannot_be_watched(feed: Feed) -> None:
 
 
 def test_installing(feed: Feed) -> None:
-    """What was proposed is what is installed; doing it again changes nothing that readers notice."""
+    """What was proposed is what is installed; doing it again is nothing that readers notice."""
     feed.run("CREATE TABLE a (id INT PRIMARY KEY, at DATETIME)")
     feed.run(
         "CREATE TABLE b (id INT PRIMARY KEY, a INT, FOREIGN KEY (a) REFERENCES a (id) "
