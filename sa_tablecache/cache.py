@@ -6,8 +6,7 @@ In: an engine, views, and what the application says (load, evict, invalidate). A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -22,9 +21,7 @@ from .events import unwatch, watch
 from .exc import Closed, CriteriaError, NotExpressible, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
 from .feed import ChangeFeed
-from .figures import Estimate, Reason, Stats, estimate
-from .following import Following
-from .health import Health, health
+from .figures import Estimate, Stats, estimate
 from .indexing import indexes_lacking_in
 from .invalidation import named_changes
 from .keeping import Clock, utc_now
@@ -34,15 +31,15 @@ from .loading import Progress, Snapshots
 from .planner import ask, load_target, no_range
 from .policies import Kept, Policy, check_number, policy_of
 from .problems import Problem, problems_of
+from .running import Running
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
 from .slots import LoadSlots
-from .staleness import Refreshing
 from .table import CachedTable, Timer
 from .view import CachedView, ViewMeta
 
 
-class BaseTableCache(Following):
+class BaseTableCache(Running):
     """What :class:`.TableCache` is but for its sessions, which stand to the right of this module.
 
     See there.
@@ -76,8 +73,6 @@ class BaseTableCache(Following):
         """Told how long each load and refresh took."""
         self.closing: list[Callable[[], object]] = []
         """Called when the cache is closed, while its views are still there."""
-        self._closed = False
-        self.refreshing = Refreshing(self.upkeep)
         if engine is not None:
             self.bind(engine)
         for view in views:
@@ -395,55 +390,7 @@ class BaseTableCache(Following):
             raise CriteriaError("this is not a SELECT of a cached view")
         return explain(self.table(view), statement)
 
-    # -- start and end --------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Start the upkeep: what the cache does in the background. Entering the cache does it, too.
-
-        Each job has a daemon thread (of an :class:`.AsyncTableCache`: a task of the running event
-        loop). One that fails is tried again, after 0.5 s and then less and less often, down to
-        every 30 s; :meth:`health` tells. A cache that was started lives until it is closed. After a
-        fork the child's upkeep starts by itself.
-
-        :raises TableCacheError: if it was started already.
-        """
-        self.upkeep.start(in_task=bool(self.engine.dialect.is_async))
-
-    def health(self) -> Health:
-        """Return how the cache is doing: its upkeep, and whether something keeps failing.
-
-        Emits no SQL. ::
-
-            health = cache.health()
-            return JSONResponse(health.reasons, status_code=200 if health.ok else 503)
-        """
-        feed = None if self.consumer is None else self.consumer.health()
-        return health(self.upkeep, feed, () if feed is None else feed.complaints)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Have the database answer all reads of a block, in whatever thread or task they are.
-
-        ::
-
-            with cache.disabled():
-                slow = measure(report)
-
-        What is loaded stays, and commits are noticed as ever. Emits no SQL.
-        """
-        reason = Reason("disabled", "the cache is disabled")
-
-        def guard(*_: Any) -> str:
-            return reason
-
-        tables = list(self._tables.values())
-        for table in tables:
-            table.guards = (guard, *table.guards)
-        try:
-            yield
-        finally:
-            for table in tables:
-                table.guards = tuple(each for each in table.guards if each is not guard)
+    # -- end ------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Stop noticing commits, give up all records, close the cache's own connections.

@@ -209,6 +209,24 @@ class ViewState:
         with self._lock:
             self.counts.reads[kind, category] += 1
 
+    def after_fork(self, *, keep: bool) -> bool:
+        """In a forked child: make the lock anew; say whether the records are kept.
+
+        :param keep: whether to keep them, if no thread of the parent was about to change them.
+        """
+        keep = keep and self.layout is not None and not self._lock.taken
+        self._lock = Section()
+        self.observers.after_fork()
+        self.counts = Counts()
+        if keep:
+            self._freshness.after_fork()
+            self._set_state(self._state)
+        else:
+            self._freshness = Freshness()
+            empty = Storage({}, {}) if self.layout is None else self.layout.empty()
+            self._set_state(State(empty, Coverage()))
+        return keep
+
     def _begin(self) -> int:
         with self._lock:
             return self._freshness.begin()

@@ -97,6 +97,11 @@ class CachedTable(Loads):
                 return reason
         return None
 
+    def after_fork(self, *, keep: bool) -> bool:
+        """See :meth:`.ViewState.after_fork`."""
+        self.recent.clear()
+        return super().after_fork(keep=keep)
+
     # -- refreshing -----------------------------------------------------------------------------
 
     def refresh(self) -> None:

@@ -84,6 +84,11 @@ class Section:
     def __init__(self) -> None:
         self._lock = Lock()
 
+    @property
+    def taken(self) -> bool:
+        """Whether some thread is inside, or was when this process was forked."""
+        return self._lock.locked()
+
     def __enter__(self) -> None:
         _inside.depth += 1
         self._lock.acquire()
@@ -107,6 +112,11 @@ class Turn:
         self._in_task = in_task
         self._lock = Lock()
         self._current: Future[Any] | None = None
+
+    @property
+    def taken(self) -> bool:
+        """Whether it is somebody's turn, or was when this process was forked."""
+        return self._current is not None
 
     def __enter__(self) -> None:
         while True:
