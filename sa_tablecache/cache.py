@@ -26,6 +26,7 @@ from .figures import Estimate, Stats, estimate
 from .indexing import indexes_lacking_in
 from .layout import log_coarse
 from .loading import Progress, Snapshots
+from .modes import Mode, check_mode, check_rate, wanted_modes
 from .planner import ask, load_target, no_range
 from .running import Running
 from .scores import EVERYTHING, IntervalSet
@@ -61,8 +62,12 @@ class BaseTableCache(Running):
         load_engine: Engine | None = None,
         feed: ChangeFeed | None = None,
         exclusive_writer: bool = False,
+        verify: float = 0.0,
     ) -> None:
         super().__init__(feed, exclusive_writer=exclusive_writer)
+        self._verify = check_rate(verify)
+        self._wanted_modes = wanted_modes()
+        self._modes: dict[CachedTable, Mode] = {}
         self._engine: Engine | None = None
         self._given_load_engine = load_engine
         self._watched: list[Engine] = []
@@ -106,6 +111,8 @@ class BaseTableCache(Running):
         table.timers = self.timers
         self._follow_view(table)
         self.refreshing.watch(table)
+        mode = self._modes[table] = Mode(table, self._verify)
+        mode.set(self._wanted_modes.of(view.__name__))
         return table
 
     def _watch(self, engine: Engine) -> None:
@@ -318,6 +325,27 @@ class BaseTableCache(Running):
     def refresh(self, view: type[CachedView]) -> None:
         """Read again what is marked now, instead of before the next answer."""
         self.table(view).refresh()
+
+    # -- modes ----------------------------------------------------------------------------------
+
+    def set_mode(self, view: type[CachedView], mode: str) -> None:
+        """Say who answers reads of a view from now on. Emits no SQL.
+
+        ``"on"``: the cache. ``"off"``: the database. ``"shadow"``: the database, and what the cache
+        would have said is compared with it: ``cache.stats(View).mismatches`` counts what was
+        different, and the log shows the first ones. In all modes the view is kept as it is.
+
+        The environment variable ``SA_TABLECACHE_MODE`` says it for all views, or for some of them:
+        ``shadow``, or ``off,FlightBoard=on``.
+
+        :raises TableCacheError: for another mode.
+        :raises UnknownView: if the view is not in the cache.
+        """
+        self._modes[self.table(view)].set(check_mode(mode, f"set_mode({view.__name__}, ...)"))
+
+    def mode(self, view: type[CachedView]) -> str:
+        """Return the mode of a view: ``"on"``, ``"shadow"`` or ``"off"``."""
+        return self._modes[self.table(view)].name
 
     # -- figures --------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from .exc import TableCacheError
 from .feed import ChangeFeed, Consumer
 from .feed.dialects import changelog_for
 from .feed.installing import install, uninstall
+from .figures import Reason
 from .invalidation import Invalidation, Lease
 from .loading import Snapshots
 from .table import CachedTable
@@ -99,10 +100,11 @@ class Following(Invalidation):
         consumer = self._followed
         wanted = self._freshness_of(session) if self._fresher else "feed"
         if isinstance(wanted, timedelta):
-            return consumer.reason(table, bound=wanted.total_seconds(), fetch=fetch)
-        if wanted == "barrier":
-            return consumer.reason(table, bound=-1.0, fetch=fetch)
-        return consumer.reason(table, fetch=fetch)
+            bound: float | None = wanted.total_seconds()
+        else:
+            bound = -1.0 if wanted == "barrier" else None
+        reason = consumer.reason(table, bound=bound, fetch=fetch)
+        return None if reason is None else Reason("feed", reason)
 
     def barrier(self) -> None:
         """Have everything visible that was committed anywhere before this call: one poll.
@@ -219,6 +221,11 @@ class Following(Invalidation):
         changelog = changelog_for(snapshots.dialect.name)
         with snapshots.connect() as connection, connection.begin():
             uninstall(connection, changelog)
+
+    @property
+    def snapshots(self) -> Snapshots:
+        """Where the cache itself reads."""
+        return self._bound
 
     @property
     def _bound(self) -> Snapshots:

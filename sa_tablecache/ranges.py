@@ -30,6 +30,7 @@ from .reading import (
     fetch_records,
     freshen,
     lacking,
+    missed,
     remember,
 )
 from .scopes import database_reason, flush_pending
@@ -82,8 +83,8 @@ def range_from_cache(
                 state = None if stale is None else table.state
             if state is not None:
                 if not state.coverage:
-                    if fetch:
-                        remember(session, table, "miss", NOT_LOADED)
+                    if fetch and missed(session, table, NOT_LOADED):
+                        continue
                     return None
                 layout, name = table.set_up(), read.by.name
                 interval = range_interval(layout, read, state)
@@ -136,7 +137,8 @@ def _partial_range(
     gaps = range_statement(session, table, read).where(
         intervals_clause(layout.score_columns(name), missing)
     )
-    fetched = fetch_records(session, table.view, gaps)
+    with table.misses.slot():
+        fetched = fetch_records(session, table.view, gaps)
     if not table.still_answers(state, name, present):
         remember(session, table, "miss", CHANGED)
         return None

@@ -202,6 +202,11 @@ class ViewState:
             if marks or was_unread != unread:
                 self._marked(marks, kept=was_unread == unread)
 
+    def count(self, what: str) -> None:
+        """Count something that happened."""
+        with self._lock:
+            setattr(self.counts, what, getattr(self.counts, what) + 1)
+
     def count_read(self, kind: str, category: str) -> None:
         """Count a read that was not a plain hit."""
         with self._lock:

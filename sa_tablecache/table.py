@@ -30,8 +30,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
 from sqlalchemy import Connection
@@ -45,6 +46,7 @@ from .deltas import Delta, read_coverage, read_touched
 from .figures import Stats, stored_bytes
 from .layout import Layout
 from .loading import Progress, Snapshots
+from .misses import Misses
 from .replacing import loaded, refreshed
 from .scores import IntervalSet
 from .state import State, ViewState
@@ -108,6 +110,9 @@ class CachedTable(ViewState):
         """The last reads that were no plain hits, as sessions remember them."""
         self.guards: tuple[Guard, ...] = ()
         """Asked at each read, before anything else."""
+        self.misses = Misses(plan.view)
+        self.shadowed = 0
+        """How many reads are being compared: what the cache is asked for that is no read."""
         self.feed: Feed | None = None
 
     def guarded(self, session: Session, statement: Any = None, *, fetch: bool = True) -> str | None:
@@ -129,6 +134,8 @@ class CachedTable(ViewState):
             # Another thread was changing it, or about to.
             keep, self.layout = False, None
         self._take_turns()
+        self.misses.after_fork()
+        self.shadowed = 0
         self.recent.clear()
         keep = super().after_fork(keep=keep)
         ready = keep and self._ready.done()
@@ -272,6 +279,21 @@ class CachedTable(ViewState):
                 self._ready = new_future()
         self.observers.tell()
 
+    def wait_for_load(self) -> bool:
+        """Wait for the load that is under way; say whether there was one."""
+        return self._loading.wait()
+
+    @contextmanager
+    def comparing(self) -> Iterator[None]:
+        """Have a read compared in a block."""
+        with self._lock:
+            self.shadowed += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.shadowed -= 1
+
     def wait_ready(self, timeout: float | None) -> bool:
         """Wait for the first load to end."""
         return wait_for(self._ready, timeout, in_task=self._in_task)
@@ -406,6 +428,8 @@ class CachedTable(ViewState):
             bypasses=counts.reads_of("bypass"),
             reasons=counts.reasons,
             mismatches=counts.mismatches,
+            comparisons=counts.comparisons,
+            comparisons_skipped=counts.comparisons_skipped,
             loads=counts.loads,
             load_seconds=counts.load_seconds,
             refreshes=counts.refreshes,

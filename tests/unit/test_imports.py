@@ -59,6 +59,7 @@ ORDER = """
     history
     observers
     state
+    misses
     table
     feed
     invalidation
@@ -67,6 +68,7 @@ ORDER = """
     staleness
     following
     running
+    modes
     policies
     answering
     explaining
@@ -74,11 +76,10 @@ ORDER = """
     transactions
     cache
     scopes
-    modes
-    misses
     reading
     ranges
     results
+    shadow
     listening
     session
     middleware
