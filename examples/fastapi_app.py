@@ -3,12 +3,16 @@
 ::
 
     curl 'localhost:8000/ready'
+    curl 'localhost:8000/metrics'
     curl 'localhost:8000/departures?since=2013-01-03T12:00&until=2013-01-03T13:00&limit=2'
     curl -X PATCH 'localhost:8000/planes/N14228' --json '{"model": "737-800"}'
 
 The service answers from its first second: requests that come before the view is loaded are
-answered by the database, later ones from memory. A load balancer waits for ``/ready``. Writes are
-ordinary ORM code, and the next request sees them.
+answered by the database, later ones from memory. A load balancer waits for ``/ready``, ``/health``
+is for people and alerts, and Prometheus scrapes ``/metrics``. Writes are ordinary ORM code, and the
+next request sees them.
+
+How an application tests itself with its cache is shown in ``tests/examples/test_fastapi_tests.py``.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from typing import Annotated, Any
 import msgspec
 import uvicorn
 from fastapi import Body, Depends, FastAPI, HTTPException, Query, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -32,16 +37,19 @@ from examples.flights_data import fill, tune_sqlite
 from examples.flights_models import FlightBoard, Plane
 from examples.postgres import embedded_postgres
 from sa_tablecache import AsyncCacheSession, AsyncTableCache
+from sa_tablecache.metrics import export
 
 
 def create_app(engine: AsyncEngine) -> FastAPI:
     """Return the service over a database that has the tables of the flights example."""
+    # Nobody else writes: with several processes it would be feed=ChangeFeed().
+    cache = AsyncTableCache(engine, views=[FlightBoard], exclusive_writer=True)
+    registry = CollectorRegistry()
+    export(cache, registry=registry)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with AsyncTableCache(engine, views=[FlightBoard]) as cache:
-            app.state.cache = cache
-            app.state.sessions = cache.sessionmaker()
+        async with cache:
             app.state.loading = asyncio.create_task(cache.load(FlightBoard))
             yield
             app.state.loading.cancel()
@@ -49,7 +57,13 @@ def create_app(engine: AsyncEngine) -> FastAPI:
         await engine.dispose()
 
     app = FastAPI(title="Departures of New York, 2013", lifespan=lifespan)
+    app.state.cache = cache
+    app.state.sessions = cache.sessionmaker()
+    app.state.registry = registry
+    app.state.loading = None
     app.get("/ready")(ready)
+    app.get("/health")(health)
+    app.get("/metrics")(metrics)
     app.get("/departures")(departures)
     app.patch("/planes/{tailnum}")(rename)
     return app
@@ -67,12 +81,25 @@ Session = Annotated[AsyncCacheSession, Depends(session_of)]
 async def ready(request: Request, response: Response) -> dict[str, Any]:
     """Tell whether requests are answered from memory; status 503 while they are not."""
     cache: AsyncTableCache = request.app.state.cache
-    loading: asyncio.Task[None] = request.app.state.loading
-    if loading.done():
+    loading: asyncio.Task[None] | None = request.app.state.loading
+    if loading is not None and loading.done():
         loading.result()
     if not cache.ready(FlightBoard):
         response.status_code = 503
     return {"ready": cache.ready(FlightBoard), "records": cache.stats(FlightBoard).records}
+
+
+async def health(request: Request, response: Response) -> dict[str, Any]:
+    """Tell whether something keeps failing; the service answers all the same."""
+    health = request.app.state.cache.health()
+    if not health.ok:
+        response.status_code = 503
+    return {"ok": health.ok, "reasons": health.reasons}
+
+
+async def metrics(request: Request) -> Response:
+    """Return what Prometheus scrapes."""
+    return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 async def departures(

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import inspecting
+from . import feed_command, inspecting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     inspecting.add_command(commands)
+    feed_command.add_command(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status

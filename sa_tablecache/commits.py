@@ -102,6 +102,8 @@ class Transaction:
     """What the open transaction of one connection has written so far."""
 
     changes: ChangeSet = field(default_factory=ChangeSet)
+    settled: ChangeSet | None = None
+    """What it wrote before that, and caches that live in it take for committed: see binding.py."""
     underway: dict[int, Underway] = field(default_factory=dict)
     """Statements that are being executed, by the identity of their contexts."""
     leases: list[tuple[Subscriber, Any]] | None = None
@@ -115,8 +117,27 @@ class Transaction:
     locks: bool = False
     """Whether others may have to wait for what it has locked."""
 
-    def touches(self, tables: frozenset[TableName]) -> bool:
-        """Whether it wrote one of the tables."""
+    @property
+    def written(self) -> ChangeSet:
+        """All that its COMMIT would make visible."""
+        if self.settled is None:
+            return self.changes
+        everything = ChangeSet()
+        everything.update(self.settled)
+        everything.update(self.changes)
+        return everything
+
+    def forget(self) -> None:
+        """Forget what it wrote: it was published, and is committed."""
+        self.changes, self.settled = ChangeSet(), None
+
+    def touches(self, tables: frozenset[TableName], *, settled: bool = True) -> bool:
+        """Whether it wrote one of the tables.
+
+        :param settled: whether what caches that live in it take for committed counts.
+        """
+        if settled and self.settled is not None and self.settled.touches(tables):
+            return True
         return self.changes.touches(tables) or any(
             statement.writes.anything
             or any(not tables.isdisjoint(names) for names in statement.names.values())
@@ -183,20 +204,22 @@ def take_leases(
     if transaction.backend is None:
         transaction.backend = backend_of(connection.connection)
     transaction.subscribers = subscribers
+    written = transaction.written
     for subscriber in list(subscribers):
-        transaction.leases.append((subscriber, subscriber.lease(transaction.changes)))
+        transaction.leases.append((subscriber, subscriber.lease(written)))
 
 
 def publish(subscribers: list[Subscriber] | None, transaction: Transaction) -> None:
     """Mark what a transaction changed, and end its leases."""
     leases, transaction.leases = transaction.leases, None
     told = set()
+    written = transaction.written
     for subscriber, lease in leases or ():
-        subscriber.publish(transaction.changes, lease)
+        subscriber.publish(written, lease)
         told.add(id(subscriber))
     for subscriber in list(subscribers or ()):
         if id(subscriber) not in told:
-            subscriber.publish(transaction.changes, None)
+            subscriber.publish(written, None)
 
 
 def release(transaction: Transaction) -> None:

@@ -59,8 +59,6 @@ class Delta(NamedTuple):
     """Which records to replace; ``None`` for all of them."""
     rows: Rows
     """What they are now."""
-    groups: frozenset[GroupMark] = frozenset()
-    """Groups that were read beside those that were marked."""
 
 
 def read_touched(
@@ -96,8 +94,7 @@ def read_touched(
             else _read_anchors(layout, connection, storage, coverage, keys, groups, ranges)
         )
         if rows is not None:
-            read = frozenset(GroupMark(names, v) for names, vs in groups.items() for v in vs)
-            delta = Delta(touched, rows, read)
+            delta = Delta(touched, rows)
             _read_ranges(layout, connection, ranges, covered, delta)
             return delta
     return Delta(None, read_coverage(layout, connection, coverage))

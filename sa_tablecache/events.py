@@ -281,7 +281,7 @@ class Watcher:
         ):
             publish(self.subscribers, transaction)
             if knows_transactions(connection):
-                transaction.changes = ChangeSet()
+                transaction.forget()
         elif self._at_once(transaction) or writes.opaque:
             publish(self.subscribers, transaction)
 
@@ -311,7 +311,7 @@ class Watcher:
             if not context.is_disconnect:
                 publish(self.subscribers, transaction)
                 if autocommits(connection):
-                    transaction.changes = ChangeSet()
+                    transaction.forget()
             else:
                 # Where each statement commits, this one may do so yet.
                 orphan(transaction, transaction.backend)
@@ -349,7 +349,7 @@ class Watcher:
         if not transaction.began:  # it began before anybody watched
             transaction.changes.add_everything()
         transaction.settle()
-        if transaction.changes:
+        if transaction.written:
             take_leases(self.subscribers, transaction, connection)
 
     def prepare_twophase(self, connection: Connection, xid: Any) -> None:
@@ -358,7 +358,7 @@ class Watcher:
         if not transaction.began:
             transaction.changes.add_everything()
         transaction.settle()
-        self.prepared[xid] = transaction.changes
+        self.prepared[xid] = transaction.written
 
     def commit_twophase(self, connection: Connection, xid: Any, prepared: Any) -> None:
         """Lease what COMMIT PREPARED is about to make visible."""
@@ -384,7 +384,7 @@ class Watcher:
         if transaction is None:
             return
         transaction.settle()
-        if transaction.changes and (
+        if transaction.written and (
             transaction.opaque
             or connection.dialect.name in ("mysql", "mariadb")
             or not (known or is_open(connection))
@@ -426,7 +426,7 @@ class Watcher:
                 subscriber.publish(ChangeSet(everything=True), None)
         elif transaction is not None:
             transaction.settle()
-            if transaction.changes or transaction.leases is not None:
+            if transaction.written or transaction.leases is not None:
                 publish(self.subscribers, transaction)
 
 

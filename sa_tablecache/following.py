@@ -7,6 +7,9 @@ feed cannot be trusted; jobs of the upkeep, which poll, trim and wake up others;
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, Final, TypeAlias
 
@@ -34,6 +37,26 @@ NOTIFY: Final = "change feed, waking up others"
 LISTEN: Final = "change feed, listening"
 
 TRIM_SECONDS: Final = 30.0
+
+_COMMITTED: ContextVar[set[Following] | None] = ContextVar("sa_tablecache.committed", default=None)
+
+
+@contextmanager
+def noting_commits() -> Iterator[set[Following]]:
+    """Collect the caches on whose engines something is committed meanwhile, in this context.
+
+    In threads and tasks that began with a copy of it, too: all of them have the same set.
+    """
+    known = _COMMITTED.get()
+    if known is not None:
+        yield known
+        return
+    found = set[Following]()
+    before = _COMMITTED.set(found)
+    try:
+        yield found
+    finally:
+        _COMMITTED.reset(before)
 
 
 class Following(Invalidation):
@@ -100,10 +123,11 @@ class Following(Invalidation):
         consumer = self._followed
         wanted = self._freshness_of(session) if self._fresher else "feed"
         if isinstance(wanted, timedelta):
-            bound: float | None = wanted.total_seconds()
+            reason = consumer.reason(table, bound=wanted.total_seconds(), fetch=fetch)
+        elif wanted == "barrier":
+            reason = consumer.reason(table, bound=-1.0, fetch=fetch)
         else:
-            bound = -1.0 if wanted == "barrier" else None
-        reason = consumer.reason(table, bound=bound, fetch=fetch)
+            reason = consumer.reason(table, fetch=fetch)
         return None if reason is None else Reason("feed", reason)
 
     def barrier(self) -> None:
@@ -172,6 +196,9 @@ class Following(Invalidation):
     def publish(self, changes: ChangeSet, lease: Lease | None) -> None:
         """Mark what a commit changed, end its lease, and have others woken up."""
         super().publish(changes, lease)
+        committed = _COMMITTED.get()
+        if committed is not None and changes:
+            committed.add(self)
         consumer = self.consumer
         if consumer is not None and consumer.changelog.wakes and consumer.concerns(changes):
             self.upkeep.wake(NOTIFY)
@@ -208,7 +235,7 @@ class Following(Invalidation):
         snapshots = self._bound
         changelog = changelog_for(snapshots.dialect.name)
         with snapshots.connect() as connection, connection.begin():
-            return install(connection, changelog, [plan_of(view) for view in self._tables])
+            return len(install(connection, changelog, [plan_of(view) for view in self._tables]))
 
     def uninstall_feed(self) -> None:
         """Remove the changelog from the database, with all triggers: for all who use it.

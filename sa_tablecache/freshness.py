@@ -54,8 +54,9 @@ class Freshness:
         """The number of pending marks that move records."""
         self._moving_leases = 0
         """The number of leased marks that do."""
-        self._log: list[tuple[int, AnyMark]] = []
-        """Marks made while loads or refreshes are under way, for when they are applied."""
+        self._log: list[tuple[int, AnyMark, object]] = []
+        """Marks made while loads or refreshes are under way, for when they are applied; and which
+        of them has the change in its snapshot, having found it there."""
         self._underway: Counter[int] = Counter()
 
     @property
@@ -82,9 +83,9 @@ class Freshness:
         return in_place((*self.pending, *self.leased))
 
     @property
-    def underway(self) -> int:
-        """How many loads and refreshes are under way."""
-        return self._underway.total()
+    def underway(self) -> bool:
+        """Whether a load or refresh is under way."""
+        return bool(self._underway)
 
     @property
     def oldest(self) -> float | None:
@@ -124,8 +125,12 @@ class Freshness:
                 del self.leased[mark], self._leased_since[mark]
                 self._moving_leases -= mark.moves
 
-    def mark(self, marks: Marks) -> None:
-        """Make marks pending, each with a number of its own."""
+    def mark(self, marks: Marks, reader: object = None, first: float | None = None) -> None:
+        """Make marks pending, each with a number of its own.
+
+        :param reader: the load or refresh that has found the changes in its snapshot.
+        :param first: from when they count, if that is known.
+        """
         if len(self.pending) + len(marks) > MOST_PENDING:
             since = [] if self.oldest is None else [self.oldest]
             self.forget()
@@ -135,18 +140,27 @@ class Freshness:
         # It is not known here whose they are: they are as old as any commit that is under way.
         # So is what a feed tells of what was unread.
         since += [self._since[UNREAD]] if UNREAD in self._since else []
-        first = min((*since, *self._leased_since.values()), default=time.monotonic())
+        first = time.monotonic() if first is None else first
+        first = min((first, *since, *self._leased_since.values()))
         for mark in marks:
             self._set(mark, first)
             if self._underway:
-                self._log.append((self.sequence, mark))
+                self._log.append((self.sequence, mark, reader))
 
-    def note(self, marks: Iterable[AnyMark]) -> None:
+    def note(self, marks: Iterable[AnyMark], reader: object = None) -> None:
         """Note marks of which nothing is in storage now, for what is under way."""
         for mark in marks:
             if self._underway:
                 self.sequence += 1
-                self._log.append((self.sequence, mark))
+                self._log.append((self.sequence, mark, reader))
+
+    def found_by(self, reader: object) -> dict[AnyMark, int]:
+        """Return the pending marks of changes that a load or refresh has found in its snapshot."""
+        return {
+            mark: number
+            for number, mark, who in self._log
+            if who is reader and self.pending.get(mark) == number
+        }
 
     def drop(self, marks: Iterable[AnyMark]) -> None:
         """Drop pending marks of which nothing is in storage any more."""
@@ -197,13 +211,18 @@ class Freshness:
         oldest = min(self._underway, default=self.sequence)
         self._log = [entry for entry in self._log if entry[0] > oldest]
 
-    def apply(self, token: int, cleared: dict[AnyMark, int]) -> None:
+    def apply(self, token: int, cleared: dict[AnyMark, int], reader: object = None) -> None:
         """What was read after the token is being applied, with these marks, as they were numbered.
 
-        Marks newer than the token become pending again, with newer numbers: a refresh under way
-        may have read the database before what is applied now, and be about to clear them.
+        Marks newer than the token, but for those that it has found itself, become pending again,
+        with newer numbers: a refresh under way may have read the database before what is applied
+        now, and be about to clear them.
         """
-        again = {mark for sequence, mark in self._log if sequence > token}
+        again = {
+            mark
+            for sequence, mark, who in self._log
+            if sequence > token and (who is None or who is not reader)
+        }
         since = {mark: self._since.get(mark, self._begun[token]) for mark in again}
         for mark, sequence in cleared.items():
             if self.pending.get(mark) == sequence:
@@ -211,7 +230,7 @@ class Freshness:
         for mark in again:
             self._set(mark, since[mark])
             # Those that began meanwhile must find it again when they are applied.
-            self._log.append((self.sequence, mark))
+            self._log.append((self.sequence, mark, None))
 
     def after_fork(self) -> None:
         """Forget commits, loads and refreshes of the parent process: they end there."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
-from sqlalchemy import Table, text
+from sqlalchemy import Connection, Table, text
 
 from .actions import Action
 from .analysis import TableName, table_name
@@ -56,6 +56,8 @@ class Invalidation:
 
     def __init__(self) -> None:
         self._snapshots: Snapshots | None = None
+        self.lives_in: Connection | None = None
+        """The connection in whose transaction the cache lives; ``None`` but in tests."""
         self._tables: dict[type[CachedView], CachedTable] = {}
         self._side_effects: dict[TableName, frozenset[TableName]] = {}
         self.consumer: Consumer | None = None
@@ -177,9 +179,7 @@ class Invalidation:
         leased = lease.marks if lease is not None else {}
         for table in list(self._tables.values()):
             table.doubtful = table.doubtful or changes.everything
-            marks = self._marks_of(table, changes)
-            echoed = self.consumer is not None and self.consumer.trusts(table)
-            table.publish(marks, leased.get(table), echoed=echoed)
+            table.publish(self._marks_of(table, changes), leased.get(table))
         self._tell_observers()
 
     def mark(self, changes: ChangeSet) -> None:

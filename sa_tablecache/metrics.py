@@ -15,6 +15,7 @@ cache brings them up to date every few seconds.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 from collections.abc import Iterator
 from threading import Lock
@@ -122,8 +123,8 @@ class Exporter(Collector):
             # In no registry by itself: this collector brings it up to date first.
             return Counter(_full(name), words, ("cache", "view", *labels), registry=None)
 
-        def gauge(name: str, words: str, how: Any = "livesum") -> Gauge:
-            labels = ("cache", "view")
+        def gauge(name: str, words: str, how: Any, *labels: str) -> Gauge:
+            labels = ("cache", *labels)
             return Gauge(_full(name), words, labels, registry=None, multiprocess_mode=how)
 
         def histogram(name: str, words: str) -> Histogram:
@@ -139,10 +140,20 @@ class Exporter(Collector):
         self.expired = counter("records_expired", "Records that were given up.")
         self.marks = counter("marks", "Notes that records may be stale, by kind.", "kind")
         self.mismatches = counter("mismatches", "Answers that were not those of the database.")
-        self.records = gauge("records", "Records in memory.")
-        self.bytes = gauge("bytes", "Memory of the records, estimated.")
-        self.pending = gauge("pending_marks", "Marks that no refresh has cleared yet.")
-        self.oldest = gauge("oldest_mark_seconds", "Age of the oldest pending mark.", "livemax")
+        self.records = gauge("records", "Records in memory.", "livesum", "view")
+        self.bytes = gauge("bytes", "Memory of the records, estimated.", "livesum", "view")
+        self.pending = gauge(
+            "pending_marks", "Marks that no refresh has cleared yet.", "livesum", "view"
+        )
+        self.oldest = gauge(
+            "oldest_mark_seconds", "Age of the oldest pending mark.", "livemax", "view"
+        )
+        self.lag = gauge(
+            "feed_lag_seconds", "Time since the last poll of the change feed began.", "livemax"
+        )
+        self.trusted = gauge(
+            "feed_trusted", "1 if the change feed sees all changes in time, else 0.", "livemin"
+        )
         self.seconds = {
             "load": histogram("load_seconds", "Seconds that a load took."),
             "refresh": histogram("refresh_seconds", "Seconds that a refresh took."),
@@ -248,6 +259,12 @@ class _Source:
                 metric.labels(self.name, table.plan.name, *labels).inc(number - known.get(key, 0))
                 known[key] = number
             self._update_gauges(table)
+        consumer = self.cache.consumer
+        if consumer is not None:
+            feed = consumer.health()
+            lag = math.inf if feed.lag is None else feed.lag
+            self._exporter.lag.labels(self.name).set(lag)
+            self._exporter.trusted.labels(self.name).set(not feed.complaints)
 
     def _numbers(self) -> list[tuple[CachedTable, dict[Any, float]]]:
         """Return the tables of the cache, each with the numbers that are in the metrics."""
@@ -296,3 +313,9 @@ class _Source:
                     gauge.labels(self.name, table.plan.name).set(0)
                 else:
                     gauge.remove(self.name, table.plan.name)
+        if self.cache.consumer is not None:
+            for gauge in (self._exporter.lag, self._exporter.trusted):
+                if _multiprocess():
+                    gauge.labels(self.name).set(0 if gauge is self._exporter.lag else 1)
+                else:
+                    gauge.remove(self.name)

@@ -139,7 +139,7 @@ def _partial_range(
     )
     with table.misses.slot():
         fetched = fetch_records(session, table.view, gaps)
-    if not table.still_answers(state, name, present):
+    if not table.may_merge(state, name, present):
         remember(session, table, "miss", CHANGED)
         return None
     records = layout.given([r for i in present for r in order.between(i)]) + fetched

@@ -233,7 +233,7 @@ def _partial(
         gaps = gaps.order_by(*statement._order_by_clauses).limit(question.limit + question.offset)
     with table.misses.slot():
         fetched = fetch_records(session, table.view, gaps)
-    if not table.still_answers(state, candidate.index, present):
+    if not table.may_merge(state, candidate.index, present):
         # Something was written between the two halves: together they may be no answer at all.
         remember(session, table, "miss", CHANGED)
         return None

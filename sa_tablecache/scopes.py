@@ -281,7 +281,10 @@ def _connection_reason(
     connection: Connection, cache: BaseTableCache, table: CachedTable, engine: Engine
 ) -> str | None:
     transaction: Transaction | None = connection.info.get(KEY)
-    if transaction is not None and transaction.touches(cache.affecting(table.tables)):
+    at_home = cache.lives_in is connection
+    if transaction is not None and transaction.touches(
+        cache.affecting(table.tables), settled=not at_home
+    ):
         return Reason("own_writes", "the transaction wrote a table of the view")
     if transaction is not None and transaction.locks:
         return Reason(
@@ -302,6 +305,7 @@ def _connection_reason(
         return ANOTHER_SCHEMA
     if (
         asked is None
+        and not at_home
         and engine.dialect.name != "postgresql"
         and connection.in_transaction()
         and (transaction is None or transaction.began < table.changed_at)

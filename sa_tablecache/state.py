@@ -7,13 +7,13 @@ told in ``table.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from .analysis import TableName, ViewPlan
 from .changes import UNREAD, AnyMark, ChangeSet, Marks, RangeMark, in_place, marks_of
 from .coverage import Coverage
-from .echoes import Echoes
 from .events import tick
 from .figures import Counts
 from .freshness import Freshness
@@ -51,11 +51,12 @@ class ViewState:
         self.changed_at = 0
         """When records, marks or leases changed last, as an :func:`.events.tick`."""
         self._freshness = Freshness()
-        self.echoes = Echoes()
         self.observers = Observers(plan, self._given)
         self.when_marked: Callable[[], object] | None = None
         """Called when marks were made; it takes no lock."""
         self.counts = Counts()
+        self.shadowed = 0
+        """How many reads are being compared: what the cache is asked for that is no read."""
 
     def _given(self, records: list[Any]) -> list[Any]:
         return records if self.layout is None else self.layout.given(records)
@@ -135,34 +136,36 @@ class ViewState:
             self._freshness.lease(marks)
             self._set_state(self._state, marks)
 
-    def publish(self, marks: Marks, lease: Marks | None = None, *, echoed: bool = False) -> None:
-        """Mark what changed and end the lease, in one critical section.
-
-        :param echoed: whether a change feed will tell of it again.
-        """
+    def publish(self, marks: Marks, lease: Marks | None = None) -> None:
+        """Mark what changed and end the lease, in one critical section."""
         if not marks and lease is None:
             return
         with self._lock:
-            self._mark(marks)
-            if echoed:
-                self.echoes.expect(marks, self._freshness.sequence)
             freshness = self._freshness
+            marks = self._mark(marks)
             if lease is not None:
                 freshness.release(lease)
-            self._marked(marks, kept=lease is None or all(map(freshness.has, lease)))
+            if marks or lease is not None:
+                self._marked(marks, kept=lease is None or all(map(freshness.has, lease)))
 
-    def _mark(self, marks: Iterable[AnyMark]) -> None:
-        """Make marks pending but for those of records of which none is stored."""
+    def _mark(self, marks: Marks, reader: object = None, first: float | None = None) -> Marks:
+        """Make marks pending but for those of records of which none is stored; return the former.
+
+        :param reader: the load or refresh that has found the changes in its snapshot.
+        :param first: from when they count, if that is known.
+        """
         layout, coverage = self.layout, self._state.coverage
         outside = frozenset(
             mark
             for mark in marks
             if isinstance(mark, RangeMark) and (layout is None or layout.is_outside(coverage, mark))
         )
-        self._freshness.mark(frozenset(marks) - outside)
-        self._freshness.note(outside)
         for mark in marks:
             self.counts.marks[mark.kind] += 1
+        self._freshness.note(outside, reader)
+        marks -= outside
+        self._freshness.mark(marks, reader, first)
+        return marks
 
     def _marked(self, marks: Marks, *, kept: bool) -> None:
         """Show readers what was marked.
@@ -185,22 +188,35 @@ class ViewState:
         with self._lock:
             return self._freshness.sequence
 
-    def deliver(self, marks: Marks, until: int, position: Any) -> None:
+    def deliver(
+        self, marks: Marks, until: int, first: float | None = None, reader: object = None
+    ) -> None:
         """Mark what a poll found: what was unread when it began is not any more, in one step.
 
         :param until: the :attr:`sequence` from before the poll began.
-        :param position: how far it has read.
+        :param first: when the poll before it began: changes are not older.
+        :param reader: the load or refresh in whose snapshot it polled.
         """
         with self._lock:
             freshness = self._freshness
-            self.echoes.delivered(until, position)
             was_unread = UNREAD in freshness.pending
             if marks:
-                self._mark(marks)
+                marks = self._mark(marks, reader, first)
             freshness.read(until)
             unread = UNREAD in freshness.pending
             if marks or was_unread != unread:
                 self._marked(marks, kept=was_unread == unread)
+
+    @contextmanager
+    def comparing(self) -> Iterator[None]:
+        """Have a read compared in a block."""
+        with self._lock:
+            self.shadowed += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.shadowed -= 1
 
     def count(self, what: str) -> None:
         """Count something that happened."""
@@ -221,12 +237,12 @@ class ViewState:
         self._lock = Section()
         self.observers.after_fork()
         self.counts = Counts()
+        self.shadowed = 0
         if keep:
             self._freshness.after_fork()
             self._set_state(self._state)
         else:
             self._freshness = Freshness()
-            self.echoes = Echoes()
             empty = Storage({}, {}) if self.layout is None else self.layout.empty()
             self._set_state(State(empty, Coverage()))
         return keep
@@ -243,10 +259,18 @@ class ViewState:
                 freshness.forget()
                 self._set_state(self._state)
 
-    def _apply(self, token: int, state: State, cleared: dict[AnyMark, int]) -> None:
+    def _apply(
+        self,
+        token: int,
+        state: State,
+        cleared: dict[AnyMark, int],
+        reader: object = None,
+        *,
+        refreshed: bool = False,
+    ) -> None:
         """Publish what a load or refresh made; only under the lock."""
-        self.observers.stored(self._state.storage, state.storage, refreshed=bool(cleared))
-        self._freshness.apply(token, cleared)
+        self.observers.stored(self._state.storage, state.storage, refreshed=refreshed)
+        self._freshness.apply(token, cleared, reader)
         if self.layout is not None:
             self._freshness.drop(
                 mark

@@ -21,6 +21,9 @@ The protocol that keeps answers right, under any interleaving:
   meanwhile, with a number newer than that of any refresh under way: what it read may lack that
   change. Records that are touched by a pending mark are found by their lineage as stored *and* by
   what the database joins now, so that refreshing a mark mends whatever an older snapshot brought.
+* Where a change feed tells of the commits of others, each snapshot begins with a poll, so that
+  nothing in storage is newer than what the feed has told: records that are not marked are those
+  of one moment. Marks of what a load or refresh has found in its own snapshot it may clear.
 * One refresh runs at a time; readers that need one wait for it, and go on by themselves if it
   fails. A load runs beside refreshes. One that fails or is cancelled leaves no trace.
 """
@@ -30,9 +33,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeAlias
 
 from sqlalchemy import Connection
@@ -48,7 +51,7 @@ from .layout import Layout
 from .loading import Progress, Snapshots
 from .misses import Misses
 from .replacing import loaded, refreshed
-from .scores import IntervalSet
+from .scores import Interval, IntervalSet
 from .state import State, ViewState
 from .triggers import Automatic, automatic
 from .turns import Turn, new_future, wait_for
@@ -79,8 +82,14 @@ class Feed(Protocol):
     def catch_up(self) -> None:
         """Read, and publish, all that was committed before this call."""
 
-    def position(self, connection: Connection) -> Any:
-        """Return the position of a snapshot in the changelog."""
+    def snapshot(self, table: CachedTable, reader: object) -> AbstractContextManager[Connection]:
+        """Open a snapshot, after publishing all changes up to it.
+
+        :param reader: what reads in it, for :meth:`.ViewState.deliver` to the table.
+        """
+
+    def tell(self) -> None:
+        """Tell the listeners of all views what polls in snapshots have marked."""
 
 
 RESTARTS = 3
@@ -111,8 +120,6 @@ class CachedTable(ViewState):
         self.guards: tuple[Guard, ...] = ()
         """Asked at each read, before anything else."""
         self.misses = Misses(plan.view)
-        self.shadowed = 0
-        """How many reads are being compared: what the cache is asked for that is no read."""
         self.feed: Feed | None = None
 
     def guarded(self, session: Session, statement: Any = None, *, fetch: bool = True) -> str | None:
@@ -135,7 +142,6 @@ class CachedTable(ViewState):
             keep, self.layout = False, None
         self._take_turns()
         self.misses.after_fork()
-        self.shadowed = 0
         self.recent.clear()
         keep = super().after_fork(keep=keep)
         ready = keep and self._ready.done()
@@ -199,13 +205,14 @@ class CachedTable(ViewState):
         layout = self._renewed()
         started = time.monotonic()
         with self._loading:
+            reader = object()
             token = self._begin()
             try:
                 before = self._state
                 missing = before.coverage.missing(index, target)
                 rows = layout.no_rows()
                 if missing:
-                    with self._snapshots.open() as connection:
+                    with self._opened(reader) as connection:
                         rows = layout.loader.read(
                             connection, layout.where(index, missing), stream=True, progress=progress
                         )
@@ -222,7 +229,9 @@ class CachedTable(ViewState):
                     )
                     with self._lock:
                         if self._is_still(state):
-                            self._apply(token, State(storage, coverage), {})
+                            # Where all was read in this snapshot, what it has found is no news.
+                            found = {} if before.coverage else self._freshness.found_by(reader)
+                            self._apply(token, State(storage, coverage), found, reader)
                             if not self._ready.done():
                                 self._ready.set_result(None)
                             break
@@ -238,7 +247,7 @@ class CachedTable(ViewState):
                 len(rows.records), expired, seconds,
             )  # fmt: skip
         self._tell_timers("load", seconds)
-        self.observers.tell()
+        self._tell()
 
     def evict(self, index: str, intervals: IntervalSet) -> None:
         """Give up records; those that the coverage of another index needs stay."""
@@ -283,17 +292,6 @@ class CachedTable(ViewState):
         """Wait for the load that is under way; say whether there was one."""
         return self._loading.wait()
 
-    @contextmanager
-    def comparing(self) -> Iterator[None]:
-        """Have a read compared in a block."""
-        with self._lock:
-            self.shadowed += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.shadowed -= 1
-
     def wait_ready(self, timeout: float | None) -> bool:
         """Wait for the first load to end."""
         return wait_for(self._ready, timeout, in_task=self._in_task)
@@ -310,32 +308,33 @@ class CachedTable(ViewState):
 
         It emits one SELECT for each base table that has marks, and one for the touched anchors
         that those did not return (or for the touched groups); or one SELECT of all that is covered
-        if the view is marked. Before that, if a change feed has what nobody has read, it is polled;
-        and it is asked for its position if it is going to tell of a mark again.
+        if the view is marked. Before these, in the same snapshot, it polls the change feed.
         Where loads change the coverage again and again meanwhile, it gives up; the marks stay.
         """
         if not self._freshness.pending:
             return
         with self._refreshing:
-            if UNREAD in self._freshness.pending and self.feed is not None:
-                self.feed.catch_up()
-            if self._freshness.pending.keys() - {UNREAD}:
+            if self._freshness.pending:
                 self._refresh()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell listeners what happened: to other views too, if the change feed was polled."""
         self.observers.tell()
+        if self.feed is not None:
+            self.feed.tell()
 
     def _refresh(self) -> None:
         started = time.monotonic()
         layout = self._renewed()
+        reader = object()
         token = self._begin()
         try:
             for _ in range(RESTARTS):
-                with self._lock:
-                    marks = dict(self._freshness.pending)
-                    marks.pop(UNREAD, None)
-                    state = self._state
-                    asks = self.feed is not None and self.echoes.expects(marks)
-                delta, position = self._read_marked(layout, state, marks, asks=asks)
-                if self._replace(layout, token, state.coverage, marks, delta, position):
+                state, marks, delta = self._read_marked(layout, reader)
+                if not marks:
+                    return
+                if self._replace(layout, token, state.coverage, marks, delta, reader):
                     break
             else:
                 return
@@ -351,22 +350,52 @@ class CachedTable(ViewState):
         self._tell_timers("refresh", seconds)
 
     def _read_marked(
-        self, layout: Layout, state: State, marks: dict[AnyMark, int], *, asks: bool
-    ) -> tuple[Delta, Any]:
-        """Read what the marks touch, and what it is now; and the feed's position if it is asked."""
-        if not state.coverage:
-            return Delta(None, layout.no_rows()), None
-        position = None
-        with self._snapshots.open() as connection:
+        self, layout: Layout, reader: object
+    ) -> tuple[State, dict[AnyMark, int], Delta]:
+        """Read what the marks touch, and what it is now, in one snapshot."""
+        if not self._state.coverage:
+            return *self._noted(), Delta(None, layout.no_rows())
+        with self._opened(reader) as connection:
+            state, marks = self._noted()
             self._pause("snapshot")
-            if asks and self.feed is not None:
-                position = self.feed.position(connection)
             if VIEW in marks:
                 delta = Delta(None, read_coverage(layout, connection, state.coverage))
-            else:
+            elif marks and state.coverage:
                 delta = read_touched(layout, connection, state.storage, state.coverage, marks)
+            else:
+                delta = Delta(None, layout.no_rows())
         self._pause("read")
-        return delta, position
+        return state, marks, delta
+
+    def _noted(self) -> tuple[State, dict[AnyMark, int]]:
+        """Return the state, and the marks that a refresh is to clear."""
+        with self._lock:
+            marks = dict(self._freshness.pending)
+            marks.pop(UNREAD, None)  # the feed knows what it stands for
+            return self._state, marks
+
+    @contextmanager
+    def _opened(self, reader: object) -> Iterator[Connection]:
+        """Open a snapshot, in which a change feed has told of all changes up to it."""
+        if self.feed is None:
+            with self._snapshots.open() as connection:
+                yield connection
+        else:
+            with self.feed.snapshot(self, reader) as connection:
+                yield connection
+
+    def may_merge(self, state: State, index: str, intervals: Iterable[Interval]) -> bool:
+        """Whether what a reader has just fetched goes with what a state holds in intervals.
+
+        Together they are of one moment if nothing of the latter has changed: here, or elsewhere,
+        as a poll of the change feed tells.
+        """
+        if self.feed is not None:
+            try:
+                self.feed.catch_up()
+            except Exception:
+                return False
+        return self.still_answers(state, index, intervals)
 
     def _replace(
         self,
@@ -375,7 +404,7 @@ class CachedTable(ViewState):
         coverage: Coverage,
         marks: dict[AnyMark, int],
         delta: Delta,
-        position: Any,
+        reader: object,
     ) -> bool:
         """Put what a refresh read into storage; say no if the coverage is another by now."""
         while True:
@@ -391,11 +420,7 @@ class CachedTable(ViewState):
             storage = refreshed(layout, state.storage, delta.touched, pairs)
             with self._lock:
                 if self._is_still(state):
-                    if position is not None and self._freshness.underway == 1:
-                        whole = delta.touched is None
-                        read = (VIEW,) if whole else (*marks, *delta.groups)
-                        self.echoes.was_read(read, position)
-                    self._apply(token, State(storage, coverage), marks)
+                    self._apply(token, State(storage, coverage), marks, reader, refreshed=True)
                     return True
 
     def _tell_timers(self, what: str, seconds: float) -> None:

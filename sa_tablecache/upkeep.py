@@ -303,12 +303,16 @@ class Upkeep:
             with suppress(TableCacheError):  # another thread has added it meanwhile
                 self.add(name, run)
 
-    def remove(self, name: str) -> None:
-        """Take a job away, if it is there; a step of it that is under way is not waited for."""
+    def remove(self, name: str) -> Step | None:
+        """Take a job away, if it is there; a step of it that is under way is not waited for.
+
+        :returns: what it did.
+        """
         with self._lock:
             job = self._jobs.pop(name, None)
         if job is not None and job.runner is not None:
             job.runner.end()
+        return None if job is None else job.run
 
     def wake(self, name: str) -> None:
         """Have a job run now; once more, if it is running. Harmless if there is none.

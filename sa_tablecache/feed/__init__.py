@@ -5,7 +5,8 @@ commits of this process are. ``contract.py`` says what a dialect has to provide,
 reads it for one cache.
 """
 
-from .consumer import Consumer, FeedHealth
+from .consumer import Consumer
 from .settings import ChangeFeed
+from .status import FeedHealth
 
 __all__ = ["ChangeFeed", "Consumer", "FeedHealth"]

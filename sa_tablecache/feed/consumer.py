@@ -21,56 +21,30 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 from sqlalchemy import Connection
 
 from sa_tablecache.analysis import TableName, table_label, table_name
-from sa_tablecache.changes import UNKNOWN, ChangeSet, RowKey, Written
+from sa_tablecache.changes import ChangeSet
+from sa_tablecache.figures import Reason
 from sa_tablecache.loading import Snapshots
 from sa_tablecache.table import CachedTable
 from sa_tablecache.turns import Turn, new_future, wait_for
 
-from .contract import Change, Poll, Position, Relation
+from .contract import Position, Relation
 from .dialects import changelog_for
-from .keys import LoggedTable, Unexact, one_key
+from .findings import Findings
+from .keys import LoggedTable, one_key
 from .settings import ChangeFeed
+from .status import FeedHealth
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS: Final = 0.2
 """So long after a poll that failed, readers do not try again."""
-
-
-@dataclass(frozen=True, slots=True)
-class FeedHealth:
-    """How a cache follows the changes of its database."""
-
-    state: str
-    """``unseeded``, ``following``, ``lagging`` (older than ``max_lag``) or ``cut off``."""
-    lag: float | None
-    """How many seconds ago the last poll began that succeeded."""
-    error: str | None
-    """Why the last poll failed."""
-    untrusted: Mapping[str, str]
-    """Tables of the views whose changes are not seen, and why."""
-    polls: int
-    changes: int
-    """How many were delivered."""
-    invalidations: int
-    """How often everything may have changed: when the feed was seeded, or had a gap."""
-
-    @property
-    def complaints(self) -> tuple[str, ...]:
-        """What there is to complain about, in words."""
-        said = [f"changes of {table} are not seen: {why}" for table, why in self.untrusted.items()]
-        if self.state == "cut off":
-            said.append(f"the change feed cannot be read: {self.error}")
-        elif self.state != "following":
-            said.append(f"the change feed is {self.state}")
-        return tuple(said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +64,15 @@ class _Known:
     untrusted: Mapping[TableName, str] = field(default_factory=dict)
     reasons: Mapping[CachedTable, str | None] = field(default_factory=dict)
     """For each view, why it is not to be trusted; ``None`` if it is."""
+
+
+class _Before(NamedTuple):
+    """What is noted before a poll."""
+
+    at: float
+    """The time, by the monotonic clock."""
+    until: Mapping[CachedTable, int]
+    """The number of the last mark of each view."""
 
 
 class Consumer:
@@ -121,6 +104,8 @@ class Consumer:
         self._failed: tuple[int, float, BaseException] | None = None
         """The number of the last poll, when it failed, and why."""
         self._known = _Known()
+        self._owed = 0.0
+        """Somebody was promised more than what polls say that began before, by the clock."""
         self.counts: Counter[str] = Counter()
 
     @contextmanager
@@ -142,18 +127,54 @@ class Consumer:
                 return
             if self._failed is not None and self._failed[0] >= wanted:
                 raise self._failed[2]
-            self._began += 1
-            number = self._began
-            try:
-                self._poll()
-            except Exception as error:
-                if self._failed is None:
-                    log.warning("the change feed cannot be read: %s", error)
-                self._failed = number, time.monotonic(), error
-                raise
-            if self._failed is not None:
-                log.info("the change feed is read again")
-            self._done, self._failed = number, None
+            with self._numbered():
+                before = self._before()
+                with self.connect() as connection:
+                    self._poll(connection, before)
+        self.tell()
+
+    @contextmanager
+    def snapshot(self, table: CachedTable, reader: object) -> Iterator[Connection]:
+        """Open a snapshot to read a view in, after publishing all changes up to it: a poll.
+
+        Not where the feed has not begun to follow anything: when it does, everything is marked.
+        """
+        with ExitStack() as stack:
+            # In turn from before the snapshot: no poll is to have read more than is in it.
+            with self._turn:
+                if self._known.position is None:
+                    connection = stack.enter_context(self._snapshots.open())
+                else:
+                    with self._numbered():
+                        before = self._before()
+                        connection = stack.enter_context(self._snapshots.open())
+                        self._poll(connection, before, (table, reader))
+            yield connection
+
+    def tell(self) -> None:
+        """Tell the listeners of all views what polls have marked."""
+        for table in self._tables():
+            table.observers.tell()
+
+    def _before(self) -> _Before:
+        """Return what has to be noted before a poll opens its snapshot."""
+        return _Before(time.monotonic(), {table: table.sequence for table in self._tables()})
+
+    @contextmanager
+    def _numbered(self) -> Iterator[None]:
+        """Note how a poll ends; only in turn."""
+        self._began += 1
+        number = self._began
+        try:
+            yield
+        except Exception as error:
+            if self._failed is None:
+                log.warning("the change feed cannot be read: %s", error)
+            self._failed = number, time.monotonic(), error
+            raise
+        if self._failed is not None:
+            log.info("the change feed is read again")
+        self._done, self._failed = number, None
 
     def seed(self) -> None:
         """Begin to follow views that are not followed yet; if that fails, readers hear of it."""
@@ -161,43 +182,40 @@ class Consumer:
             with suppress(Exception):
                 self.catch_up()
 
-    def _poll(self) -> None:
-        tables = list(self._tables())
-        until = {table: table.sequence for table in tables}
-        began = time.monotonic()
-        before = self._known
-        with self.connect() as connection:
-            names = self._names(connection, tables)
-            position = before.position
-            if position is None:
-                position = self.changelog.position(connection)
-            poll = self.changelog.poll(connection, position, frozenset(names.values()))
-            prints = {relation: poll.fingerprints.get(relation) for relation in names.values()}
-            moved = {
-                relation
-                for relation, fingerprint in prints.items()
-                if relation not in before.fingerprints
-                or before.fingerprints[relation] != fingerprint
-            }
-            logged = self._logged(connection, tables, names, moved)
+    def _poll(
+        self,
+        connection: Connection,
+        start: _Before,
+        reading: tuple[CachedTable, object] | None = None,
+    ) -> None:
+        tables, before = list(start.until), self._known
+        names = self._names(connection, tables)
+        position = before.position
+        if position is None:
+            position = self.changelog.position(connection)
+        poll = self.changelog.poll(connection, position, frozenset(names.values()))
+        prints = {relation: poll.fingerprints.get(relation) for relation in names.values()}
+        moved = {
+            relation
+            for relation, fingerprint in prints.items()
+            if relation not in before.fingerprints or before.fingerprints[relation] != fingerprint
+        }
+        logged = self._logged(connection, tables, names, moved)
         self._pause("polled")
         # From here on nothing waits, so that nothing can be half done.
         untrusted = {n: poll.untrusted[r] for n, r in names.items() if r in poll.untrusted}
-        back = before.untrusted.keys() - untrusted.keys()
-        self._deliver(
-            poll,
-            _Found(
-                names, logged, moved, frozenset(back), untrusted, seeded=before.position is None
-            ),
-            until,
+        back = frozenset(before.untrusted.keys() - untrusted.keys())
+        found = Findings(
+            poll, names, logged, moved, untrusted, back, self._fills, before.position is None
         )
+        self._deliver(found, start.until, reading)
         for name in untrusted.keys() - before.untrusted.keys():
             log.warning("changes of %s are not seen: %s", table_label(name), untrusted[name])
         for name in back & names.keys():
             log.info("changes of %s are seen again", table_label(name))
         self._known = _Known(
             poll.position,
-            began,
+            start.at,
             names,
             bool(moved),
             logged,
@@ -247,92 +265,31 @@ class Consumer:
 
     # -- publishing -----------------------------------------------------------------------------
 
-    def _deliver(self, poll: Poll, found: _Found, until: Mapping[CachedTable, int]) -> None:
+    def _deliver(
+        self,
+        found: Findings,
+        until: Mapping[CachedTable, int],
+        reading: tuple[CachedTable, object] | None,
+    ) -> None:
         """Mark what a poll found, in all views: those too that were added meanwhile."""
-        everything = found.seeded or poll.gap is not None
-        wholly = ChangeSet(everything=everything)
-        called: dict[Relation, list[TableName]] = {}
-        for name, relation in found.names.items():
-            if relation in found.moved or name in found.back:
-                wholly.add_table(name)
-            else:
-                called.setdefault(relation, []).append(name)
-        changes = [change for change in poll.changes if change.relation in called]
-        self._add_filled(wholly, found)
-        together = ChangeSet()
-        if not everything:
-            together = self._read(changes, called, found)
-            together.update(wholly)
+        news, wholly = found.news(), found.wholly()
+        changes = found.changes(news)
+        changes.update(wholly)
         for table in list(self._tables()):
             known = table in until or table.plan.tables <= found.names.keys()
-            unknown = everything or not known
-            if unknown:
-                marks = table.marks_of(ChangeSet(everything=True))
-            elif table.echoes.silent:
-                marks = table.marks_of(together)
-            else:
-                marks = table.marks_of(wholly).union(
-                    *(
-                        table.echoes.new(
-                            table.marks_of(self._read([change], called, found)), change
-                        )
-                        for change in changes
-                    )
-                )
+            unknown = found.everything or not known
+            marks = table.marks_of(ChangeSet(everything=True) if unknown else changes)
             if unknown or wholly.touches(table.plan.tables):
                 table.doubtful = True
-            table.deliver(marks, until.get(table, -1), None if everything else poll.position)
+            reader = reading[1] if reading is not None and reading[0] is table else None
+            table.deliver(marks, until.get(table, -1), self._known.began or None, reader)
         self.counts["polls"] += 1
-        self.counts["changes"] += len(changes)
-        if everything:
+        self.counts["changes"] += len(news)
+        if found.everything:
             self.counts["invalidations"] += 1
-            log.info("everything may have changed: %s", poll.gap or "the change feed begins here")
-
-    def _read(
-        self,
-        changes: Iterable[Change],
-        called: Mapping[Relation, list[TableName]],
-        found: _Found,
-    ) -> ChangeSet:
-        """Return changes of the changelog as changes of the models' tables."""
-        result = ChangeSet()
-        rows: dict[TableName, dict[RowKey, list[dict[str, Any]]]] = {}
-        for change in changes:
-            for name in called[change.relation]:
-                how = found.logged[name]
-                if how is None or (change.keys is None and change.ranges is None):
-                    result.add_table(name)
-                elif change.keys is None:
-                    result.add_ranges(name, how.ranges(change.ranges or {}))
-                else:
-                    known = rows.setdefault(name, {})
-                    try:
-                        for values in change.keys:
-                            key, beside = how.row(values)
-                            befores = known.setdefault(key, [])
-                            if beside and beside not in befores:
-                                befores.append(beside)
-                    except Unexact as why:
-                        log.debug("a change of %s is not known exactly: %s", name, why)
-                        result.add_table(name)
-        for name, known in rows.items():
-            for key, befores in known.items():
-                written = Written(before=tuple(befores), logged=True) if befores else UNKNOWN
-                result.add_rows(name, [key], written)
-        self._add_filled(result, found)
-        return result
-
-    def _add_filled(self, changes: ChangeSet, found: _Found) -> None:
-        """Add tables that cannot be watched, where what fills them has changed."""
-        added = bool(self._fills)
-        while added:
-            added = False
-            for source, targets in list(self._fills.items()):
-                unseen = {t for t in targets if t in found.untrusted or t not in found.names}
-                if not unseen <= changes.tables and changes.touches([source]):
-                    for table in unseen:
-                        changes.add_table(table)
-                    added = True
+            log.info(
+                "everything may have changed: %s", found.poll.gap or "the change feed begins here"
+            )
 
     # -- trust ----------------------------------------------------------------------------------
 
@@ -352,7 +309,7 @@ class Consumer:
                 continue
             sources = {s for s, targets in self._fills.items() if name in targets} - seen
             if not sources or not sources <= names.keys():
-                return f"changes of {table_label(name)} are not seen: {why}"
+                return Reason("feed", f"changes of {table_label(name)} are not seen: {why}")
             todo |= sources
         return None
 
@@ -389,24 +346,22 @@ class Consumer:
         bound = self._max_lag if bound is None else bound
         known = self._known
         now = time.monotonic()
-        if table not in known.reasons or now - known.began > bound:
+        if table not in known.reasons or now - known.began > bound or known.began < self._owed:
             if not fetch:
-                return "the change feed has to be read first"
+                return Reason("feed", "the change feed has to be read first")
             failed = self._failed
             if failed is not None and now - failed[1] < RETRY_SECONDS:
-                return f"the change feed cannot be read: {failed[2]}"
+                return Reason("feed", f"the change feed cannot be read: {failed[2]}")
             try:
                 self.catch_up()
             except Exception as error:
-                return f"the change feed cannot be read: {error}"
+                return Reason("feed", f"the change feed cannot be read: {error}")
             known = self._known
-        return known.reasons.get(table, "the change feed does not follow the view yet")
+        return known.reasons.get(
+            table, Reason("feed", "the change feed does not follow the view yet")
+        )
 
     # -- others ---------------------------------------------------------------------------------
-
-    def position(self, connection: Connection) -> Position:
-        """Return the position of a snapshot in the changelog: one SELECT."""
-        return self.changelog.position(connection)
 
     def token(self) -> str:
         """Return a token of all that was committed until now: one SELECT."""
@@ -434,6 +389,8 @@ class Consumer:
                     raise
                 left = until - time.monotonic()
                 if left <= 0:
+                    # Who waited reads next: by the database, until a poll succeeds again.
+                    self._owed = time.monotonic()
                     return False
                 wait_for(new_future(), min(left, RETRY_SECONDS), in_task=self._in_task)
             else:
@@ -468,17 +425,3 @@ class Consumer:
     def after_fork(self) -> None:
         """In a forked child: nobody polls. The position is as good as it was in the parent."""
         self._turn = Turn(in_task=self._in_task)
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What a poll found beside changes."""
-
-    names: Mapping[TableName, Relation]
-    logged: Mapping[TableName, LoggedTable | None]
-    moved: set[Relation]
-    """Those that are new, or whose fingerprint is another."""
-    back: frozenset[TableName]
-    """Tables that can be trusted again."""
-    untrusted: Mapping[TableName, str]
-    seeded: bool

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from sqlalchemy import Connection
 
 from sa_tablecache.analysis import TableName, ViewPlan, table_label
+from sa_tablecache.exc import TableCacheError
 
 from .contract import Changelog, Relation, Watch
 from .needs import Need, needs_of
@@ -21,36 +22,51 @@ log = logging.getLogger(__name__)
 
 def wanted_watches(
     connection: Connection, changelog: Changelog, needs: Mapping[TableName, Need]
-) -> dict[Relation, Watch]:
-    """Return how tables are to be watched; those that are not there, or are no tables, are not."""
+) -> tuple[dict[Relation, Watch], dict[TableName, str]]:
+    """Return how tables are to be watched, and of which that is not possible, and why."""
     translate = connection.get_execution_options().get("schema_translate_map") or {}
     meant = {name: (translate.get(name[0], name[0]), name[1]) for name in needs}
     found = changelog.resolve(connection, meant.values())
     watches: dict[Relation, Watch] = {}
+    refused: dict[TableName, str] = {}
     for name, need in needs.items():
         relation = found.get(meant[name])
         if relation is None:
-            log.warning("%s is not watched: there is no such table", table_label(name))
+            refused[name] = "there is no such table"
             continue
         known = watches.get(relation)
         key, ranges = need.key, need.ranges
         if known is not None:
             key = tuple(dict.fromkeys((*known.key, *key)))
             ranges = tuple(dict.fromkeys((*known.ranges, *ranges)))
-        watches[relation] = changelog.propose(connection, relation, ranges, key)
-    return watches
+        try:
+            watches[relation] = changelog.propose(connection, relation, ranges, key)
+        except TableCacheError as why:
+            refused[name] = str(why)
+    return watches, refused
 
 
-def install(connection: Connection, changelog: Changelog, plans: Iterable[ViewPlan]) -> int:
-    """Install the changelog, watch what views read, and say of how many tables that was new.
+@dataclass(frozen=True, slots=True)
+class Outstanding:
+    """What the change feed of a database lacks for some views."""
+
+    watches: tuple[Watch, ...]
+    """How tables have to be watched that are not, or not so."""
+    refused: Mapping[TableName, str]
+    """Tables that cannot be watched, and why."""
+
+
+def outstanding(
+    connection: Connection, changelog: Changelog, plans: Iterable[ViewPlan]
+) -> Outstanding:
+    """Return what has to be done for some views.
 
     What others watch stays as it is, and of a table what they have logged stays logged.
     """
-    for statement in changelog.create():
-        connection.exec_driver_sql(statement)
     have = changelog.installed(connection)
-    changed = 0
-    for relation, wanted in wanted_watches(connection, changelog, needs_of(plans)).items():
+    watches = []
+    wanted_by_relation, refused = wanted_watches(connection, changelog, needs_of(plans))
+    for relation, wanted in wanted_by_relation.items():
         watch, known = wanted, have.watched.get(relation)
         if known is not None:
             key = known.key if set(known.key) >= set(wanted.key) else (*wanted.key, *known.key)
@@ -59,13 +75,38 @@ def install(connection: Connection, changelog: Changelog, plans: Iterable[ViewPl
             watch = replace(watch, limit=known.limit)
             if watch == known and relation not in have.outdated:
                 continue
+        watches.append(watch)
+    return Outstanding(tuple(watches), refused)
+
+
+def install(
+    connection: Connection, changelog: Changelog, plans: Iterable[ViewPlan]
+) -> tuple[Watch, ...]:
+    """Install the changelog, watch what views read, and return what was not watched so before."""
+    for statement in changelog.create():
+        connection.exec_driver_sql(statement)
+    todo = outstanding(connection, changelog, plans)
+    for name, why in todo.refused.items():
+        log.warning("%s is not watched: %s", table_label(name), why)
+    for watch in todo.watches:
         for statement in changelog.watch(watch):
             connection.exec_driver_sql(statement)
-        changed += 1
-    return changed
+    return todo.watches
 
 
 def uninstall(connection: Connection, changelog: Changelog) -> None:
     """Remove the changelog, with all triggers."""
     for statement in changelog.drop(changelog.installed(connection).watched):
         connection.exec_driver_sql(statement)
+
+
+def script(statements: Iterable[str], dialect: str) -> str:
+    """Return statements as the database's own client reads them from a file."""
+    text = []
+    for statement in statements:
+        statement = statement.strip().rstrip(";")
+        if dialect in ("mysql", "mariadb") and ";" in statement:
+            text.append(f"DELIMITER $$\n\n{statement} $$\n\nDELIMITER ;\n")
+        else:
+            text.append(f"{statement};\n")
+    return "\n".join(text)

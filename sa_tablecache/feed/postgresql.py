@@ -71,8 +71,10 @@ _UNAVAILABLE: Final = {
 _RESOLVE: Final = text(
     """
     SELECT a.place, n.nspname AS schema, c.relname AS name
-    FROM jsonb_array_elements_text(CAST(:names AS jsonb)) WITH ORDINALITY AS a (name, place)
-    JOIN pg_class AS c ON c.oid = to_regclass(a.name)
+    FROM jsonb_array_elements(CAST(CAST(:names AS text) AS jsonb))
+        WITH ORDINALITY AS a (name, place)
+    JOIN pg_class AS c ON c.oid = to_regclass(
+        concat_ws('.', quote_ident(a.name ->> 0), quote_ident(a.name ->> 1)))
     JOIN pg_namespace AS n ON n.oid = c.relnamespace
     """
 )
@@ -229,9 +231,7 @@ class PostgreSQLChangelog(Changelog):
     ) -> Mapping[tuple[str | None, str], Relation]:
         """Return the relations that names mean to the connection; 1 statement."""
         asked = list(names)
-        quote = connection.dialect.identifier_preparer.quote_identifier
-        labels = [".".join(quote(part) for part in name if part) for name in asked]
-        rows = connection.execute(_RESOLVE, {"names": json.dumps(labels)}).all()
+        rows = connection.execute(_RESOLVE, {"names": json.dumps(asked)}).all()
         return {asked[place - 1]: Relation(schema, name) for place, schema, name in rows}
 
     def propose(

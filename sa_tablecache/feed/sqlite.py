@@ -20,10 +20,11 @@ SQLITE_DBCONFIG_ENABLE_TRIGGER is off, or which has a TEMP trigger that raises I
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 from urllib.parse import quote, unquote
 
 from sqlalchemy import Connection
@@ -114,6 +115,8 @@ class SQLitePosition(Position):
 
 class SQLiteChangelog(Changelog):
     """The changelog of an SQLite database, and of those that are attached to it."""
+
+    finds_anything: ClassVar[bool] = True
 
     # -- installing -----------------------------------------------------------------------------
 
@@ -224,7 +227,8 @@ class SQLiteChangelog(Changelog):
         columns = connection.exec_driver_sql(
             f"PRAGMA {quoted(schema)}.table_xinfo({quoted(table.name)})"
         ).all()
-        missing = {*ranges, *key} - {column[1] for column in columns}
+        names = {folded(column[1]) for column in columns}
+        missing = {name for name in (*ranges, *key) if folded(name) not in names}
         if missing:
             raise TableCacheError(f"{relation} has no column {', '.join(sorted(missing))}")
         watched = Relation(schema, table.name)
@@ -316,30 +320,18 @@ class SQLiteChangelog(Changelog):
         """Delete what is older than some seconds, some thousand entries in one statement.
 
         :param connection: in autocommit, so that other writers get their turn between statements.
+        :returns: the number of deleted entries; -1 if there was none because somebody else writes.
         """
         deleted = 0
-        for schema in databases_of(connection):
-            if version_of(connection, schema) is None:
-                continue
-            log = f"{quoted(schema)}.{PREFIX}changelog"
-            # The clock may have been set back: what is deleted is all before the first young one,
-            # but for the one before it, where readers stand that have not seen that one.
-            young = connection.exec_driver_sql(
-                f"SELECT seq FROM {log} WHERE at >= (julianday('now') - 2440587.5) * 86400000 - ? "
-                "ORDER BY seq LIMIT 1",
-                (keep * 1000,),
-            ).scalar()
-            bound = connection.exec_driver_sql(
-                f"SELECT max(seq) FROM {log} WHERE seq < coalesce(?, 9e18)", (young,)
-            ).scalar()
-            count = _TRIMMED_AT_ONCE
-            while count == _TRIMMED_AT_ONCE:
-                count = connection.exec_driver_sql(
-                    f"DELETE FROM {log} WHERE seq IN (SELECT seq FROM {log} WHERE seq < ? "
-                    f"ORDER BY seq LIMIT {_TRIMMED_AT_ONCE})",
-                    (bound,),
-                ).rowcount
-                deleted += count
+        try:
+            for schema in databases_of(connection):
+                if version_of(connection, schema) is not None:
+                    for count in _trimmed(connection, f"{quoted(schema)}.{PREFIX}changelog", keep):
+                        deleted += count
+        except OperationalError as error:
+            if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            return deleted or -1  # others write: there is a next time
         return deleted
 
     def notify(self, connection: Connection) -> None:
@@ -408,3 +400,25 @@ def _heads(connection: Connection, before: Mapping[str, Entry]) -> dict[str, _He
             "cache.install_feed() or with `python -m sa_tablecache feed install`"
         )
     return heads
+
+
+def _trimmed(connection: Connection, log: str, keep: float) -> Iterator[int]:
+    """Delete old entries of a changelog; yield how many, after each statement."""
+    # The clock may have been set back: what is deleted is all before the first young one, but for
+    # the one before it, where readers stand that have not seen that one.
+    young = connection.exec_driver_sql(
+        f"SELECT seq FROM {log} WHERE at >= (julianday('now') - 2440587.5) * 86400000 - ? "
+        "ORDER BY seq LIMIT 1",
+        (keep * 1000,),
+    ).scalar()
+    bound = connection.exec_driver_sql(
+        f"SELECT max(seq) FROM {log} WHERE seq < coalesce(?, 9e18)", (young,)
+    ).scalar()
+    count = _TRIMMED_AT_ONCE
+    while count == _TRIMMED_AT_ONCE:
+        count = connection.exec_driver_sql(
+            f"DELETE FROM {log} WHERE seq IN (SELECT seq FROM {log} WHERE seq < ? "
+            f"ORDER BY seq LIMIT {_TRIMMED_AT_ONCE})",
+            (bound,),
+        ).rowcount
+        yield count

@@ -118,8 +118,8 @@ def looked_at(
 
 
 def byte_columns(connection: Connection, relation: Relation) -> frozenset[str]:
-    """Return the columns of a table in which bytes are to be expected."""
+    """Return the columns of a table in which bytes are to be expected, by folded name."""
     columns = connection.exec_driver_sql(
         f"PRAGMA {quoted(schema_of(relation))}.table_xinfo({quoted(relation.name)})"
     )
-    return frozenset(c[1] for c in columns if not c[2] or "blob" in folded(c[2]))
+    return frozenset(folded(c[1]) for c in columns if not c[2] or "blob" in folded(c[2]))

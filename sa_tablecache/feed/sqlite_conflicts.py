@@ -101,7 +101,8 @@ def conflicts(
         if len(keys) == 1 and folded(keys[0][2]) == "integer":
             if not any(index[3] == "pk" for index in indexes):
                 rowid = keys[0][1]
-    if rowid is not None and [rowid] != list(key):
+    logged = {folded(name) for name in key}
+    if rowid is not None and {folded(rowid)} != logged:
         yield Conflict((rowid,), f"t.{quoted(rowid)} = NEW.{quoted(rowid)}")
     generated = {folded(column[1]) for column in columns if column[6] in (2, 3)}
     made_of = _columns_in(sql, generated)
@@ -116,8 +117,8 @@ def conflicts(
             for term in connection.exec_driver_sql(f"{prefix}.index_xinfo({quoted(index[1])})")
             if term[5]
         ]
-        bytewise = {term[2] for term in terms if term[4] == "BINARY"}
-        if bytewise.issuperset(key):
+        bytewise = {folded(term[2]) for term in terms if term[2] and term[4] == "BINARY"}
+        if bytewise.issuperset(logged):
             continue
         made = connection.exec_driver_sql(
             f"SELECT sql FROM {schema}.sqlite_master WHERE type = 'index' AND name = ?",

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from .contract import Change, Relation, Watch
 from .sqlite_catalog import byte_columns
-from .sqlite_conflicts import quoted
+from .sqlite_conflicts import folded, quoted
 from .sqlite_triggers import PREFIX
 
 
@@ -95,7 +95,9 @@ def _with_bytes(
     names: Sequence[str], key: Sequence[Any], binary: frozenset[str]
 ) -> tuple[Any, ...] | None:
     """Return a key with bytes as their digits; ``None`` if they could be taken for text."""
-    if any(isinstance(v, list) and n not in binary for n, v in zip(names, key, strict=True)):
+    if any(
+        isinstance(v, list) and folded(n) not in binary for n, v in zip(names, key, strict=True)
+    ):
         return None
     return tuple(value[0] if isinstance(value, list) else value for value in key)
 

@@ -27,10 +27,11 @@ from alembic.util import PriorityDispatchResult
 from sqlalchemy.exc import NoReferenceError
 
 from sa_tablecache.analysis import TableName, ViewPlan, plan_of, table_label, table_name
-from sa_tablecache.exc import FeedUnavailable
+from sa_tablecache.exc import FeedUnavailable, TableCacheError
 from sa_tablecache.feed.contract import VERSION, Installation, Relation, Watch
 from sa_tablecache.feed.dialects import changelog_for
 from sa_tablecache.feed.needs import Need, needs_of
+from sa_tablecache.triggers import OURS
 from sa_tablecache.usage import base_tables
 from sa_tablecache.view import CachedView
 
@@ -39,7 +40,12 @@ from .operations import MYSQL, CreateChangeFeedOp, UnwatchTableOp, WatchTableOp,
 
 log = logging.getLogger(__name__)
 
-OURS: Final = "sa_tablecache"
+_KINDS: Final = frozenset(
+    """
+    schema table column index unique_constraint foreign_key_constraint check_constraint
+    """.split()
+)
+"""What Alembic itself compares."""
 
 
 def leave_out_own_tables(
@@ -53,8 +59,11 @@ def leave_out_own_tables(
     schemas -= {relation.schema for relation in owned if relation.schema}
     names = {relation.name for relation in owned if not relation.schema}
 
-    def is_not_ours(name: str | None, kind: str, parents: Any) -> bool:
-        return kind != "table" or name not in names
+    def is_not_ours(name: str | None, kind: str, _: Any) -> bool:
+        if kind == "table":
+            return name not in names
+        # Of other plugins: a function or a trigger, perhaps with the name of its schema.
+        return kind in _KINDS or not (name or "").rpartition(".")[2].startswith(OURS)
 
     # There is no public way to add a filter to those of env.py.
     context._name_filters.append(is_not_ours)
@@ -180,18 +189,23 @@ class _Comparison:
                     "out: it has to be watched by other means",
                     table_label(name),
                 )
-            elif name in self.relations:
+            elif name in self.relations and not self._is_view(name):
                 relation = self.relations[name]
                 have = self.installed.watched.get(relation)
-                self._watch(name, self._wanted(relation, need, have), have)
+                try:
+                    wanted = self._wanted(relation, need, have)
+                except TableCacheError as error:  # of a kind that has no triggers
+                    log.warning("%s", error)
+                    continue
+                self._watch(name, wanted, have)
             elif self._creating(name):
                 self.ops.append(
                     WatchTableOp(name[1], schema=name[0], key=need.key or None, ranges=need.ranges)
                 )
             else:
                 log.warning(
-                    "%s is read by views, and the database has no such table: nothing is watched "
-                    "there",
+                    "%s is read by views, and is no table of the database: watch those that it "
+                    "is made of, if it is a view",
                     table_label(name),
                 )
 
@@ -225,24 +239,29 @@ class _Comparison:
 
     def _wanted(self, relation: Relation, need: Need | None, have: Watch | None) -> Watch:
         """Return how a table should be watched after the migration."""
-        removed = self._removed_columns(relation)
+        key: tuple[str, ...] = () if need is None else need.key
+        ranges: tuple[str, ...] = () if need is None else need.ranges
+        if need is not None and not key:
+            key = self.changelog.propose(self.connection, relation).key
+        if have is not None and not self.cleanup:
+            # Workers of the release before may need what is logged now.
+            key = have.key if set(have.key) >= set(key) else (*key, *have.key)
+            ranges = (*have.ranges, *ranges)
+        removed = self._columns_of(relation, ops.DropColumnOp)
+        key = tuple(column for column in dict.fromkeys(key) if column not in removed)
+        ranges = tuple(column for column in dict.fromkeys(ranges) if column not in removed)
         if need is None and have is not None:
-            wanted = have
-        else:
-            wanted = self.changelog.propose(self.connection, relation)
-            if need is not None:
-                wanted = replace(wanted, key=need.key or wanted.key, ranges=need.ranges)
-        if have is not None:
-            wanted = replace(wanted, limit=have.limit)
-            if not self.cleanup:  # workers of the release before may need what is logged now
-                wanted = replace(
-                    wanted, key=(*wanted.key, *have.key), ranges=(*have.ranges, *wanted.ranges)
-                )
-        return replace(
-            wanted,
-            key=tuple(column for column in dict.fromkeys(wanted.key) if column not in removed),
-            ranges=tuple(c for c in dict.fromkeys(wanted.ranges) if c not in removed),
+            return replace(have, key=key, ranges=ranges)
+        # Columns that the migration adds are not there yet.
+        added = self._columns_of(relation, ops.AddColumnOp)
+        wanted = self.changelog.propose(
+            self.connection,
+            relation,
+            [column for column in ranges if column not in added],
+            [column for column in key if column not in added],
         )
+        limit = wanted.limit if have is None else have.limit
+        return replace(wanted, key=key, ranges=ranges, limit=limit)
 
     def _watch(self, name: TableName, wanted: Watch, have: Watch | None) -> None:
         """Watch a table so, unless it is watched so already."""
@@ -250,7 +269,7 @@ class _Comparison:
         if have is not None and self._disturbs(name, have):
             at = next(i for i, op in enumerate(self.ops) if self._alters(op, have.relation))
             self.ops.insert(at, UnwatchTableOp(name[1], schema=name[0], previous=before))
-            self.ops.append(WatchTableOp.of(*name, wanted))
+            self.ops.append(WatchTableOp.of(*name, wanted, ask=True))
             return
         why = self.outdated.get(wanted.relation)
         if have is None:
@@ -261,7 +280,9 @@ class _Comparison:
             log.info("Detected table '%s' that is watched otherwise", wanted.relation)
         else:
             return
-        self.ops.append(WatchTableOp.of(*name, wanted, previous=before))
+        added = self._columns_of(wanted.relation, ops.AddColumnOp)
+        ask = not added.isdisjoint((*wanted.key, *wanted.ranges))
+        self.ops.append(WatchTableOp.of(*name, wanted, previous=before, ask=ask))
 
     def _statements(self, watch: Watch) -> list[str]:
         """Return what makes a watch; in which order columns are logged does not matter."""
@@ -284,6 +305,15 @@ class _Comparison:
             and self.context.run_object_filters(self.tables[name], table, "table", False, None)
         )
 
+    def _is_view(self, name: TableName) -> bool:
+        """Whether what is called so is a view of the database."""
+        schema, table = name
+        inspector = self.context.inspector
+        views = inspector.get_view_names(schema)
+        if self.context.dialect.name == "postgresql":
+            views += inspector.get_materialized_view_names(schema)
+        return table in views
+
     # -- what else the migration does -----------------------------------------------------------
 
     def _is(self, op: Any, relation: Relation) -> bool:
@@ -305,19 +335,20 @@ class _Comparison:
     def _alters(self, op: MigrateOperation, relation: Relation) -> bool:
         return isinstance(op, ops.ModifyTableOps) and self._is(op, relation)
 
-    def _removed_columns(self, relation: Relation) -> set[str]:
+    def _columns_of(self, relation: Relation, kind: type[MigrateOperation]) -> set[str]:
+        """Return the columns of a table that the migration adds, or drops."""
         return {
-            str(change.column_name)
+            str(change.column.name if isinstance(change, ops.AddColumnOp) else change.column_name)
             for op in self.found
             if isinstance(op, ops.ModifyTableOps) and self._is(op, relation)
             for change in op.ops
-            if isinstance(change, ops.DropColumnOp)
+            if isinstance(change, ops.AddColumnOp | ops.DropColumnOp) and isinstance(change, kind)
         }
 
     def _disturbs(self, name: TableName, have: Watch) -> bool:
         """Whether the migration drops the triggers of a table, or changes what they rely on."""
         used = {*have.key, *have.ranges}
-        if used & self._removed_columns(have.relation):
+        if used & self._columns_of(have.relation, ops.DropColumnOp):
             return True
         dialect = self.context.dialect.name
         recreates = dialect == "sqlite" and self.context.opts.get("render_as_batch")

@@ -40,7 +40,7 @@ def compare_indexes(
         table = tables.get(table_name(lacking.table))
         if table is None:
             continue  # what Alembic does not look after
-        _keep(upgrade_ops, lacking)
+        _keep(upgrade_ops, lacking, context.dialect.default_schema_name)
         try:
             existing = existing_indexes(context.connection, table_name(table))
             taken = {index["name"] for index in context.inspector.get_indexes(*_place(table))}
@@ -58,12 +58,13 @@ def _place(table: Table) -> tuple[str, str | None]:
     return table.name, table.schema
 
 
-def _keep(upgrade_ops: ops.UpgradeOps, lacking: LackingIndex) -> None:
+def _keep(upgrade_ops: ops.UpgradeOps, lacking: LackingIndex, default: str | None) -> None:
     """Take back what drops an index that serves."""
     for modify in list(upgrade_ops.ops):
         if not isinstance(modify, ops.ModifyTableOps):
             continue
-        if (modify.schema, modify.table_name) != table_name(lacking.table):
+        schema, name = table_name(lacking.table)
+        if modify.table_name != name or (modify.schema or default) != (schema or default):
             continue
         for op in list(modify.ops):
             if isinstance(op, ops.DropIndexOp):

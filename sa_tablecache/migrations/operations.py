@@ -137,16 +137,27 @@ class WatchTableOp(MigrateOperation):
         )
 
     @classmethod
-    def of(cls, schema: str | None, name: str, watch: Watch, **options: Any) -> WatchTableOp:
-        """Return the operation that watches a table so."""
+    def of(
+        cls,
+        schema: str | None,
+        name: str,
+        watch: Watch,
+        *,
+        previous: WatchTableOp | None = None,
+        ask: bool = False,
+    ) -> WatchTableOp:
+        """Return the operation that watches a table so.
+
+        :param ask: leave to the catalog, when it is run, what that says of other tables.
+        """
         return cls(
             name,
             schema=schema,
             key=watch.key,
             ranges=watch.ranges,
             limit=watch.limit,
-            cascades=watch.cascades,
-            **options,
+            cascades=None if ask else watch.cascades,
+            previous=previous,
         )
 
     def reverse(self) -> MigrateOperation:
@@ -301,7 +312,7 @@ def _watch_table(operations: Operations, op: WatchTableOp) -> None:
                 "context.configure() sa_tablecache_offline=True"
             )
     elif key is None or cascades is None:
-        proposed = changelog.propose(operations.get_bind(), relation, op.ranges)
+        proposed = changelog.propose(operations.get_bind(), relation, op.ranges, key or ())
         key = proposed.key if key is None else key
         cascades = proposed.cascades if cascades is None else cascades
     watch = Watch(relation, tuple(key or ()), tuple(op.ranges), op.limit, tuple(cascades or ()))

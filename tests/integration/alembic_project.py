@@ -37,6 +37,7 @@ else:
 TEMPLATE = """
 from alembic import op
 import sqlalchemy as sa
+${imports if imports else ""}
 
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from sqlalchemy import select, update
 
-from sa_tablecache import AsyncTableCache, TableCache, TableCacheError, bypass_cache
+from sa_tablecache import AsyncTableCache, ChangeFeed, TableCache, TableCacheError, bypass_cache
 from sa_tablecache.figures import REASONS
-from sa_tablecache.metrics import export
+from sa_tablecache.metrics import Exporter, export
 from tests.integration.databases import Database
 from tests.integration.flights import World, flights_world, hour
 from tests.zoo import InnerBoard, OuterBoard, Plane
@@ -178,6 +179,30 @@ def test_no_value_of_a_statement_is_in_a_label(world: World, registry: Any):
     assert len(lines) == 2, lines
 
 
+def test_a_change_feed_is_told_of_until_it_is_closed(sqlite: Database):
+    """Its lag and whether it can be trusted; what the feed is the reason of is counted as that."""
+    registry = CollectorRegistry()
+    with flights_world(sqlite, feed=ChangeFeed()) as world:
+        export(world.cache, registry=registry, name="fed")
+
+        def feed(name: str) -> float | None:
+            return registry.get_sample_value(f"sa_tablecache_feed_{name}", {"cache": "fed"})
+
+        assert feed("trusted") == 0
+        world.cache.upkeep.stop()
+        world.ids()
+        assert ("bypass", "feed") in reads(registry)
+        world.cache.install_feed()
+        world.cache.load(OuterBoard)
+        world.cache.barrier()
+        world.ids()
+        assert feed("trusted") == 1
+        assert 0 <= feed("lag_seconds") < 60
+        world.cache.uninstall_feed()
+    assert feed("trusted") is None
+    assert feed("lag_seconds") is None
+
+
 # -- whose it is ----------------------------------------------------------------------------------
 
 
@@ -248,7 +273,7 @@ import os, sys
 from prometheus_client import CollectorRegistry
 from sqlalchemy import create_engine, event
 from sa_tablecache import TableCache
-from sa_tablecache.metrics import export
+from sa_tablecache.metrics import Exporter, export
 from tests.zoo import OuterBoard
 
 engine = create_engine("sqlite:///" + sys.argv[1])
@@ -306,3 +331,40 @@ def test_counters_of_several_processes_add_up(world: World, tmp_path: Path, end:
     assert value(registry, "load_seconds_count") == 1
     assert value(registry, "marks_total", kind="view") == 2
     assert value(registry, "loads_total", cache="other") == 0
+
+
+# -- the manual -----------------------------------------------------------------------------------
+
+OPERATING = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+
+
+def test_the_manual_has_all_metrics_and_reasons_and_no_others():
+    """Names and label values in docs/operating.md, its alerts included, are those of the code."""
+    names = {
+        metric.name + ("_total" if metric.type == "counter" else "")
+        for metric in Exporter().describe()
+    }
+    rows = set(re.findall(r"^\| `(sa_tablecache_\w+)` \|", OPERATING, re.MULTILINE))
+    assert rows == names
+    samples = names | {f"{name}_bucket" for name in names if name.endswith("_seconds")}
+    assert set(re.findall(r"sa_tablecache_\w+", OPERATING)) - {"sa_tablecache_"} <= samples
+    table = OPERATING[OPERATING.index("| reason |") :].partition("\n\n")[0]
+    assert dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", table, re.MULTILINE)) == dict(REASONS)
+    types = {"hit", "hit_with_refresh", "partial", "miss", "bypass"}
+    known = {"reason": set(REASONS), "type": types, "kind": {"row", "group", "range", "view"}}
+    matchers = re.findall(r'(\w+)=~?"([\w|]+)"', OPERATING.partition("## Alerts")[2])
+    assert matchers
+    for label, values in matchers:
+        assert set(values.split("|")) <= known[label], label
+
+
+def test_the_alerts_of_the_manual_are_well_formed():
+    """Their expressions have as many brackets open as closed, and a comparison each."""
+    rules = OPERATING.partition("```yaml\n")[2].partition("```")[0]
+    alerts = re.split(r"^      - alert: ", rules, flags=re.MULTILINE)[1:]
+    assert len(alerts) > 5
+    for alert in alerts:
+        expression = re.split(r"\n {8}\w+: ", alert.partition("expr:")[2])[0]
+        for opening, closing in ("()", "[]", "{}"):
+            assert expression.count(opening) == expression.count(closing), alert
+        assert re.search(r"(>|==) [\d.e]+\s*$", expression), alert

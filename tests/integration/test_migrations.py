@@ -55,7 +55,7 @@ def shop(schema: str | None = None, customers: str = "customers", day: str = "da
         "orders",
         metadata,
         Column("id", Integer, primary_key=True),
-        Column("customer_id", ForeignKey(who.c.id, name="of_customer"), index=True),
+        Column("customer_id", ForeignKey(who.c.id, name="of_customer")),
         Column(day, Date, nullable=False, index=True),
     )
     Table("notes", metadata, Column("id", Integer, primary_key=True), Column("body", String(40)))
@@ -108,10 +108,11 @@ def drop_a_trigger(engine: Engine, table: str) -> None:
 
 @pytest.fixture
 def new_project(tmp_path: Path, database_url: URL) -> Iterator[Callable[..., Project]]:
-    """A function that makes projects on one database."""
+    """A function that makes projects, on the database of the test unless another is given."""
     made: list[Project] = []
 
     def make(metadata: Any, url: URL = database_url, **options: Any) -> Project:
+        options = {"sa_tablecache_indexes": False, **options}
         made.append(Project(tmp_path / f"project{len(made)}", url, metadata, options))
         return made[-1]
 
@@ -319,7 +320,7 @@ def test_a_column_that_triggers_use_can_be_dropped(plain: tuple[Project, Any]) -
         "orders",
         later,
         Column("id", Integer, primary_key=True),
-        Column("customer_id", ForeignKey(who.c.id, name="of_customer"), index=True),
+        Column("customer_id", ForeignKey(who.c.id, name="of_customer")),
     )
     Table("notes", later, *(c._copy() for c in models.metadata.tables["notes"].columns))
 
@@ -341,6 +342,54 @@ def test_a_column_that_triggers_use_can_be_dropped(plain: tuple[Project, Any]) -
     del Later
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_partition_that_came_later_is_watched(new_project: Callable[..., Project]) -> None:
+    """A partition that has no triggers yet is noticed, and gets them."""
+    metadata = MetaData()
+    orders = Table(
+        "orders",
+        metadata,
+        Column("id", Integer, primary_key=True),
+        postgresql_partition_by="RANGE (id)",
+    )
+
+    class Orders(CachedView):
+        __select__ = select(orders.c.id)
+
+    made = new_project(metadata, include_name=lambda name, *_: name != "orders_1")
+    metadata.create_all(made.engine)
+    made.migrate()
+    execute(made.engine, "CREATE TABLE orders_1 PARTITION OF orders FOR VALUES FROM (1) TO (9)")
+    with pytest.raises(CommandError, match="watch_table"):
+        made.check()
+    made.migrate()
+    assert watched(made.engine) == {"orders": (("id",), ())}
+    del Orders
+
+
+@on_sqlite
+def test_views_of_the_database_cannot_be_watched(
+    new_project: Callable[..., Project], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model of a view of the database is told of, and gets no triggers."""
+    models = shop()
+    made = new_project(models.metadata)
+    models.metadata.create_all(made.engine)
+    execute(made.engine, "CREATE VIEW recent AS SELECT id FROM orders")
+    recent = Table("recent", MetaData(), Column("id", Integer, primary_key=True))
+
+    class Recent(CachedView):
+        __select__ = select(recent.c.id).join(
+            models.customers, models.customers.c.id == recent.c.id
+        )
+
+    with caplog.at_level(logging.WARNING, "sa_tablecache"):
+        made.migrate()
+    assert watched(made.engine) == ORDERS_AND_CUSTOMERS
+    assert "recent is read by views, and is no table of the database" in caplog.text
+    del Recent
+
+
 @every_database
 def test_what_triggers_rely_on_can_be_altered(plain: tuple[Project, Any]) -> None:
     """A column of another type, a foreign key or a unique index: one migration does it all."""
@@ -355,7 +404,7 @@ def test_what_triggers_rely_on_can_be_altered(plain: tuple[Project, Any]) -> Non
         Column("id", Integer, primary_key=True),
         Column("customer_id", ForeignKey(who.c.id, ondelete="CASCADE", name="of_customer")),
         Column("day", DateTime, nullable=False, index=True),
-        Index("one_a_day", "customer_id", "day", unique=True),
+        Index("one_a_day", "day", "customer_id", unique=True),
     )
     Table("notes", later, *(c._copy() for c in models.metadata.tables["notes"].columns))
 
@@ -383,7 +432,8 @@ def test_what_triggers_rely_on_can_be_altered(plain: tuple[Project, Any]) -> Non
 def test_a_batch_operation_by_hand_is_repaired(tmp_path: Path, sqlite_url: URL) -> None:
     """A table that is recreated loses its triggers; the next autogenerate watches it again."""
     models = shop()
-    with project(tmp_path / "p", sqlite_url, models.metadata) as made:
+    options = {"sa_tablecache_indexes": False}
+    with project(tmp_path / "p", sqlite_url, models.metadata, **options) as made:
         models.metadata.create_all(made.engine)
         made.migrate()
         made.revision(
@@ -399,7 +449,10 @@ def test_a_batch_operation_by_hand_is_repaired(tmp_path: Path, sqlite_url: URL) 
 def test_an_autogenerated_batch_operation_keeps_the_watch(tmp_path: Path, sqlite_url: URL) -> None:
     """With render_as_batch the watch is taken off before and put on after, both ways."""
     models = shop()
-    with project(tmp_path / "p", sqlite_url, models.metadata, render_as_batch=True) as made:
+    options = {"sa_tablecache_indexes": False}
+    with project(
+        tmp_path / "p", sqlite_url, models.metadata, **options, render_as_batch=True
+    ) as made:
         models.metadata.create_all(made.engine)
         made.migrate()
         models.orders.c.customer_id.nullable = False
@@ -496,7 +549,7 @@ def test_migrations_install_what_a_cache_installs(
         assert cache.install_feed() == 2
         theirs = same_names(schema_of(engine), another_url, made.url)
         assert same_names(schema_of(made.engine), made.url, made.url) == theirs
-        Project(made.directory / "other", another_url, models.metadata).check()
+        Project(made.directory / "other", another_url, models.metadata, made.options).check()
     engine.dispose()
     with TableCache(made.engine, views=[models.view]) as cache:
         assert cache.install_feed() == 0
@@ -626,12 +679,14 @@ def test_two_databases_have_their_own_views(
 def test_filters_and_other_plugins_go_on_working(
     plain: tuple[Project, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What include_object leaves out is told of and left alone; other comparators see no feed."""
+    """What include_object leaves out is told of and left alone; others are not shown triggers."""
     made, _ = plain
     seen: list[Any] = []
 
     def compare(context: Any, _: Any, __: Any) -> PriorityDispatchResult:
-        seen.append(context.run_name_filters("orders", "table", {"schema_name": None}))
+        shown = [("orders", "table"), ("main.sa_tablecache_insert_orders", "trigger")]
+        parents = {"schema_name": None, "table_name": ""}
+        seen.append([context.run_name_filters(name, kind, parents) for name, kind in shown])
         return PriorityDispatchResult.CONTINUE
 
     plugin = Plugin("tests.another")
@@ -647,7 +702,7 @@ def test_filters_and_other_plugins_go_on_working(
             made.migrate()
     finally:
         plugin.remove()
-    assert set(seen) == {True}
+    assert seen[0] == [True, False]
     assert watched(made.engine).keys() == {"orders"}
     assert "customers is read by views, but" in caplog.text
 
@@ -714,7 +769,7 @@ def test_lacking_indexes_are_proposed_and_kept(new_project: Callable[..., Projec
         by_time = ScoreIndex("hour", "minute")
         by_parity = ScoreIndex(flights.c.minute % 2, "hour")
 
-    made = new_project(metadata, sa_tablecache_indexes=False)
+    made = new_project(metadata)
     assert "create_index" not in made.migrate()
     with TableCache(made.engine, views=[Flights]) as cache:
         problems = "\n".join(map(str, cache.check()))

@@ -8,7 +8,7 @@ from sqlalchemy import create_engine, select, text, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sa_tablecache import CachedView, ScoreIndex, TableCache, UnsuitableEngine
-from tests.postgres import restarting_postgres
+from tests.postgres import own_postgres
 
 
 class Base(DeclarativeBase):
@@ -36,9 +36,9 @@ def test_a_server_in_recovery_is_not_read():
     # The name of a socket may not be longer than a hundred characters.
     with (
         tempfile.TemporaryDirectory(prefix="sa_tablecache_") as directory,
-        restarting_postgres(Path(directory)) as (url, restart_as_standby),
+        own_postgres(Path(directory)) as server,
     ):
-        engine = create_engine(url, pool_pre_ping=True)
+        engine = create_engine(server.url, pool_pre_ping=True)
         Base.metadata.create_all(engine)
         with Session(engine) as session:
             session.add(Row(id=1, x=1))
@@ -54,7 +54,7 @@ def test_a_server_in_recovery_is_not_read():
             cache.load(Rows)
             assert read() == ("hit", [1])
 
-            restart_as_standby()
+            server.restart_as_standby()
             for _ in range(2):
                 cache.invalidate(Row, 1)
                 with pytest.raises(UnsuitableEngine, match="standby"):

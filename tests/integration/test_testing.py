@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, literal, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import sessionmaker
 
@@ -15,6 +15,7 @@ from sa_tablecache import (
     AsyncTableCache,
     CachedView,
     CacheSession,
+    ChangeFeed,
     TableCache,
     TableCacheError,
     bypass_cache,
@@ -244,6 +245,61 @@ def by_id(record: Any) -> int:
     return int(record.id)
 
 
+def test_two_caches_live_in_one_test(world: World):
+    """Both are told of what counts as committed, whichever notices it."""
+    with (
+        TableCache(world.engine, views=[OuterBoard]) as other,
+        joined(world.cache, world.Session) as connection,
+        bound(other, connection),
+    ):
+        sessions = (world.Session, other.sessionmaker(bind=connection))
+        for cache in (world.cache, other):
+            cache.load(OuterBoard)
+        for number, write in ((7, world.Session), (8, world.Session)):
+            with write.begin() as session:
+                session.add(Flight(**flight(number, 0)))
+            for Session in sessions:
+                with Session() as session:
+                    assert number in ids(session.range(OuterBoard.by_hour))
+                    assert session.last_read.kind == "hit"
+        with world.Session() as session:
+            session.add(Flight(**flight(9, 0)))
+            session.flush()
+            other.load(OuterBoard, OuterBoard.hour < hour(2))
+            session.rollback()
+        for Session in sessions:
+            with Session() as session:
+                assert 9 not in ids(session.range(OuterBoard.by_hour, lt=hour(2)))
+
+
+def test_a_cache_that_is_not_bound_does_not_answer_the_test(world: World):
+    """It holds what is committed, and the test's connection sees something else."""
+    with TableCache(world.engine, views=[OuterBoard]) as other:
+        other.load(OuterBoard)
+        with joined(world.cache, world.Session) as connection:
+            with world.Session.begin() as session:
+                session.add(Flight(**flight(7, 0)))
+            connection.execute(delete(Flight).where(Flight.id == 1))
+            assert 1 not in kind(world)[0]
+            with other.sessionmaker(bind=connection)() as session:
+                assert ids(session.range(OuterBoard.by_hour)) == [2, 3, 4, 5, 6, 7]
+                assert session.last_read.reason == "the transaction wrote a table of the view"
+        with other.sessionmaker()() as session:
+            assert ids(session.range(OuterBoard.by_hour)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_attached_sessions_live_in_the_test_as_well(world: World):
+    """A factory of plain sessions is answered by the cache that it is attached to."""
+    plain = sessionmaker(world.engine)
+    world.cache.attach(plain)
+    with joined(world.cache, plain):
+        world.cache.load(OuterBoard)
+        with plain.begin() as session:
+            session.add(Flight(**flight(7, 0)))
+        with plain() as session, assert_hits(OuterBoard):
+            assert 7 in ids(session.scalars(select(OuterBoard)))
+
+
 # -- the end of the transaction --------------------------------------------------------------------
 
 
@@ -345,6 +401,34 @@ def test_the_upkeep_runs_when_it_is_told_to(world: World):
         assert kind(world)[1] == "hit"
     world.cache.upkeep.remove("load")
     assert world.cache.upkeep.running
+
+
+def test_a_change_feed_is_not_followed_meanwhile(database: Database):
+    """Nothing is committed that it could tell of; afterwards it is followed as before."""
+    with flights_world(database, feed=ChangeFeed()) as world:
+        world.cache.upkeep.stop()
+        world.cache.install_feed()
+        world.cache.barrier()
+        with joined(world.cache, world.Session):
+            world.cache.load(OuterBoard)
+            with world.Session.begin() as session:
+                session.execute(
+                    insert(Flight).from_select(
+                        list(flight(7, 0)), select(*(literal(v) for v in flight(7, 0).values()))
+                    )
+                )
+            assert kind(world) == ([1, 2, 3, 4, 5, 6, 7], "hit")
+            run_upkeep(world.cache)
+            assert kind(world) == ([1, 2, 3, 4, 5, 6, 7], "hit")
+        world.cache.load(OuterBoard)
+        assert kind(world) == ([1, 2, 3, 4, 5, 6], "hit")
+        with world.outside() as session:
+            session.execute(delete(Flight).where(Flight.id == 1))
+            session.commit()
+        world.cache.barrier()
+        assert kind(world) == ([2, 3, 4, 5, 6], "hit")
+        assert set(world.cache.health().jobs) >= {"change feed"}
+        world.cache.uninstall_feed()
 
 
 @every_database

@@ -45,7 +45,6 @@ ORDER = """
     layout
     stale
     freshness
-    echoes
     deltas
     replacing
     cascades
@@ -82,12 +81,14 @@ ORDER = """
     shadow
     listening
     session
-    middleware
     metrics
     asyncio
+    middleware
     commands
     inspecting
+    feed_command
     migrations
+    binding
     testing
     __init__
     __main__

@@ -396,7 +396,8 @@ $unwatch$
 CREATE OR REPLACE FUNCTION sa_tablecache.inspect(relations jsonb)
 RETURNS TABLE (schema text, name text, fingerprint text, problem text)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $inspect$
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
+AS $inspect$
 #variable_conflict use_column
 BEGIN
     RETURN QUERY
