@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import tzinfo
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from sqlalchemy import (
     VARBINARY,
@@ -196,6 +196,14 @@ class Rows:
             return [(record, None) for record in self.records]
         return list(zip(self.records, self.hidden, strict=True))
 
+    def first(self, count: int) -> Rows:
+        """Return the first so many."""
+        return Rows(self.records[:count], None if self.hidden is None else self.hidden[:count])
+
+
+Check: TypeAlias = Callable[[Rows, bool], object]
+"""Called during a load with what was read so far, and whether that is all; it may raise."""
+
 
 class Loader:
     """Reads records of one view.
@@ -333,12 +341,20 @@ class Loader:
         *,
         stream: bool = False,
         progress: Progress | None = None,
+        check: Check | None = None,
+        order_by: Sequence[ColumnElement[Any]] = (),
+        limit: int | None = None,
     ) -> Rows:
-        """Read records: one SELECT; ``stream`` for many, in parts of 1,000 rows."""
+        """Read records: one SELECT; ``stream`` for many, in parts of 1,000 rows.
+
+        :param check: called with what was read so far, and whether that is all; it may raise.
+        """
         rows = Rows(hidden=[] if self.hidden else None)
-        statement = self.statement(*criteria)
+        statement = self.statement(*criteria).order_by(*order_by).limit(limit)
         if not stream:
             self._add(rows, connection.execute(statement).all(), None)
+            if check is not None:
+                check(rows, True)
             return rows
         pools: list[dict[Any, Any] | None] = [
             {} if isinstance(clause.type, _SHARED) else None for clause in self.clauses
@@ -352,6 +368,10 @@ class Loader:
                         pools[at] = None
                 if progress is not None:
                     progress(len(rows.records))
+                if check is not None:
+                    check(rows, False)
+        if check is not None:
+            check(rows, True)
         return rows
 
     def _add(

@@ -357,6 +357,12 @@ class TableCache(BaseTableCache):
     :param views: views to :meth:`add`.
     :param load_engine: an engine for the cache's own reads, instead of a small pool of its own with
         the connection settings of ``engine``.
+    :param memory_limit: how many bytes the records of all views may take, estimated. A load that
+        would pass it is refused; :class:`.ReadThrough` gives up what was used least recently.
+    :param load_slots: how many loads may run at a time, over all processes that load from this
+        database, so that a deploy of eight workers does not run the same joins eight times at once.
+        A load holds one of so many locks of the database while it reads.
+    :param slot_timeout: how many seconds a load waits for one of them.
 
     ::
 

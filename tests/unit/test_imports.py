@@ -47,6 +47,7 @@ ORDER = """
     freshness
     deltas
     replacing
+    chunks
     cascades
     wording
     statements
@@ -55,10 +56,14 @@ ORDER = """
     drivers
     events
     figures
+    limits
+    slots
     history
     observers
     state
     misses
+    keeping
+    loads
     table
     feed
     invalidation
@@ -68,11 +73,15 @@ ORDER = """
     following
     running
     modes
-    policies
     answering
+    remembered
+    readthrough
+    windows
+    policies
     explaining
     attempts
     transactions
+    problems
     cache
     scopes
     reading
