@@ -68,6 +68,10 @@ class Reason(str):
         reason.category = category
         return reason
 
+    def with_more(self, words: str) -> Reason:
+        """Return the reason with more words, in the same category."""
+        return type(self)(self.category, f"{self}: {words}")
+
 
 def category_of(reason: object) -> str:
     """Return the category of a reason; of words that came with none, that of the statement."""

@@ -240,8 +240,8 @@ class _Comparison:
         return self._table.view.__redact__
 
     def _remember(self, before: LastRead, what: str) -> None:
-        reason = Reason(category_of(before.reason), f"{before.reason}: {what}")
-        self._session.last_read = before._replace(reason=reason)
+        assert isinstance(before.reason, Reason)
+        self._session.last_read = before._replace(reason=before.reason.with_more(what))
 
     def _skip(self, before: LastRead, why: str) -> None:
         self._table.count("comparisons_skipped")
