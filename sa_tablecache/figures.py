@@ -45,6 +45,7 @@ REASONS: Final[Mapping[str, str]] = {
     "commit": "a commit that touches the view was under way",
     "refresh_failed": "the refresh failed",
     "overrun": "changes arrived faster than refreshes",
+    "feed": "the change feed could not be read in time, or does not see the view's tables",
     "off": "the mode of the view is off",
     "shadow": "the mode of the view is shadow: the cache was asked, too, and compared",
     "verified": "the database was asked to verify the cache",
