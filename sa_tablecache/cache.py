@@ -6,8 +6,7 @@ In: an engine, views, and what the application says (load, evict, invalidate). A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -22,27 +21,26 @@ from .events import unwatch, watch
 from .exc import Closed, CriteriaError, NotExpressible, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
 from .feed import ChangeFeed
-from .figures import Estimate, Reason, Stats, estimate
-from .following import Following
-from .health import Health, health
+from .figures import Estimate, Stats, estimate
 from .indexing import indexes_lacking_in
 from .invalidation import named_changes
 from .keeping import Clock, utc_now
 from .layout import log_coarse
 from .limits import MemoryLimit
 from .loading import Progress, Snapshots
+from .modes import Mode, check_mode, check_rate, wanted_modes
 from .planner import ask, load_target, no_range
 from .policies import Kept, Policy, check_number, policy_of
 from .problems import Problem, problems_of
+from .running import Running
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
 from .slots import LoadSlots
-from .staleness import Refreshing
 from .table import CachedTable, Timer
 from .view import CachedView, ViewMeta
 
 
-class BaseTableCache(Following):
+class BaseTableCache(Running):
     """What :class:`.TableCache` is but for its sessions, which stand to the right of this module.
 
     See there.
@@ -56,11 +54,15 @@ class BaseTableCache(Following):
         load_engine: Engine | None = None,
         feed: ChangeFeed | None = None,
         exclusive_writer: bool = False,
+        verify: float = 0.0,
         memory_limit: int | None = None,
         load_slots: int | None = None,
         slot_timeout: float = 300.0,
     ) -> None:
         super().__init__(feed, exclusive_writer=exclusive_writer)
+        self._verify = check_rate(verify)
+        self._wanted_modes = wanted_modes()
+        self._modes: dict[CachedTable, Mode] = {}
         self.clock: Clock = utc_now
         """Says what time it is for windows and ages, as an aware datetime; tests have their own."""
         self.memory = None if memory_limit is None else MemoryLimit(memory_limit)
@@ -76,8 +78,6 @@ class BaseTableCache(Following):
         """Told how long each load and refresh took."""
         self.closing: list[Callable[[], object]] = []
         """Called when the cache is closed, while its views are still there."""
-        self._closed = False
-        self.refreshing = Refreshing(self.upkeep)
         if engine is not None:
             self.bind(engine)
         for view in views:
@@ -118,6 +118,8 @@ class BaseTableCache(Following):
         self._keep(view, table)
         self._follow_view(table)
         self.refreshing.watch(table)
+        mode = self._modes[table] = Mode(table, self._verify)
+        mode.set(self._wanted_modes.of(view.__name__))
         return table
 
     def _keep(self, view: type[CachedView], table: CachedTable) -> None:
@@ -364,6 +366,27 @@ class BaseTableCache(Following):
         """Read again what is marked now, instead of before the next answer."""
         self.table(view).refresh()
 
+    # -- modes ----------------------------------------------------------------------------------
+
+    def set_mode(self, view: type[CachedView], mode: str) -> None:
+        """Say who answers reads of a view from now on. Emits no SQL.
+
+        ``"on"``: the cache. ``"off"``: the database. ``"shadow"``: the database, and what the cache
+        would have said is compared with it: ``cache.stats(View).mismatches`` counts what was
+        different, and the log shows the first ones. In all modes the view is kept as it is.
+
+        The environment variable ``SA_TABLECACHE_MODE`` says it for all views, or for some of them:
+        ``shadow``, or ``off,FlightBoard=on``.
+
+        :raises TableCacheError: for another mode.
+        :raises UnknownView: if the view is not in the cache.
+        """
+        self._modes[self.table(view)].set(check_mode(mode, f"set_mode({view.__name__}, ...)"))
+
+    def mode(self, view: type[CachedView]) -> str:
+        """Return the mode of a view: ``"on"``, ``"shadow"`` or ``"off"``."""
+        return self._modes[self.table(view)].name
+
     # -- figures --------------------------------------------------------------------------------
 
     def stats(self, view: type[CachedView]) -> Stats:
@@ -395,55 +418,7 @@ class BaseTableCache(Following):
             raise CriteriaError("this is not a SELECT of a cached view")
         return explain(self.table(view), statement)
 
-    # -- start and end --------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Start the upkeep: what the cache does in the background. Entering the cache does it, too.
-
-        Each job has a daemon thread (of an :class:`.AsyncTableCache`: a task of the running event
-        loop). One that fails is tried again, after 0.5 s and then less and less often, down to
-        every 30 s; :meth:`health` tells. A cache that was started lives until it is closed. After a
-        fork the child's upkeep starts by itself.
-
-        :raises TableCacheError: if it was started already.
-        """
-        self.upkeep.start(in_task=bool(self.engine.dialect.is_async))
-
-    def health(self) -> Health:
-        """Return how the cache is doing: its upkeep, and whether something keeps failing.
-
-        Emits no SQL. ::
-
-            health = cache.health()
-            return JSONResponse(health.reasons, status_code=200 if health.ok else 503)
-        """
-        feed = None if self.consumer is None else self.consumer.health()
-        return health(self.upkeep, feed, () if feed is None else feed.complaints)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Have the database answer all reads of a block, in whatever thread or task they are.
-
-        ::
-
-            with cache.disabled():
-                slow = measure(report)
-
-        What is loaded stays, and commits are noticed as ever. Emits no SQL.
-        """
-        reason = Reason("disabled", "the cache is disabled")
-
-        def guard(*_: Any) -> str:
-            return reason
-
-        tables = list(self._tables.values())
-        for table in tables:
-            table.guards = (guard, *table.guards)
-        try:
-            yield
-        finally:
-            for table in tables:
-                table.guards = tuple(each for each in table.guards if each is not guard)
+    # -- end ------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Stop noticing commits, give up all records, close the cache's own connections.

@@ -126,6 +126,11 @@ class Invalidation:
     def _actions(self) -> frozenset[Action]:
         return frozenset[Action]().union(*(layout.actions for layout in self._layouts()))
 
+    def after_fork(self) -> None:
+        """In a forked child: the commits under way are the parent's, and end there."""
+        self._lock = Lock()
+        self._orphans.clear()
+
     # -- commits --------------------------------------------------------------------------------
 
     def wanted(self, table: str) -> frozenset[str] | None:
@@ -177,14 +182,19 @@ class Invalidation:
         for table in list(self._tables.values()):
             table.doubtful = table.doubtful or changes.everything
             table.publish(self._marks_of(table, changes), leased.get(table))
-        for table in list(self._tables.values()):
-            table.observers.tell()
+        self._tell_observers()
 
     def mark(self, changes: ChangeSet) -> None:
         """Mark what the application says has changed, whatever a change feed tells."""
         self._add_side_effects(changes)
         for table in list(self._tables.values()):
             table.publish(table.marks_of(changes))
+        self._tell_observers()
+
+    def _tell_observers(self) -> None:
+        # When all leases have ended: one of them may be interrupted.
+        for table in list(self._tables.values()):
+            table.observers.tell()
 
     def _marks_of(self, table: CachedTable, changes: ChangeSet) -> Marks:
         """Return what changes mark of a view; those of unknown rows a feed may tell of."""

@@ -44,6 +44,7 @@ from sqlalchemy.types import NullType
 from .analysis import ViewPlan
 from .comparison import Comparison, to_utc
 from .exc import TableCacheError, UnsuitableEngine
+from .forks import abandon
 from .readers import EveryScope
 
 log = logging.getLogger(__name__)
@@ -169,6 +170,12 @@ class Snapshots:
                 connection.rollback()
                 connection.exec_driver_sql(f"PRAGMA busy_timeout = {timeout}")
         return True
+
+    def after_fork(self) -> None:
+        """In a forked child: have a pool of one's own; a pool that was given is the giver's."""
+        if self._owned and self._engine is not None:
+            abandon(self._engine.pool)
+            self._engine = None
 
     def close(self) -> None:
         """Close the pool, if it is the cache's own."""
@@ -340,14 +347,12 @@ class Loader:
     ) -> Rows:
         """Read records: one SELECT; ``stream`` for many, in parts of 1,000 rows.
 
-        :param check: called with what was read so far, and whether that is all; it may raise.
+        :param check: called with what was read so far; it may raise.
         """
         rows = Rows(hidden=[] if self.hidden else None)
         statement = self.statement(*criteria).order_by(*order_by).limit(limit)
         if not stream:
             self._add(rows, connection.execute(statement).all(), None)
-            if check is not None:
-                check(rows, True)
             return rows
         pools: list[dict[Any, Any] | None] = [
             {} if isinstance(clause.type, _SHARED) else None for clause in self.clauses
@@ -363,8 +368,6 @@ class Loader:
                     progress(len(rows.records))
                 if check is not None:
                     check(rows, False)
-        if check is not None:
-            check(rows, True)
         return rows
 
     def _add(

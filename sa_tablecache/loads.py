@@ -88,10 +88,8 @@ class Loads(ViewState):
         super().__init__(plan)
         self._snapshots = snapshots
         self._in_task = bool(snapshots.dialect.is_async)
-        self._loading = Turn(in_task=self._in_task)
-        self._refreshing = Turn(in_task=self._in_task)
         self._ready: Future[Any] = new_future()
-        self._setting_up = Turn(in_task=self._in_task)
+        self._take_turns()
         self.doubtful = False
         """Whether DDL ran, or what may have been, since the catalog was asked."""
         self.timers: list[Callable[[Any, str, float], object]] = []
@@ -103,6 +101,28 @@ class Loads(ViewState):
         self.memory: MemoryLimit | None = None
         self._measured: tuple[Storage | None, int] = None, 0
 
+    def _take_turns(self) -> None:
+        self._loading, self._refreshing, self._setting_up = (
+            Turn(in_task=self._in_task) for _ in range(3)
+        )
+
+    def after_fork(self, *, keep: bool) -> bool:
+        """See :meth:`.ViewState.after_fork`."""
+        if self._setting_up.taken:
+            # Another thread was changing it, or about to.
+            keep, self.layout = False, None
+        if self.keeper is not None:
+            self.keeper.after_fork(intact=not self._refreshing.taken)
+        if self.memory is not None:
+            self.memory.after_fork()
+        self._take_turns()
+        keep = super().after_fork(keep=keep)
+        ready = keep and self._ready.done()
+        self._ready = new_future()
+        if ready:
+            self._ready.set_result(None)
+        return keep
+
     # -- setting up -----------------------------------------------------------------------------
 
     def set_up(self) -> Layout:
@@ -112,7 +132,7 @@ class Loads(ViewState):
                 if self.layout is None:
                     layout = Layout(self.plan, self._snapshots.dialect, *self._probed())
                     with self._lock:
-                        self._set_state(State(layout.build(layout.no_rows()), Coverage()))
+                        self._set_state(State(layout.empty(), Coverage()))
                         self.layout = layout
         return self.layout
 
@@ -184,6 +204,8 @@ class Loads(ViewState):
                             )
                             complete = part == missing
                             target = missing = part
+                    if check is not None:
+                        check(rows, True)
                     self._pause("loaded")
                     rows = layout.only(rows, index, missing)
                 expired = 0
@@ -357,7 +379,7 @@ class Loads(ViewState):
         """Give up all records."""
         layout = self.set_up()
         with self._loading, self._lock:
-            empty = layout.build(layout.no_rows())
+            empty = layout.empty()
             if not self._freshness.underway:
                 self._freshness.forget()
             self.observers.stored(self._state.storage, empty, refreshed=False)
@@ -365,6 +387,10 @@ class Loads(ViewState):
             if self._ready.done():
                 self._ready = new_future()
         self.observers.tell()
+
+    def wait_for_load(self) -> bool:
+        """Wait for the load that is under way; say whether there was one."""
+        return self._loading.wait()
 
     def wait_ready(self, timeout: float | None) -> bool:
         """Wait for the first load to end."""
@@ -392,10 +418,9 @@ class Loads(ViewState):
             self._measured = storage, size
         return size
 
-    def yield_bytes(self, wanted: int) -> None:
+    def yield_bytes(self, wanted: int, *, wait: bool) -> bool:
         """Give up what would be loaded again when it is needed."""
-        if self.keeper is not None:
-            self.keeper.yield_bytes(wanted)
+        return self.keeper is None or self.keeper.yield_bytes(wanted, wait=wait)
 
     def _tell_timers(self, what: str, seconds: float) -> None:
         for timer in self.timers:

@@ -33,6 +33,7 @@ from .reading import (
     filling,
     freshen,
     lacking,
+    missed,
     note_kept,
     remember,
 )
@@ -88,15 +89,16 @@ def range_from_cache(
                 state = None if stale is None else table.state
             if state is not None:
                 if not state.coverage and not fills:
-                    if fetch:
-                        remember(session, table, "miss", NOT_LOADED)
+                    if fetch and missed(session, table, NOT_LOADED):
+                        continue
                     return None
                 layout, name = table.set_up(), read.by.name
                 interval = range_interval(layout, read, state)
+                elsewhere = None
                 covered = (
                     state.coverage.everything
                     or state.coverage.of(name).covers(interval)
-                    or _covered_otherwise(layout, read, state)
+                    or (elsewhere := _covered_otherwise(layout, read, state)) is not None
                     or _holds_enough(read, state, interval)
                 )
                 lent = False
@@ -104,7 +106,7 @@ def range_from_cache(
                     more = keeper.lent(state)
                     covered = lent = more is not state and (
                         more.coverage.of(name).covers(interval)
-                        or _covered_otherwise(layout, read, more)
+                        or _covered_otherwise(layout, read, more) is not None
                     )
                 if not (covered or fetch):
                     return None
@@ -134,7 +136,8 @@ def range_from_cache(
                         remember(session, table, "hit", stale or (REFRESHED if refreshed else ""))
                     else:
                         if not loaded:
-                            keeper.used(name, (interval,))
+                            where, inner = elsewhere or (name, interval)
+                            keeper.used(where, (inner,))
                         note_kept(session, table, stale, loaded=loaded, lent=lent, again=refreshed)
                     if stale is not None:
                         cache.refreshing.behind(table)
@@ -179,7 +182,8 @@ def _partial_range(
     gaps = range_statement(session, table, read).where(
         intervals_clause(layout.score_columns(name), missing)
     )
-    fetched = fetch_records(session, table.view, gaps)
+    with table.misses.slot():
+        fetched = fetch_records(session, table.view, gaps)
     if not table.may_merge(state, name, present):
         remember(session, table, "miss", CHANGED)
         return None
@@ -189,8 +193,10 @@ def _partial_range(
     return records if read.limit is None else records[: read.limit]
 
 
-def _covered_otherwise(layout: Layout, read: RangeRead, state: State) -> bool:
-    """Whether the coverage of another index contains the range.
+def _covered_otherwise(
+    layout: Layout, read: RangeRead, state: State
+) -> tuple[str, Interval] | None:
+    """Return another index whose coverage contains the range, and the interval of it that does.
 
     A range of ("tailnum", "time_hour") is covered by times that contain its times, for instance.
     """
@@ -206,8 +212,8 @@ def _covered_otherwise(layout: Layout, read: RangeRead, state: State) -> bool:
         else:
             inner = _bounds(layout, read, position, ())
         if covered.covers(inner):
-            return True
-    return False
+            return index, inner
+    return None
 
 
 def _bounds(layout: Layout, read: RangeRead, position: int, prefix: tuple[Any, ...]) -> Interval:

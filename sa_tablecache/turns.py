@@ -84,6 +84,11 @@ class Section:
     def __init__(self) -> None:
         self._lock = Lock()
 
+    @property
+    def taken(self) -> bool:
+        """Whether some thread is inside, or was when this process was forked."""
+        return self._lock.locked()
+
     def __enter__(self) -> None:
         _inside.depth += 1
         self._lock.acquire()
@@ -108,6 +113,11 @@ class Turn:
         self._lock = Lock()
         self._current: Future[Any] | None = None
 
+    @property
+    def taken(self) -> bool:
+        """Whether it is somebody's turn, or was when this process was forked."""
+        return self._current is not None
+
     def __enter__(self) -> None:
         while True:
             with self._lock:
@@ -116,6 +126,12 @@ class Turn:
                     self._current = new_future()
                     return
             wait_for(current, in_task=self._in_task)
+
+    def wait(self) -> bool:
+        """Wait for the end of the turn that somebody has; say whether somebody had one."""
+        with self._lock:
+            current = self._current
+        return current is not None and wait_for(current, in_task=self._in_task)
 
     def try_enter(self) -> bool:
         """Enter if nobody is inside, without waiting; whoever may enter has to leave."""

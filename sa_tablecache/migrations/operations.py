@@ -311,6 +311,11 @@ def _watch_table(operations: Operations, op: WatchTableOp) -> None:
                 f"{' and '.join(missing)}, as autogenerate renders it if env.py gives "
                 "context.configure() sa_tablecache_offline=True"
             )
+    elif changelog.installed(operations.get_bind()).version is None:
+        raise CommandError(
+            f"{_called(op)}: there is no changelog in this database: op.create_change_feed() has "
+            "to come before"
+        )
     elif key is None or cascades is None:
         proposed = changelog.propose(operations.get_bind(), relation, op.ranges, key or ())
         key = proposed.key if key is None else key

@@ -20,12 +20,13 @@ from sa_tablecache import (
     bypass_cache,
     no_store,
 )
+from sa_tablecache.limits import MemoryLimit
 from sa_tablecache.readthrough import MOST_FILLS, WASTE, ReadRanges
 from tests.integration.checking import counting
 from tests.integration.databases import Database
 from tests.integration.flights import World, flight, flights_world, hour, ids, insert_flights
 from tests.integration.pausing import Held, Running
-from tests.zoo import Flight, OuterBoard, Plane
+from tests.zoo import Flight, InnerBoard, OuterBoard, Plane
 
 
 @pytest.fixture
@@ -526,6 +527,47 @@ def test_nothing_leaves_while_a_load_builds_on_it(world: World) -> None:
     held.let_go()
     load.result()
     assert world.ids(*between(0, 2)) == [1, 2, 3]
+    world.cache._check()
+
+
+def test_reads_by_key_and_by_other_indexes_count_as_uses(world: World) -> None:
+    """What is read with get(), or through another index, is not what leaves next."""
+    keeper = keep(world, max_records=100)
+    world.ids(*between(0, 3))
+    world.ids(OuterBoard.id == 5)
+    with world.Session() as session:
+        assert session.get(OuterBoard, 5) is not None
+        assert len(session.range(OuterBoard.by_plane, "N1", ge=hour(0), lt=hour(2))) == 1
+        assert session.last_read is not None
+        assert session.last_read.kind == "hit"
+    keeper._drain()
+    assert all(found.used for found in keeper._ranges)
+
+
+def test_a_refused_load_waits_for_a_refresh_before_it_is_refused(world: World) -> None:
+    """Room that only a refresh under way keeps from being made is waited for."""
+    world.cache.add(InnerBoard)
+    for view in (InnerBoard, OuterBoard):
+        world.cache.load(view)
+    memory = MemoryLimit(int(world.cache.stats(InnerBoard).bytes * 1.2))
+    for view in (InnerBoard, OuterBoard):
+        table = world.cache.table(view)
+        memory.add(table)
+        table.memory = memory
+    world.cache.clear(InnerBoard)
+    keep(world)
+    table = world.cache.table(OuterBoard)
+    with world.engine.begin() as connection:
+        connection.execute(update(Flight).where(Flight.id == 2).values(delay=1.0))
+    held = Held(table, "read")
+    refresh = Running(table.refresh)
+    assert held.reached.wait(20)
+    load = Running(lambda: world.cache.load(InnerBoard))
+    held.let_go()
+    refresh.result()
+    load.result()
+    assert world.cache.stats(InnerBoard).records == 6
+    assert records(world) == 0
     world.cache._check()
 
 

@@ -20,6 +20,7 @@ ORDER = """
     settings
     options
     turns
+    forks
     functions
     view
     readers
@@ -60,6 +61,7 @@ ORDER = """
     history
     observers
     state
+    misses
     keeping
     loads
     table
@@ -67,11 +69,13 @@ ORDER = """
     invalidation
     upkeep
     health
-    following
     staleness
-    forks
+    following
+    running
+    modes
     answering
     remembered
+    room
     readthrough
     windows
     policies
@@ -81,11 +85,10 @@ ORDER = """
     problems
     cache
     scopes
-    modes
-    misses
     reading
     ranges
     results
+    shadow
     listening
     session
     metrics
@@ -103,7 +106,7 @@ ORDER = """
 
 MAX_LINES = 500
 # Modules that may be longer, and how long: the number may fall but not rise.
-LONGER: dict[str, int] = {"cache": 549}
+LONGER: dict[str, int] = {}
 
 MODULES = sorted(
     path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")
