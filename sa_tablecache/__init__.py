@@ -1,13 +1,14 @@
 """Cached views of SQLAlchemy joins: see README.md."""
 
 from .asyncio import AsyncCacheSession, AsyncTableCache
-from .cache import Problem
 from .exc import (
     CacheUnavailable,
     Closed,
     CriteriaError,
     DuplicateKey,
     FeedUnavailable,
+    LoadSlotTimeout,
+    MemoryLimitExceeded,
     NotExpressible,
     TableCacheError,
     TransactionConflict,
@@ -22,6 +23,8 @@ from .explaining import Explanation
 from .feed import ChangeFeed, FeedHealth
 from .figures import Estimate, Stats
 from .options import bypass_cache, max_staleness, no_store
+from .policies import Everything, Manual, ReadThrough, SlidingWindow
+from .problems import Problem
 from .reading import LastRead
 from .scopes import harmless
 from .session import CacheSession, TableCache
@@ -41,13 +44,19 @@ __all__ = [
     "CriteriaError",
     "DuplicateKey",
     "Estimate",
+    "Everything",
     "Explanation",
     "FeedHealth",
     "FeedUnavailable",
     "LastRead",
+    "LoadSlotTimeout",
+    "Manual",
+    "MemoryLimitExceeded",
     "NotExpressible",
     "Problem",
+    "ReadThrough",
     "ScoreIndex",
+    "SlidingWindow",
     "Stats",
     "TableCache",
     "TableCacheError",

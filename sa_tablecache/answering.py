@@ -17,7 +17,7 @@ from .criteria import And
 from .layout import Layout
 from .orders import NAN, Record
 from .planner import Candidate, Columns, Question
-from .scores import NULLS_FIRST, NULLS_LAST, IntervalSet
+from .scores import NULLS_FIRST, NULLS_LAST, Extreme, Interval, IntervalSet
 from .shapes import Ordering, Shape
 from .state import State
 
@@ -27,7 +27,7 @@ def covered_candidate(layout: Layout, question: Question, state: State) -> Candi
     best: Candidate | None = None
     fewest = 0
     for candidate in question.candidates:
-        if _is_testable(layout, question, candidate) and state.coverage.covers(
+        if is_testable(layout, question, candidate) and state.coverage.covers(
             candidate.index, candidate.intervals
         ):
             order = state.storage.orders[candidate.index]
@@ -42,10 +42,88 @@ def covered_candidate(layout: Layout, question: Question, state: State) -> Candi
     return best
 
 
-def _is_testable(layout: Layout, question: Question, candidate: Candidate) -> bool:
+def is_testable(layout: Layout, question: Question, candidate: Candidate) -> bool:
     """Whether what an index leaves to test is about columns that records have."""
     about = question.shape.about
     return all(about[number] <= layout.columns.public for number in candidate.residual)
+
+
+def limited_candidate(layout: Layout, question: Question, state: State) -> Candidate | None:
+    """Return an index that covers the first records of its range, if the limit asks for no more."""
+    if question.limit is None:
+        return None
+    for candidate in question.candidates:
+        if candidate.residual or len(candidate.intervals) != 1:
+            continue
+        direction = index_direction(candidate, question.shape.orderings, layout.columns)
+        if direction is not None and holds_first(
+            state,
+            candidate.index,
+            candidate.intervals.intervals[0],
+            question.offset + question.limit,
+            from_end=direction,
+        ):
+            return candidate
+    return None
+
+
+def holds_first(
+    state: State, index: str, interval: Interval, count: int, *, from_end: bool = False
+) -> bool:
+    """Whether storage is known to hold the first (last) so many records of an interval."""
+    found = state.coverage.of(index).overlapping(interval)
+    if not found:
+        return False
+    if from_end:
+        inner = Interval(max(found[-1].lower, interval.lower), interval.upper)
+        begins = found[-1].upper >= interval.upper
+    else:
+        inner = Interval(interval.lower, min(found[0].upper, interval.upper))
+        begins = found[0].lower <= interval.lower
+    return begins and state.storage.orders[index].count(inner) >= count
+
+
+def loadable_candidate(
+    layout: Layout, question: Question
+) -> tuple[Candidate, int | None, bool] | None:
+    """Return the index along which a question would best be loaded, if it should be.
+
+    :returns: the index with its intervals; how many records are enough, ``None`` for all; and
+        whether from the end.
+    :raises Inexact: if storage could not give the answer even then.
+    """
+    best: tuple[Any, Candidate, int | None, bool | None] | None = None
+    for candidate in question.candidates:
+        if not is_testable(layout, question, candidate) or not layout.is_expressible(
+            candidate.index, candidate.intervals
+        ):
+            continue
+        direction = index_direction(candidate, question.shape.orderings, layout.columns)
+        most = None
+        if (
+            question.limit is not None
+            and direction is not None
+            and not candidate.residual
+            and len(candidate.intervals) == 1
+        ):
+            most = question.offset + question.limit
+        is_open = any(map(_is_open, candidate.intervals))
+        if is_open and most is None and (candidate.residual or question.limit is not None):
+            continue  # the database needs less for its answer than would have to be read
+        rank = (most is None, is_open, len(candidate.residual), -len(candidate.fixed))
+        if best is None or rank < best[0]:
+            best = rank, candidate, most, direction
+    if best is None:
+        return None
+    _, candidate, most, direction = best
+    if direction is None:
+        check_sortable(question.shape.orderings, layout.columns)
+    return candidate, most, bool(direction)
+
+
+def _is_open(interval: Interval) -> bool:
+    """Whether an interval has no bound on one side, NULLs aside."""
+    return any(all(isinstance(value, Extreme) for value in cut) for cut in interval)
 
 
 def partial_candidate(
@@ -62,7 +140,7 @@ def partial_candidate(
         if (
             not present
             or not layout.is_expressible(candidate.index, missing)
-            or not _is_testable(layout, question, candidate)
+            or not is_testable(layout, question, candidate)
         ):
             continue
         order = state.storage.orders[candidate.index]

@@ -18,14 +18,16 @@ from sqlalchemy.sql import ColumnElement
 from sqlalchemy.util import greenlet_spawn
 
 from . import ranges
-from .cache import Problem
 from .exc import TableCacheError, Unbound
 from .explaining import Explanation
 from .feed import ChangeFeed
 from .figures import Estimate, Stats
 from .following import AnswerFreshness
 from .health import Health
+from .keeping import Clock
 from .loading import Progress
+from .policies import Policy
+from .problems import Problem
 from .ranges import RangeRead
 from .reading import Answer, LastRead
 from .results import result_of
@@ -59,12 +61,20 @@ class AsyncTableCache:
         load_engine: AsyncEngine | None = None,
         feed: ChangeFeed | None = None,
         exclusive_writer: bool = False,
+        verify: float = 0.0,
+        memory_limit: int | None = None,
+        load_slots: int | None = None,
+        slot_timeout: float = 300.0,
     ) -> None:
         self._engine: AsyncEngine | None = None
         self.sync_cache = TableCache(
             load_engine=load_engine.sync_engine if load_engine is not None else None,
             feed=feed,
             exclusive_writer=exclusive_writer,
+            verify=verify,
+            memory_limit=memory_limit,
+            load_slots=load_slots,
+            slot_timeout=slot_timeout,
         )
         """The cache that this one is a proxy of."""
         if engine is not None:
@@ -88,9 +98,22 @@ class AsyncTableCache:
             raise Unbound("this cache is not bound to an engine yet: call cache.bind(engine)")
         return self._engine
 
-    def add(self, view: type[CachedView]) -> None:
+    def add(self, view: type[CachedView], *, policy: Policy | None = None) -> None:
         """See :meth:`.TableCache.add`."""
-        self.sync_cache.add(view)
+        self.sync_cache.add(view, policy=policy)
+
+    @property
+    def clock(self) -> Clock:
+        """Says what time it is for windows and ages; see :attr:`.TableCache.clock`."""
+        return self.sync_cache.clock
+
+    @clock.setter
+    def clock(self, clock: Clock) -> None:
+        self.sync_cache.clock = clock
+
+    async def step(self, view: type[CachedView]) -> None:
+        """See :meth:`.TableCache.step`."""
+        await greenlet_spawn(self.sync_cache.step, view)
 
     @property
     def views(self) -> tuple[type[CachedView], ...]:
@@ -98,16 +121,26 @@ class AsyncTableCache:
         return self.sync_cache.views
 
     async def load(
-        self, view: type[CachedView], *criteria: Criterion, progress: Progress | None = None
+        self,
+        view: type[CachedView],
+        *criteria: Criterion,
+        progress: Progress | None = None,
+        chunk: int | None = None,
     ) -> None:
         """See :meth:`.TableCache.load`."""
-        await greenlet_spawn(self.sync_cache.load, view, *criteria, progress=progress)
+        load = self.sync_cache.load
+        await greenlet_spawn(load, view, *criteria, progress=progress, chunk=chunk)
 
     async def extend(
-        self, view: type[CachedView], *criteria: Criterion, progress: Progress | None = None
+        self,
+        view: type[CachedView],
+        *criteria: Criterion,
+        progress: Progress | None = None,
+        chunk: int | None = None,
     ) -> None:
         """See :meth:`.TableCache.extend`."""
-        await greenlet_spawn(self.sync_cache.extend, view, *criteria, progress=progress)
+        extend = self.sync_cache.extend
+        await greenlet_spawn(extend, view, *criteria, progress=progress, chunk=chunk)
 
     async def evict(self, view: type[CachedView], *criteria: Criterion) -> None:
         """See :meth:`.TableCache.evict`."""
@@ -244,6 +277,14 @@ class AsyncTableCache:
             )
         else:
             self.sync_cache.attach(target, scope=scope, freshness=freshness)
+
+    def set_mode(self, view: type[CachedView], mode: str) -> None:
+        """See :meth:`.TableCache.set_mode`."""
+        self.sync_cache.set_mode(view, mode)
+
+    def mode(self, view: type[CachedView]) -> str:
+        """See :meth:`.TableCache.mode`."""
+        return self.sync_cache.mode(view)
 
     def start(self) -> None:
         """See :meth:`.TableCache.start`; the jobs are tasks of the running event loop."""

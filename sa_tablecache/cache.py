@@ -6,51 +6,41 @@ In: an engine, views, and what the application says (load, evict, invalidate). A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
 from sqlalchemy import Engine, select
 from sqlalchemy.sql import ColumnElement
 
-from .analysis import ViewPlan, plan_of, table_label, table_name
+from .analysis import plan_of
 from .answering import covered_candidate
-from .changes import MOST_RANGES, VIEW, ChangeSet, Marks, RangeMark
+from .changes import MOST_RANGES, VIEW, Marks, RangeMark
 from .comparison import Inexact
-from .events import tables_of, unwatch, watch
+from .events import unwatch, watch
 from .exc import Closed, CriteriaError, NotExpressible, TableCacheError, Unbound, UnknownView
 from .explaining import Explanation, explain
 from .feed import ChangeFeed
-from .figures import Estimate, Reason, Stats, estimate
-from .following import Following
-from .health import Health, health
+from .figures import Estimate, Stats, estimate
 from .indexing import indexes_lacking_in
+from .invalidation import named_changes
+from .keeping import Clock, utc_now
 from .layout import log_coarse
+from .limits import MemoryLimit
 from .loading import Progress, Snapshots
+from .modes import Mode, check_mode, check_rate, wanted_modes
 from .planner import ask, load_target, no_range
+from .policies import Kept, Policy, check_number, policy_of
+from .problems import Problem, problems_of
+from .running import Running
 from .scores import EVERYTHING, IntervalSet
 from .shapes import shape_of, view_of
-from .staleness import Refreshing
-from .statements import exact_value
+from .slots import LoadSlots
 from .table import CachedTable, Timer
-from .triggers import unexplained
 from .view import CachedView, ViewMeta
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something about a cache that its owner should know."""
-
-    view: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.view}: {self.what}"
-
-
-class BaseTableCache(Following):
+class BaseTableCache(Running):
     """What :class:`.TableCache` is but for its sessions, which stand to the right of this module.
 
     See there.
@@ -64,8 +54,22 @@ class BaseTableCache(Following):
         load_engine: Engine | None = None,
         feed: ChangeFeed | None = None,
         exclusive_writer: bool = False,
+        verify: float = 0.0,
+        memory_limit: int | None = None,
+        load_slots: int | None = None,
+        slot_timeout: float = 300.0,
     ) -> None:
         super().__init__(feed, exclusive_writer=exclusive_writer)
+        self._verify = check_rate(verify)
+        self._wanted_modes = wanted_modes()
+        self._modes: dict[CachedTable, Mode] = {}
+        self.clock: Clock = utc_now
+        """Says what time it is for windows and ages, as an aware datetime; tests have their own."""
+        self.memory = None if memory_limit is None else MemoryLimit(memory_limit)
+        self._slots = None if load_slots is None else LoadSlots(load_slots, slot_timeout)
+        self._policies: dict[type[CachedView], Policy] = {}
+        self._kept: dict[type[CachedView], tuple[str, Kept]] = {}
+        """What each policy does, and the name of its job."""
         self._engine: Engine | None = None
         self._given_load_engine = load_engine
         self._watched: list[Engine] = []
@@ -74,8 +78,6 @@ class BaseTableCache(Following):
         """Told how long each load and refresh took."""
         self.closing: list[Callable[[], object]] = []
         """Called when the cache is closed, while its views are still there."""
-        self._closed = False
-        self.refreshing = Refreshing(self.upkeep)
         if engine is not None:
             self.bind(engine)
         for view in views:
@@ -109,9 +111,33 @@ class BaseTableCache(Following):
     def _new_table(self, view: type[CachedView], snapshots: Snapshots) -> CachedTable:
         table = CachedTable(plan_of(view), snapshots)
         table.timers = self.timers
+        table.slots = self._slots
+        if self.memory is not None:
+            table.memory = self.memory
+            self.memory.add(table)
+        self._keep(view, table)
         self._follow_view(table)
         self.refreshing.watch(table)
+        mode = self._modes[table] = Mode(table, self._verify)
+        mode.set(self._wanted_modes.of(view.__name__))
         return table
+
+    def _keep(self, view: type[CachedView], table: CachedTable) -> None:
+        """Have the policy of a view kept, in the place of another if there was one."""
+        if view in self._kept:
+            job, before = self._kept[view]
+            self.upkeep.remove(job)
+            table.guards = tuple(guard for guard in table.guards if guard != before.guard)
+        job = f"policy of {table.name}"
+        if job in self.upkeep:  # of another view of that name
+            job = f"policy of {view.__module__}.{view.__qualname__}"
+        kept = self._policies[view].keep(table, lambda: self.clock)
+        self._kept[view] = job, kept
+        table.keeper, table.rereads = kept.keeper, kept.rereads
+        if kept.guard is not None:
+            table.guards = (*table.guards, kept.guard)
+        if kept.step is not None:
+            self.upkeep.add(job, kept.step)
 
     def _watch(self, engine: Engine) -> None:
         watch(engine, self)
@@ -137,19 +163,29 @@ class BaseTableCache(Following):
         """The views that were added."""
         return tuple(self._views)
 
-    def add(self, view: type[CachedView]) -> None:
+    def add(self, view: type[CachedView], *, policy: Policy | None = None) -> None:
         """Add a view; nothing of it is loaded. Emits no SQL.
 
+        :param policy: which records to keep: :class:`.Everything`, :class:`.SlidingWindow`,
+            :class:`.ReadThrough` or :class:`.Manual`; by default what the view declares as
+            ``__policy__``. Of a view that was added before, it takes the place of the policy.
         :raises ViewDefinitionError: if the view cannot be right.
+        :raises NotExpressible: if the policy needs an index that the view does not have.
         """
         self._check_open()
         if not isinstance(view, ViewMeta):
             raise TableCacheError(f"{view!r} is not a CachedView")
         plan = plan_of(view)
+        chosen = policy_of(plan, policy)
         with self._lock:
             if view in self._views:
+                if policy is not None:
+                    self._policies[view] = chosen
+                    if view in self._tables:
+                        self._keep(view, self._tables[view])
                 return
             self._views.append(view)
+            self._policies[view] = chosen
             if self._snapshots is not None:
                 self._tables[view] = self._new_table(view, self._snapshots)
         for table, why in plan.coarse.items():
@@ -188,6 +224,7 @@ class BaseTableCache(Following):
         view: type[CachedView],
         *criteria: ColumnElement[bool] | bool,
         progress: Progress | None = None,
+        chunk: int | None = None,
     ) -> None:
         """Make the coverage exactly what the criteria say; without criteria, everything.
 
@@ -195,22 +232,34 @@ class BaseTableCache(Following):
         stays. Readers go on meanwhile, with the old coverage until the new one is complete. A load
         that fails leaves all as it was.
 
+        With ``chunk``, several SELECTs fetch so many records each, in the order of the index, each
+        in a snapshot of its own that ends with it. Each chunk extends the coverage when it is
+        there; one that fails leaves those before it, and the same call goes on from there. What is
+        covered no more is expired at the end.
+
         :param criteria: a range of one index, such as ``View.time_hour >= since``.
         :param progress: called every 1,000 rows with the number of rows so far.
-        :raises NotExpressible: if no index can express the criteria; it says which one would.
+        :param chunk: how many records to fetch at a time; ``None`` for all at once.
+        :raises NotExpressible: if no index can express the criteria; it says which one would. With
+            ``chunk``, if the index does not sort in Python as in the database.
+        :raises MemoryLimitExceeded: if there is a ``memory_limit``, and it would pass it.
+        :raises LoadSlotTimeout: if there are ``load_slots``, and none became free in time.
         """
+        check_number("chunk", chunk)
         table, index, intervals = self._target(view, criteria)
-        table.load(index, intervals, progress=progress)
+        table.load_chunks(index, intervals, chunk, progress=progress)
 
     def extend(
         self,
         view: type[CachedView],
         *criteria: ColumnElement[bool] | bool,
         progress: Progress | None = None,
+        chunk: int | None = None,
     ) -> None:
         """Add what the criteria say to the coverage; like :meth:`load`, nothing is expired."""
+        check_number("chunk", chunk)
         table, index, intervals = self._target(view, criteria)
-        table.load(index, intervals, extend=True, progress=progress)
+        table.load_chunks(index, intervals, chunk, extend=True, progress=progress)
 
     def evict(self, view: type[CachedView], *criteria: ColumnElement[bool] | bool) -> None:
         """Take what the criteria say out of the coverage. Emits no SQL.
@@ -221,8 +270,24 @@ class BaseTableCache(Following):
         table.evict(index, intervals)
 
     def clear(self, view: type[CachedView]) -> None:
-        """Give up all records of a view. Emits no SQL."""
+        """Give up all records of a view. Emits no SQL.
+
+        A policy that runs in the background begins again.
+        """
         self.table(view).clear()
+        self.upkeep.wake(self._kept[view][0])
+
+    def step(self, view: type[CachedView]) -> None:
+        """Do one step of what the policy of a view does in the background, now and here.
+
+        ::
+
+            cache.step(FlightBoard)   # of a SlidingWindow: load what came in, expire the rest
+        """
+        table = self.table(view)
+        step = self._kept[table.view][1].step
+        if step is not None:
+            step()
 
     def covers(self, view: type[CachedView], *criteria: ColumnElement[bool] | bool) -> bool:
         """Whether everything that meets the criteria is in storage, fresh or marked."""
@@ -278,30 +343,7 @@ class BaseTableCache(Following):
             marked.publish(self._marks_where(view, what))
             marked.observers.tell()
             return
-        changes = ChangeSet()
-        tables = tables_of(target)
-        for table in tables:
-            if not what:
-                changes.add_table(table_name(table))
-                continue
-            for key in what:
-                values = key if isinstance(key, tuple) else (key,)
-                columns = tuple(table.primary_key.columns)
-                if len(values) != len(columns):
-                    raise CriteriaError(
-                        f"{key!r} is no primary key of {table.fullname}, which is "
-                        f"({', '.join(c.name for c in columns)})"
-                    )
-                dialect = self.engine.dialect.name
-                exact = tuple(
-                    exact_value(c, v, dialect) for c, v in zip(columns, values, strict=True)
-                )
-                if None in exact:
-                    changes.add_table(table_name(table))
-                else:
-                    changes.add_rows(table_name(table), [exact])
-        assert self.engine is not None
-        self.mark(changes)
+        self.mark(named_changes(target, what, self.engine.dialect.name))
 
     def _marks_where(self, view: type[CachedView], criteria: Sequence[Any]) -> Marks:
         """Return the marks of the records that meet criteria."""
@@ -324,6 +366,27 @@ class BaseTableCache(Following):
         """Read again what is marked now, instead of before the next answer."""
         self.table(view).refresh()
 
+    # -- modes ----------------------------------------------------------------------------------
+
+    def set_mode(self, view: type[CachedView], mode: str) -> None:
+        """Say who answers reads of a view from now on. Emits no SQL.
+
+        ``"on"``: the cache. ``"off"``: the database. ``"shadow"``: the database, and what the cache
+        would have said is compared with it: ``cache.stats(View).mismatches`` counts what was
+        different, and the log shows the first ones. In all modes the view is kept as it is.
+
+        The environment variable ``SA_TABLECACHE_MODE`` says it for all views, or for some of them:
+        ``shadow``, or ``off,FlightBoard=on``.
+
+        :raises TableCacheError: for another mode.
+        :raises UnknownView: if the view is not in the cache.
+        """
+        self._modes[self.table(view)].set(check_mode(mode, f"set_mode({view.__name__}, ...)"))
+
+    def mode(self, view: type[CachedView]) -> str:
+        """Return the mode of a view: ``"on"``, ``"shadow"`` or ``"off"``."""
+        return self._modes[self.table(view)].name
+
     # -- figures --------------------------------------------------------------------------------
 
     def stats(self, view: type[CachedView]) -> Stats:
@@ -337,35 +400,11 @@ class BaseTableCache(Following):
         all is a problem too, and not raised here; and so is an index that reads of the cache need
         and that the database does not have, for which the catalog is asked about each table.
         """
+        tables = list(self._tables.values())
         problems = [Problem(view.__name__, why) for view, why in self.feed_problems().items()]
-        usable: list[ViewPlan] = []
-        for view, table in self._tables.items():
-            try:
-                columns = table.set_up().columns
-            except TableCacheError as error:
-                problems.append(Problem(view.__name__, str(error)))
-                continue
-            usable.append(table.plan)
-            problems += [
-                Problem(
-                    view.__name__, f"any change of {table_label(name)} marks the whole view: {why}"
-                )
-                for name, why in sorted(table.coarse.items(), key=lambda item: item[0][1])
-            ]
-            said = unexplained(table.set_up().automatic, self._side_effects)
-            problems += [Problem(view.__name__, what) for what in said]
-            for index in view.__indexes__.values():
-                for name in index.column_names:
-                    how = columns.comparisons[name]
-                    if not how.order:
-                        serves = "single values only" if how.equality else "nothing"
-                        problems.append(
-                            Problem(
-                                view.__name__,
-                                f"{index.name} serves {serves} of {name}: "
-                                f"{how.reason or 'no order that Python knows'}",
-                            )
-                        )
+        for table in tables:
+            problems += problems_of(table, self._side_effects)
+        usable = [table.plan for table in tables if table.layout is not None]
         if usable:
             with self.load_engine.connect() as connection:
                 lacking = indexes_lacking_in(connection, usable)
@@ -379,55 +418,7 @@ class BaseTableCache(Following):
             raise CriteriaError("this is not a SELECT of a cached view")
         return explain(self.table(view), statement)
 
-    # -- start and end --------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Start the upkeep: what the cache does in the background. Entering the cache does it, too.
-
-        Each job has a daemon thread (of an :class:`.AsyncTableCache`: a task of the running event
-        loop). One that fails is tried again, after 0.5 s and then less and less often, down to
-        every 30 s; :meth:`health` tells. A cache that was started lives until it is closed. After a
-        fork the child's upkeep starts by itself.
-
-        :raises TableCacheError: if it was started already.
-        """
-        self.upkeep.start(in_task=bool(self.engine.dialect.is_async))
-
-    def health(self) -> Health:
-        """Return how the cache is doing: its upkeep, and whether something keeps failing.
-
-        Emits no SQL. ::
-
-            health = cache.health()
-            return JSONResponse(health.reasons, status_code=200 if health.ok else 503)
-        """
-        feed = None if self.consumer is None else self.consumer.health()
-        return health(self.upkeep, feed, () if feed is None else feed.complaints)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Have the database answer all reads of a block, in whatever thread or task they are.
-
-        ::
-
-            with cache.disabled():
-                slow = measure(report)
-
-        What is loaded stays, and commits are noticed as ever. Emits no SQL.
-        """
-        reason = Reason("disabled", "the cache is disabled")
-
-        def guard(*_: Any) -> str:
-            return reason
-
-        tables = list(self._tables.values())
-        for table in tables:
-            table.guards = (guard, *table.guards)
-        try:
-            yield
-        finally:
-            for table in tables:
-                table.guards = tuple(each for each in table.guards if each is not guard)
+    # -- end ------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Stop noticing commits, give up all records, close the cache's own connections.

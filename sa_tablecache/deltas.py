@@ -67,8 +67,13 @@ def read_touched(
     storage: Storage,
     coverage: Coverage,
     marks: Iterable[AnyMark],
+    *,
+    reread: bool = True,
 ) -> Delta:
-    """Read the records that changed rows touch, now or as they are stored."""
+    """Read the records that changed rows touch, now or as they are stored.
+
+    :param reread: whether to read all that is covered where that cannot be said.
+    """
     keys: dict[TableName, set[RowKey]] = {}
     groups: dict[tuple[str, ...], set[RowKey]] = {}
     ranges: list[RangeMark] = []
@@ -97,7 +102,8 @@ def read_touched(
             delta = Delta(touched, rows)
             _read_ranges(layout, connection, ranges, covered, delta)
             return delta
-    return Delta(None, read_coverage(layout, connection, coverage))
+    rest = read_coverage(layout, connection, coverage) if reread else layout.no_rows()
+    return Delta(None, rest)
 
 
 def _groups_of(connection: Connection, path: GroupPath, keys: set[RowKey]) -> set[RowKey] | None:

@@ -11,7 +11,9 @@
      ├── CacheUnavailable              the cache cannot be used now
      │    ├── Unbound                  used before bind()
      │    ├── Closed                   used after close()
+     │    ├── LoadSlotTimeout          a load that got none of the load slots in time
      │    └── FeedUnavailable          no change feed that can be read
+     ├── MemoryLimitExceeded           a load that would take more memory than the cache may have
      ├── UnsuitableEngine              an engine through which no consistent snapshot can be read
      ├── TransactionError              a transaction that cannot be what was asked for
      │    └── TransactionConflict      other transactions kept it from being committed
@@ -61,8 +63,26 @@ class Closed(CacheUnavailable):
     """The cache was used after it had been closed."""
 
 
+class LoadSlotTimeout(CacheUnavailable):
+    """A load got none of the ``load_slots``: other processes were loading all the time."""
+
+
 class FeedUnavailable(CacheUnavailable):
     """The database has no change feed that can be read: none, or one of another version."""
+
+
+class MemoryLimitExceeded(TableCacheError):
+    """A load would take more memory than the cache may have; nothing of it was kept.
+
+    The figures are in bytes: ``estimate`` of what was read when it was given up, ``limit``, and
+    ``held`` by everything else.
+    """
+
+    def __init__(self, message: str, *, estimate: int = 0, limit: int = 0, held: int = 0) -> None:
+        super().__init__(message)
+        self.estimate = estimate
+        self.limit = limit
+        self.held = held
 
 
 class UnsuitableEngine(TableCacheError):

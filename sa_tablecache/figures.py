@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 from sqlalchemy import Connection, func, select
 
 from .layout import Layout
+from .loading import Rows
 from .readers import EveryScope
 from .scores import IntervalSet
 from .storage import Storage
@@ -19,11 +20,16 @@ from .storage import Storage
 SAMPLE = 1_000
 """Rows that an estimate looks at."""
 
+SAMPLE_BYTES = 256
+"""Records whose values are measured."""
+
 
 # -- reads ----------------------------------------------------------------------------------------
 
 REASONS: Final[Mapping[str, str]] = {
     "refresh": "marked records were read again first",
+    "loaded": "what the read missed was loaded first",
+    "staleness": "the view's window may do without the latest records",
     "gaps": "what memory lacked was fetched and merged",
     "not_loaded": "nothing of the view is loaded",
     "coverage": "the coverage lacks what was asked, and no part of it could be used",
@@ -36,11 +42,12 @@ REASONS: Final[Mapping[str, str]] = {
     "listener": "the application listens where it could change what is read",
     "disabled": "the cache was switched off",
     "bind": "the session is bound to another database or schema",
-    "feed": "the change feed could not be read in time, or does not see the view's tables",
     "commit": "a commit that touches the view was under way",
     "refresh_failed": "the refresh failed",
     "overrun": "changes arrived faster than refreshes",
-    "feed": "the change feed could not be read, or does not tell of a table of the view",
+    "off": "the mode of the view is off",
+    "shadow": "the mode of the view is shadow: the cache was asked, too, and compared",
+    "verified": "the database was asked to verify the cache",
     "stale": "marked records were given as they were, being younger than what is allowed",
 }
 """The categories by which reads that were not plain hits are counted, and what each means."""
@@ -60,6 +67,10 @@ class Reason(str):
         reason = super().__new__(cls, words)
         reason.category = category
         return reason
+
+    def with_more(self, words: str) -> Reason:
+        """Return the reason with more words, in the same category."""
+        return type(self)(self.category, f"{self}: {words}")
 
 
 def category_of(reason: object) -> str:
@@ -94,6 +105,10 @@ class Stats:
     """How many reads were no plain hits, by the categories of :data:`REASONS`."""
     mismatches: int
     """Answers of the cache that were found not to be those of the database."""
+    comparisons: int
+    """How many were compared with the database's, by mode or to verify the cache."""
+    comparisons_skipped: int
+    """How many were to be, and could not: the view changed meanwhile, say."""
     loads: int
     load_seconds: float
     refreshes: int
@@ -107,6 +122,10 @@ class Stats:
     """How long the oldest of them has been pending."""
     leases: int
     coarse: dict[str, str] = field(default_factory=dict)
+    fills: int = 0
+    """Loads of what reads missed, by :class:`.ReadThrough`."""
+    ranges_evicted: int = 0
+    """Ranges that it gave up for want of room."""
 
 
 class Counts:
@@ -125,7 +144,12 @@ class Counts:
         self.marks: Counter[str] = Counter()
         """Marks by kind."""
         self.mismatches = 0
+        self.comparisons = 0
+        self.comparisons_skipped = 0
         self.loads = 0
+        self.fills = 0
+        """Loads of what reads missed."""
+        self.ranges_evicted = 0
         self.load_seconds = 0.0
         self.refreshes = 0
         self.refresh_seconds = 0.0
@@ -145,13 +169,19 @@ class Counts:
         return dict(totals)
 
 
-def stored_bytes(storage: Storage) -> int:
-    """Estimate the memory of all records and orders from a chunk in the middle."""
-    primary = storage.orders.get("")
-    if primary is None or not primary.chunks:
+def records_bytes(
+    records: Sequence[Any], hidden: Sequence[Any] | None, orders: int, *, stored: int = 0
+) -> int:
+    """Estimate the memory of records from some in the middle of them.
+
+    :param hidden: what stands beside them, if anything does.
+    :param orders: in how many orders they are kept.
+    :param stored: in how many of these with a key beside each.
+    """
+    if not records:
         return 0
-    middle = len(primary.chunks) // 2
-    sample = primary.chunks[middle]
+    start = max(0, (len(records) - SAMPLE_BYTES) // 2)
+    sample = records[start : start + SAMPLE_BYTES]
     seen: set[int] = set()
     size = 0
     for record in sample:
@@ -161,11 +191,39 @@ def stored_bytes(storage: Storage) -> int:
             if id(value) not in seen:
                 seen.add(id(value))
                 size += sys.getsizeof(value)
-    for records in storage.orders.values():
-        size += 8 * len(sample)
-        if records.beside is not None:
-            size += len(sample) * (8 + sys.getsizeof(records.beside[0][0]))
-    return size * len(primary) // len(sample)
+    each = 8 * orders + stored * 72
+    if hidden:
+        each += 8 + sys.getsizeof(hidden[0])
+    return (size + each * len(sample)) * len(records) // len(sample)
+
+
+def rows_bytes(layout: Layout, rows: Rows) -> int:
+    """Estimate the memory that rows will take as records of a view."""
+    orders = layout.columns.orders.values()
+    stored = sum(order.stored for order in orders)
+    return records_bytes(rows.records, rows.hidden, len(orders), stored=stored)
+
+
+def stored_bytes(storage: Storage) -> int:
+    """Estimate the memory of all records and orders from a chunk in the middle."""
+    primary = storage.orders.get("")
+    if primary is None or not primary.chunks:
+        return 0
+    middle = len(primary.chunks) // 2
+    sample = primary.chunks[middle]
+    beside = None if primary.beside is None else primary.beside[middle]
+    stored = sum(order.beside is not None for order in storage.orders.values())
+    stored -= beside is not None
+    each = records_bytes(sample, beside, len(storage.orders), stored=stored)
+    return each * len(primary) // len(sample)
+
+
+def shown_bytes(size: int) -> str:
+    """Return a number of bytes as people read it."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:,.1f} {unit}"
+    return f"{size} bytes"
 
 
 def estimate(

@@ -138,6 +138,8 @@ class Freshness:
         else:
             since = []
         # It is not known here whose they are: they are as old as any commit that is under way.
+        # So is what a feed tells of what was unread.
+        since += [self._since[UNREAD]] if UNREAD in self._since else []
         first = time.monotonic() if first is None else first
         first = min((first, *since, *self._leased_since.values()))
         for mark in marks:
@@ -229,6 +231,15 @@ class Freshness:
             self._set(mark, since[mark])
             # Those that began meanwhile must find it again when they are applied.
             self._log.append((self.sequence, mark, None))
+
+    def after_fork(self) -> None:
+        """Forget commits, loads and refreshes of the parent process: they end there."""
+        self.leased.clear()
+        self._leased_since.clear()
+        self.leases = self._moving_leases = 0
+        self._underway.clear()
+        self._begun.clear()
+        self._log.clear()
 
     def _check(self) -> None:
         """Assert the invariants of marks and leases."""

@@ -22,9 +22,11 @@ from .cascades import all_cascades
 from .changes import ChangeSet, Marks
 from .commits import Backend
 from .events import tables_of
+from .exc import CriteriaError
 from .feed import Consumer
 from .layout import Layout
 from .loading import Snapshots
+from .statements import exact_value
 from .table import CachedTable
 from .turns import after_sections
 from .view import CachedView
@@ -124,6 +126,11 @@ class Invalidation:
     def _actions(self) -> frozenset[Action]:
         return frozenset[Action]().union(*(layout.actions for layout in self._layouts()))
 
+    def after_fork(self) -> None:
+        """In a forked child: the commits under way are the parent's, and end there."""
+        self._lock = Lock()
+        self._orphans.clear()
+
     # -- commits --------------------------------------------------------------------------------
 
     def wanted(self, table: str) -> frozenset[str] | None:
@@ -175,14 +182,19 @@ class Invalidation:
         for table in list(self._tables.values()):
             table.doubtful = table.doubtful or changes.everything
             table.publish(self._marks_of(table, changes), leased.get(table))
-        for table in list(self._tables.values()):
-            table.observers.tell()
+        self._tell_observers()
 
     def mark(self, changes: ChangeSet) -> None:
         """Mark what the application says has changed, whatever a change feed tells."""
         self._add_side_effects(changes)
         for table in list(self._tables.values()):
             table.publish(table.marks_of(changes))
+        self._tell_observers()
+
+    def _tell_observers(self) -> None:
+        # When all leases have ended: one of them may be interrupted.
+        for table in list(self._tables.values()):
+            table.observers.tell()
 
     def _marks_of(self, table: CachedTable, changes: ChangeSet) -> Marks:
         """Return what changes mark of a view; those of unknown rows a feed may tell of."""
@@ -238,3 +250,29 @@ class Invalidation:
             return False  # which shows everybody their own
         with self._snapshots.open() as connection:
             return not connection.scalar(text(query), {"pid": orphan.backend.pid})
+
+
+def named_changes(model: Any, keys: Iterable[Any], dialect: str) -> ChangeSet:
+    """Return the change of rows of a mapped class or table; without keys, of any of its rows.
+
+    :raises CriteriaError: for what is neither, or a key that is none.
+    """
+    changes = ChangeSet()
+    keys = tuple(keys)
+    for table in tables_of(model):
+        if not keys:
+            changes.add_table(table_name(table))
+        columns = tuple(table.primary_key.columns)
+        for key in keys:
+            values = key if isinstance(key, tuple) else (key,)
+            if len(values) != len(columns):
+                raise CriteriaError(
+                    f"{key!r} is no primary key of {table.fullname}, which is "
+                    f"({', '.join(c.name for c in columns)})"
+                )
+            exact = tuple(exact_value(c, v, dialect) for c, v in zip(columns, values, strict=True))
+            if None in exact:
+                changes.add_table(table_name(table))
+            else:
+                changes.add_rows(table_name(table), [exact])
+    return changes

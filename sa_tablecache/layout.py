@@ -338,6 +338,10 @@ class Layout:
         """Sort rows into a storage of their own."""
         return Storage.build(self.columns.orders.values(), self._lazy, rows.records, rows.hidden)
 
+    def empty(self) -> Storage:
+        """Return a storage without records."""
+        return self.build(self.no_rows())
+
     def is_covered(self, coverage: Coverage, record: Record, hidden: Hidden | None) -> bool:
         """Whether a record is covered by any index."""
         return coverage.everything or any(

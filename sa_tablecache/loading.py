@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import tzinfo
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from sqlalchemy import (
     VARBINARY,
@@ -44,6 +44,7 @@ from sqlalchemy.types import NullType
 from .analysis import ViewPlan
 from .comparison import Comparison, to_utc
 from .exc import TableCacheError, UnsuitableEngine
+from .forks import abandon
 from .readers import EveryScope
 
 log = logging.getLogger(__name__)
@@ -170,6 +171,12 @@ class Snapshots:
                 connection.exec_driver_sql(f"PRAGMA busy_timeout = {timeout}")
         return True
 
+    def after_fork(self) -> None:
+        """In a forked child: have a pool of one's own; a pool that was given is the giver's."""
+        if self._owned and self._engine is not None:
+            abandon(self._engine.pool)
+            self._engine = None
+
     def close(self) -> None:
         """Close the pool, if it is the cache's own."""
         if self._owned and self._engine is not None:
@@ -188,6 +195,14 @@ class Rows:
         if self.hidden is None:
             return [(record, None) for record in self.records]
         return list(zip(self.records, self.hidden, strict=True))
+
+    def first(self, count: int) -> Rows:
+        """Return the first so many."""
+        return Rows(self.records[:count], None if self.hidden is None else self.hidden[:count])
+
+
+Check: TypeAlias = Callable[[Rows, bool], object]
+"""Called during a load with what was read so far, and whether that is all; it may raise."""
 
 
 class Loader:
@@ -326,10 +341,16 @@ class Loader:
         *,
         stream: bool = False,
         progress: Progress | None = None,
+        check: Check | None = None,
+        order_by: Sequence[ColumnElement[Any]] = (),
+        limit: int | None = None,
     ) -> Rows:
-        """Read records: one SELECT; ``stream`` for many, in parts of 1,000 rows."""
+        """Read records: one SELECT; ``stream`` for many, in parts of 1,000 rows.
+
+        :param check: called with what was read so far; it may raise.
+        """
         rows = Rows(hidden=[] if self.hidden else None)
-        statement = self.statement(*criteria)
+        statement = self.statement(*criteria).order_by(*order_by).limit(limit)
         if not stream:
             self._add(rows, connection.execute(statement).all(), None)
             return rows
@@ -345,6 +366,8 @@ class Loader:
                         pools[at] = None
                 if progress is not None:
                     progress(len(rows.records))
+                if check is not None:
+                    check(rows, False)
         return rows
 
     def _add(

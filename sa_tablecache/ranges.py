@@ -13,11 +13,13 @@ from sqlalchemy import Select, literal, select
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
 
+from .answering import holds_first
 from .cache import BaseTableCache
 from .clauses import intervals_clause
 from .comparison import Inexact
 from .exc import CriteriaError
 from .figures import Reason
+from .keeping import Keeper
 from .layout import Layout
 from .orders import Record
 from .reading import (
@@ -28,8 +30,11 @@ from .reading import (
     REFRESHED,
     SKIP,
     fetch_records,
+    filling,
     freshen,
     lacking,
+    missed,
+    note_kept,
     remember,
 )
 from .scopes import database_reason, flush_pending
@@ -64,8 +69,10 @@ def range_from_cache(
             flush_pending(session)
         elif not session._is_clean():
             return None
-        refreshed = False
-        for _ in range(ATTEMPTS):
+        refreshed = loaded = False
+        keeper = table.keeper
+        fills = keeper is not None and fetch and filling(table)
+        for attempt in range(ATTEMPTS):
             if table.guards:
                 reason = table.guarded(session, fetch=fetch)
                 if reason is not None:
@@ -81,19 +88,37 @@ def range_from_cache(
                 stale = tolerated(table)
                 state = None if stale is None else table.state
             if state is not None:
-                if not state.coverage:
-                    if fetch:
-                        remember(session, table, "miss", NOT_LOADED)
+                if not state.coverage and not fills:
+                    if fetch and missed(session, table, NOT_LOADED):
+                        continue
                     return None
                 layout, name = table.set_up(), read.by.name
                 interval = range_interval(layout, read, state)
+                elsewhere = None
                 covered = (
                     state.coverage.everything
                     or state.coverage.of(name).covers(interval)
-                    or _covered_otherwise(layout, read, state)
+                    or (elsewhere := _covered_otherwise(layout, read, state)) is not None
+                    or _holds_enough(read, state, interval)
                 )
+                lent = False
+                if not covered and keeper is not None:
+                    more = keeper.lent(state)
+                    covered = lent = more is not state and (
+                        more.coverage.of(name).covers(interval)
+                        or _covered_otherwise(layout, read, more) is not None
+                    )
                 if not (covered or fetch):
                     return None
+                if (
+                    not covered
+                    and keeper is not None
+                    and fills
+                    and attempt < ATTEMPTS - 1
+                    and _filled(keeper, layout, read, interval)
+                ):
+                    loaded = True
+                    continue
                 marked = stale is not None or state.is_stale(name, (interval,))
                 if not marked and not covered:
                     return _partial_range(session, table, read, state, interval)
@@ -107,7 +132,13 @@ def range_from_cache(
                             records.reverse()
                     else:
                         records = order.some(interval, read.limit, from_end=read.descending)
-                    remember(session, table, "hit", stale or (REFRESHED if refreshed else ""))
+                    if keeper is None:
+                        remember(session, table, "hit", stale or (REFRESHED if refreshed else ""))
+                    else:
+                        if not loaded:
+                            where, inner = elsewhere or (name, interval)
+                            keeper.used(where, (inner,))
+                        note_kept(session, table, stale, loaded=loaded, lent=lent, again=refreshed)
                     if stale is not None:
                         cache.refreshing.behind(table)
                     return layout.given(records)
@@ -120,6 +151,21 @@ def range_from_cache(
         if fetch:
             remember(session, table, "bypass", inexact.args[0])
         return None
+
+
+def _holds_enough(read: RangeRead, state: State, interval: Interval) -> bool:
+    """Whether as many records as are wanted are known to be there."""
+    return read.limit is not None and holds_first(
+        state, read.by.name, interval, read.limit, from_end=read.descending
+    )
+
+
+def _filled(keeper: Keeper, layout: Layout, read: RangeRead, interval: Interval) -> bool:
+    """Load what is missing of a range; say whether it is worth asking storage again."""
+    wanted = IntervalSet([interval])
+    return layout.is_expressible(read.by.name, wanted) and keeper.fill(
+        read.by.name, wanted, most=read.limit, descending=read.descending
+    )
 
 
 def _partial_range(
@@ -136,7 +182,8 @@ def _partial_range(
     gaps = range_statement(session, table, read).where(
         intervals_clause(layout.score_columns(name), missing)
     )
-    fetched = fetch_records(session, table.view, gaps)
+    with table.misses.slot():
+        fetched = fetch_records(session, table.view, gaps)
     if not table.may_merge(state, name, present):
         remember(session, table, "miss", CHANGED)
         return None
@@ -146,8 +193,10 @@ def _partial_range(
     return records if read.limit is None else records[: read.limit]
 
 
-def _covered_otherwise(layout: Layout, read: RangeRead, state: State) -> bool:
-    """Whether the coverage of another index contains the range.
+def _covered_otherwise(
+    layout: Layout, read: RangeRead, state: State
+) -> tuple[str, Interval] | None:
+    """Return another index whose coverage contains the range, and the interval of it that does.
 
     A range of ("tailnum", "time_hour") is covered by times that contain its times, for instance.
     """
@@ -163,8 +212,8 @@ def _covered_otherwise(layout: Layout, read: RangeRead, state: State) -> bool:
         else:
             inner = _bounds(layout, read, position, ())
         if covered.covers(inner):
-            return True
-    return False
+            return index, inner
+    return None
 
 
 def _bounds(layout: Layout, read: RangeRead, position: int, prefix: tuple[Any, ...]) -> Interval:

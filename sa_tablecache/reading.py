@@ -23,6 +23,7 @@ from .answering import (
     filter_records,
     finished,
     from_state,
+    limited_candidate,
     partial_candidate,
     records_in,
 )
@@ -30,7 +31,8 @@ from .cache import BaseTableCache
 from .clauses import intervals_clause
 from .comparison import Inexact, to_utc
 from .figures import Reason, category_of
-from .options import BypassCache
+from .modes import COMPARING
+from .options import BypassCache, NoStore
 from .orders import Record
 from .planner import Candidate, Question, ask
 from .scopes import database_reason, flush_pending, in_own_scope
@@ -68,6 +70,9 @@ class Answer(NamedTuple):
 
 def remember(session: Any, table: CachedTable, kind: str, reason: str = "") -> None:
     """Note how a read was answered."""
+    if table.shadowed and COMPARING in session.info:
+        session.last_read = LastRead(kind, reason, table.view)
+        return
     session.last_read = read = LastRead(kind, reason, table.view)
     if kind == "hit" and not reason:
         table.counts.hits += 1
@@ -84,12 +89,40 @@ COMMIT_UNDER_WAY: Final = Reason("commit", "a commit is under way")
 NOT_LOADED: Final = Reason("not_loaded", "nothing is loaded")
 CHANGED: Final = Reason("changed", "the view changed while gaps were fetched")
 OVERRUN: Final = Reason("overrun", "changes arrive faster than refreshes")
+LOADED: Final = Reason("loaded", "what was missing was loaded first")
+LENT: Final = Reason("staleness", "without what came in since the window's last step")
 REFRESHED: Final = Reason("refresh", "after a refresh of what was marked")
 
 
 def lacking(state: State) -> Reason:
     """Return why storage does not help a reader: the coverage is another."""
     return Reason("coverage", f"the coverage is {state.coverage}")
+
+
+def missed(session: Session, table: CachedTable, reason: Reason) -> bool:
+    """Note a miss; say whether the cache is to be asked again, because a load has ended since.
+
+    :raises CacheUnavailable: if the view says so.
+    """
+    shadowed = table.shadowed and COMPARING in session.info
+    if table.view.__on_miss__ == "wait" and not shadowed and table.wait_for_load():
+        return True
+    remember(session, table, "miss", reason)
+    if not shadowed:
+        table.misses.refuse(reason)
+    return False
+
+
+def filling(table: CachedTable) -> bool:
+    """Whether what reads of a view miss is loaded; what that needs to know is asked, once."""
+    if table.keeper is None or not table.keeper.fills:
+        return False
+    try:
+        table.set_up()
+    except Exception as error:
+        log.warning("view %s: nothing can be loaded: %s", table.plan.name, error)
+        return False
+    return True
 
 
 def freshen(session: Session, cache: BaseTableCache, table: CachedTable) -> bool:
@@ -135,8 +168,10 @@ def answer(
             flush_pending(session)
         elif not session._is_clean():
             return None
-        refreshed = False
-        for _ in range(ATTEMPTS):
+        refreshed = loaded = False
+        keeper = table.keeper
+        fills = keeper is not None and fetch and filling(table) and not _no_store(shape)
+        for attempt in range(ATTEMPTS):
             if table.guards:
                 reason = table.guarded(session, statement, fetch=fetch)
                 if reason is not None:
@@ -152,19 +187,34 @@ def answer(
                 stale = tolerated(table, shape.options)
                 state = None if stale is None else table.state
             if state is not None:
-                if not state.coverage:
-                    if fetch:
-                        remember(session, table, "miss", NOT_LOADED)
+                if not state.coverage and not fills:
+                    if fetch and missed(session, table, NOT_LOADED):
+                        continue
                     return None
                 layout = table.set_up()
                 question = ask(shape, parameters, layout.columns)
                 candidate = covered_candidate(layout, question, state)
+                lent = False
+                if candidate is None:
+                    candidate = limited_candidate(layout, question, state)
+                if candidate is None and keeper is not None:
+                    candidate = covered_candidate(layout, question, keeper.lent(state))
+                    lent = candidate is not None
                 if candidate is None:
                     if not fetch:
                         return None
+                    if (
+                        keeper is not None
+                        and fills
+                        and attempt < ATTEMPTS - 1
+                        and keeper.fill_for(layout, question, state)
+                    ):
+                        loaded = True
+                        continue
                     partial = partial_candidate(layout, question, state)
                     if partial is None:
-                        remember(session, table, "miss", lacking(state))
+                        if missed(session, table, lacking(state)):
+                            continue
                         return None
                     found, missing = partial
                     present = found.intervals - missing
@@ -176,7 +226,12 @@ def answer(
                     or (stale := tolerated(table, shape.options)) is not None
                 ):
                     rows = from_state(layout, question, state, candidate)
-                    remember(session, table, "hit", stale or (REFRESHED if refreshed else ""))
+                    if keeper is None:
+                        remember(session, table, "hit", stale or (REFRESHED if refreshed else ""))
+                    else:
+                        if not loaded:
+                            keeper.used(candidate.index, candidate.intervals)
+                        note_kept(session, table, stale, loaded=loaded, lent=lent, again=refreshed)
                     if stale is not None:
                         cache.refreshing.behind(table, shape.options)
                     return Answer(rows, shape)
@@ -189,6 +244,27 @@ def answer(
         if fetch:
             remember(session, table, "bypass", reason.args[0])
         return None
+
+
+def note_kept(
+    session: Session,
+    table: CachedTable,
+    stale: Reason | None,
+    *,
+    loaded: bool,
+    lent: bool,
+    again: bool,
+) -> None:
+    """Note that storage gave an answer, and what the policy had to do for it."""
+    if loaded:
+        remember(session, table, "miss", LOADED)
+    else:
+        why = LENT if lent else REFRESHED if again else ""
+        remember(session, table, "hit", stale or why)
+
+
+def _no_store(shape: Shape) -> bool:
+    return any(isinstance(option, NoStore) for option in shape.options)
 
 
 def _partial(
@@ -212,7 +288,8 @@ def _partial(
     )
     if question.limit is not None and question.shape.orderings:
         gaps = gaps.order_by(*statement._order_by_clauses).limit(question.limit + question.offset)
-    fetched = fetch_records(session, table.view, gaps)
+    with table.misses.slot():
+        fetched = fetch_records(session, table.view, gaps)
     if not table.may_merge(state, candidate.index, present):
         # Something was written between the two halves: together they may be no answer at all.
         remember(session, table, "miss", CHANGED)

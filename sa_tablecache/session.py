@@ -25,6 +25,7 @@ from .exc import CriteriaError, TableCacheError
 from .explaining import Explanation
 from .following import AnswerFreshness
 from .listening import COMMITTED, OTHER_LISTENERS, listen
+from .misses import is_wanting
 from .ranges import RangeRead
 from .reading import Answer, LastRead
 from .results import result_of
@@ -39,6 +40,7 @@ from .scopes import (
     overrides,
     scope_of,
 )
+from .shadow import compared_range, is_to_compare
 from .shapes import view_of
 from .transactions import SyncDecorator, TransactionOptions, decorator
 from .view import CachedView, ViewIndex, ViewMeta, ViewTable
@@ -219,6 +221,8 @@ class CacheSession(Session):
         if state.is_stale("", (layout.orders[""].prefix(exact),)):
             return None
         reading.remember(self, table, "hit")
+        if table.keeper is not None:
+            table.keeper.used("", (layout.orders[""].prefix(exact),))
         return layout.given([found[0]])[0]
 
     def _may_see(self, table: Any, record: Any) -> bool:
@@ -300,8 +304,18 @@ class CacheSession(Session):
         else:
             records = ranges.range_from_cache(cache, self, read)
         if records is None:
-            statement = ranges.range_statement(self, cache.table(index.view), read)
-            records = reading.fetch_records(self, index.view, statement)
+            table = cache.table(index.view)
+
+            def run() -> list[Any]:
+                statement = ranges.range_statement(self, table, read)
+                return reading.fetch_records(self, index.view, statement)
+
+            if table.guards and is_to_compare(self):
+                return compared_range(cache, self, read, run)
+            if index.view.__max_misses__ is None or not is_wanting(self):
+                return run()
+            with table.misses.slot():
+                return run()
         return records
 
 
@@ -345,6 +359,12 @@ class TableCache(BaseTableCache):
     :param views: views to :meth:`add`.
     :param load_engine: an engine for the cache's own reads, instead of a small pool of its own with
         the connection settings of ``engine``.
+    :param memory_limit: how many bytes the records of all views may take, estimated. A load that
+        would pass it is refused; :class:`.ReadThrough` gives up what was used least recently.
+    :param load_slots: how many loads may run at a time, over all processes that load from this
+        database, so that a deploy of eight workers does not run the same joins eight times at once.
+        A load holds one of so many locks of the database while it reads.
+    :param slot_timeout: how many seconds a load waits for one of them.
 
     ::
 

@@ -34,6 +34,9 @@ class Settings:
     records of the session's own scope, see :meth:`.TableCache.attach`."""
     __row_security__: ClassVar[str | None] = None
     """``"ignore"`` if every reader may see every row of tables under row-level security."""
+    __policy__: ClassVar[Any] = None
+    """Which records to keep, such as ``ReadThrough(max_records=100_000)``; see
+    :meth:`.TableCache.add`."""
     __max_staleness__: ClassVar[timedelta | None] = None
     """How old marks may be beside which reads are answered from memory; ``None``: not at all.
     See :func:`.max_staleness`."""

@@ -7,7 +7,8 @@ told in ``table.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from .analysis import TableName, ViewPlan
@@ -54,6 +55,8 @@ class ViewState:
         self.when_marked: Callable[[], object] | None = None
         """Called when marks were made; it takes no lock."""
         self.counts = Counts()
+        self.shadowed = 0
+        """How many reads are being compared: what the cache is asked for that is no read."""
 
     def _given(self, records: list[Any]) -> list[Any]:
         return records if self.layout is None else self.layout.given(records)
@@ -204,10 +207,45 @@ class ViewState:
             if marks or was_unread != unread:
                 self._marked(marks, kept=was_unread == unread)
 
+    @contextmanager
+    def comparing(self) -> Iterator[None]:
+        """Have a read compared in a block."""
+        with self._lock:
+            self.shadowed += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.shadowed -= 1
+
+    def count(self, what: str) -> None:
+        """Count something that happened."""
+        with self._lock:
+            setattr(self.counts, what, getattr(self.counts, what) + 1)
+
     def count_read(self, kind: str, category: str) -> None:
         """Count a read that was not a plain hit."""
         with self._lock:
             self.counts.reads[kind, category] += 1
+
+    def after_fork(self, *, keep: bool) -> bool:
+        """In a forked child: make the lock anew; say whether the records are kept.
+
+        :param keep: whether to keep them, if no thread of the parent was about to change them.
+        """
+        keep = keep and self.layout is not None and not self._lock.taken
+        self._lock = Section()
+        self.observers.after_fork()
+        self.counts = Counts()
+        self.shadowed = 0
+        if keep:
+            self._freshness.after_fork()
+            self._set_state(self._state)
+        else:
+            self._freshness = Freshness()
+            empty = Storage({}, {}) if self.layout is None else self.layout.empty()
+            self._set_state(State(empty, Coverage()))
+        return keep
 
     def _begin(self) -> int:
         with self._lock:

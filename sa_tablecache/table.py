@@ -33,27 +33,23 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
-from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from .analysis import TableName, ViewPlan, table_label
-from .catalog import Catalog, probe
+from .analysis import ViewPlan, table_label
 from .changes import UNREAD, VIEW, AnyMark, Mark
 from .coverage import Coverage
 from .deltas import Delta, read_coverage, read_touched
-from .figures import Stats, stored_bytes
+from .figures import Stats
 from .layout import Layout
-from .loading import Progress, Snapshots
-from .replacing import loaded, refreshed
-from .scores import Interval, IntervalSet
-from .state import State, ViewState
-from .triggers import Automatic, automatic
-from .turns import Turn, new_future, wait_for
+from .loading import Snapshots
+from .loads import Loads
+from .misses import Misses
+from .replacing import refreshed
+from .scores import Interval
+from .state import State
 from .usage import base_tables
 
 log = logging.getLogger(__name__)
@@ -72,30 +68,11 @@ whether it may ask the database itself; if it would have to and may not, it give
 """
 
 
-class Feed(Protocol):
-    """What loads and refreshes ask of a change feed."""
-
-    def seed(self) -> None:
-        """Begin to follow the view, before anything of it is read; do nothing if that fails."""
-
-    def catch_up(self) -> None:
-        """Read, and publish, all that was committed before this call."""
-
-    def snapshot(self, table: CachedTable, reader: object) -> AbstractContextManager[Connection]:
-        """Open a snapshot, after publishing all changes up to it.
-
-        :param reader: what reads in it, for :meth:`.ViewState.deliver` to the table.
-        """
-
-    def tell(self) -> None:
-        """Tell the listeners of all views what polls in snapshots have marked."""
-
-
 RESTARTS = 3
 """How often a refresh starts again because the coverage changed under it."""
 
 
-class CachedTable(ViewState):
+class CachedTable(Loads):
     """The records of one view, and everything that happens to them.
 
     :param plan: the view's plan.
@@ -103,24 +80,16 @@ class CachedTable(ViewState):
     """
 
     def __init__(self, plan: ViewPlan, snapshots: Snapshots) -> None:
-        super().__init__(plan)
+        super().__init__(plan, snapshots)
         self.view = plan.view
         self.base_tables = base_tables(plan)
-        self._snapshots = snapshots
-        self._in_task = bool(snapshots.dialect.is_async)
-        self._loading = Turn(in_task=self._in_task)
-        self._refreshing = Turn(in_task=self._in_task)
-        self._ready: Future[Any] = new_future()
-        self._setting_up = Turn(in_task=self._in_task)
-        self.doubtful = False
-        """Whether DDL ran, or what may have been, since the catalog was asked."""
-        self.timers: list[Timer] = []
-        """Those of the cache: one list for all of its tables."""
         self.recent: deque[Any] = deque(maxlen=RECENT)
         """The last reads that were no plain hits, as sessions remember them."""
         self.guards: tuple[Guard, ...] = ()
         """Asked at each read, before anything else."""
-        self.feed: Feed | None = None
+        self.rereads = True
+        """Whether what a mark of the whole view concerns is read again; else it is given up."""
+        self.misses = Misses(plan.view)
 
     def guarded(self, session: Session, statement: Any = None, *, fetch: bool = True) -> str | None:
         """Return why one of the guards sends a read to the database, or ``None``."""
@@ -130,152 +99,11 @@ class CachedTable(ViewState):
                 return reason
         return None
 
-    # -- setting up -----------------------------------------------------------------------------
-
-    def set_up(self) -> Layout:
-        """Ask the database, once, what it stores; see :func:`.catalog.probe`."""
-        if self.layout is None:
-            with self._setting_up:
-                if self.layout is None:
-                    layout = Layout(self.plan, self._snapshots.dialect, *self._probed())
-                    with self._lock:
-                        self._set_state(State(layout.build(layout.no_rows()), Coverage()))
-                        self.layout = layout
-        return self.layout
-
-    def _renewed(self) -> Layout:
-        """Ask again, before reading, if what is stored may have been defined otherwise."""
-        layout = self.set_up()
-        if self.doubtful:
-            with self._setting_up:
-                if self.doubtful:
-                    try:
-                        layout.renew(*self._probed())
-                    except BaseException:
-                        self.doubtful = True
-                        raise
-        return layout
-
-    def _probed(self) -> tuple[Catalog, dict[TableName, Automatic]]:
-        self.doubtful = False  # before: DDL that ends meanwhile is another doubt
-        with self._snapshots.open() as connection:
-            return probe(connection, self.plan), automatic(connection, self.plan)
-
-    @property
-    def coarse(self) -> dict[TableName, str]:
-        """Tables of which any change marks the whole view, and why."""
-        return self.plan.coarse if self.layout is None else self.layout.coarse
-
-    # -- loading --------------------------------------------------------------------------------
-
-    def load(
-        self,
-        index: str,
-        target: IntervalSet,
-        *,
-        extend: bool = False,
-        progress: Progress | None = None,
-    ) -> None:
-        """Make the coverage the target (or, with ``extend``, include it): one SELECT at most.
-
-        Only the difference is fetched and expired. A load that fails leaves everything as it was.
-        """
-        if self.feed is not None:
-            self.feed.seed()
-        layout = self._renewed()
-        started = time.monotonic()
-        with self._loading:
-            reader = object()
-            token = self._begin()
-            try:
-                before = self._state
-                missing = before.coverage.missing(index, target)
-                rows = layout.no_rows()
-                if missing:
-                    with self._opened(reader) as connection:
-                        rows = layout.loader.read(
-                            connection, layout.where(index, missing), stream=True, progress=progress
-                        )
-                    self._pause("loaded")
-                    rows = layout.only(rows, index, missing)
-                expired = 0
-                while True:
-                    state = self._state
-                    coverage = (
-                        state.coverage.plus(index, target) if extend else Coverage({index: target})
-                    )
-                    storage, expired = loaded(
-                        layout, state.storage, rows, index, target, extend=extend
-                    )
-                    with self._lock:
-                        if self._is_still(state):
-                            # Where all was read in this snapshot, what it has found is no news.
-                            found = {} if before.coverage else self._freshness.found_by(reader)
-                            self._apply(token, State(storage, coverage), found, reader)
-                            if not self._ready.done():
-                                self._ready.set_result(None)
-                            break
-            finally:
-                self._end(token)
-            seconds = time.monotonic() - started
-            self.counts.loads += 1
-            self.counts.load_seconds += seconds
-            self.counts.records_loaded += len(rows.records)
-            self.counts.records_expired += expired
-            log.info(
-                "view %s: loaded %d and expired %d records in %.3f s", self.plan.name,
-                len(rows.records), expired, seconds,
-            )  # fmt: skip
-        self._tell_timers("load", seconds)
-        self._tell()
-
-    def evict(self, index: str, intervals: IntervalSet) -> None:
-        """Give up records; those that the coverage of another index needs stay."""
-        layout = self.set_up()
-        with self._loading:
-            token = self._begin()
-            try:
-                while True:
-                    state = self._state
-                    coverage = state.coverage.minus(index, intervals)
-                    order = state.storage.orders[index]
-                    inside = [r for interval in intervals for r in order.between(interval)]
-                    gone = [
-                        (record, hidden)
-                        for record, hidden in state.storage.with_hidden(inside)
-                        if not layout.is_covered(coverage, record, hidden)
-                    ]
-                    storage = state.storage.replace(gone, [])
-                    with self._lock:
-                        if self._is_still(state):
-                            self._apply(token, State(storage, coverage), {})
-                            break
-            finally:
-                self._end(token)
-            self.counts.records_expired += len(gone)
-        self.observers.tell()
-
-    def clear(self) -> None:
-        """Give up all records."""
-        layout = self.set_up()
-        with self._loading, self._lock:
-            empty = layout.build(layout.no_rows())
-            if not self._freshness.underway:
-                self._freshness.forget()
-            self.observers.stored(self._state.storage, empty, refreshed=False)
-            self._set_state(State(empty, Coverage()))
-            if self._ready.done():
-                self._ready = new_future()
-        self.observers.tell()
-
-    def wait_ready(self, timeout: float | None) -> bool:
-        """Wait for the first load to end."""
-        return wait_for(self._ready, timeout, in_task=self._in_task)
-
-    @property
-    def ready(self) -> bool:
-        """Whether a load has ended since the start, or since :meth:`clear`."""
-        return self._ready.done()
+    def after_fork(self, *, keep: bool) -> bool:
+        """See :meth:`.ViewState.after_fork`."""
+        self.misses.after_fork()
+        self.recent.clear()
+        return super().after_fork(keep=keep)
 
     # -- refreshing -----------------------------------------------------------------------------
 
@@ -292,13 +120,9 @@ class CachedTable(ViewState):
         with self._refreshing:
             if self._freshness.pending:
                 self._refresh()
+        if self.keeper is not None:
+            self.keeper.trim()
         self._tell()
-
-    def _tell(self) -> None:
-        """Tell listeners what happened: to other views too, if the change feed was polled."""
-        self.observers.tell()
-        if self.feed is not None:
-            self.feed.tell()
 
     def _refresh(self) -> None:
         started = time.monotonic()
@@ -335,9 +159,16 @@ class CachedTable(ViewState):
             state, marks = self._noted()
             self._pause("snapshot")
             if VIEW in marks:
-                delta = Delta(None, read_coverage(layout, connection, state.coverage))
+                delta = Delta(
+                    None,
+                    read_coverage(layout, connection, state.coverage)
+                    if self.rereads
+                    else layout.no_rows(),
+                )
             elif marks and state.coverage:
-                delta = read_touched(layout, connection, state.storage, state.coverage, marks)
+                delta = read_touched(
+                    layout, connection, state.storage, state.coverage, marks, reread=self.rereads
+                )
             else:
                 delta = Delta(None, layout.no_rows())
         self._pause("read")
@@ -349,16 +180,6 @@ class CachedTable(ViewState):
             marks = dict(self._freshness.pending)
             marks.pop(UNREAD, None)  # the feed knows what it stands for
             return self._state, marks
-
-    @contextmanager
-    def _opened(self, reader: object) -> Iterator[Connection]:
-        """Open a snapshot, in which a change feed has told of all changes up to it."""
-        if self.feed is None:
-            with self._snapshots.open() as connection:
-                yield connection
-        else:
-            with self.feed.snapshot(self, reader) as connection:
-                yield connection
 
     def may_merge(self, state: State, index: str, intervals: Iterable[Interval]) -> bool:
         """Whether what a reader has just fetched goes with what a state holds in intervals.
@@ -394,20 +215,12 @@ class CachedTable(ViewState):
                 if layout.is_covered(coverage, record, hidden)
             ]
             storage = refreshed(layout, state.storage, delta.touched, pairs)
+            kept = self.rereads or delta.touched is not None
             with self._lock:
                 if self._is_still(state):
-                    self._apply(token, State(storage, coverage), marks, reader, refreshed=True)
+                    after = State(storage, coverage if kept else Coverage())
+                    self._apply(token, after, marks, reader, refreshed=True)
                     return True
-
-    def _tell_timers(self, what: str, seconds: float) -> None:
-        for timer in self.timers:
-            try:
-                timer(self, what, seconds)
-            except Exception:
-                log.exception("view %s: a timer failed", self.plan.name)
-
-    def _pause(self, point: str) -> None:
-        """Do nothing; tests stop a refresh here."""
 
     # -- figures --------------------------------------------------------------------------------
 
@@ -420,7 +233,7 @@ class CachedTable(ViewState):
             pending, leases = len(self._freshness.pending), self._freshness.leases
         return Stats(
             records=len(state.storage) if self.layout is not None else 0,
-            bytes=stored_bytes(state.storage),
+            bytes=self.held_bytes,
             coverage=repr(state.coverage),
             hits=counts.hits + counts.reads_of("hit"),
             hits_with_refresh=counts.reads["hit", "refresh"],
@@ -429,7 +242,11 @@ class CachedTable(ViewState):
             bypasses=counts.reads_of("bypass"),
             reasons=counts.reasons,
             mismatches=counts.mismatches,
+            comparisons=counts.comparisons,
+            comparisons_skipped=counts.comparisons_skipped,
             loads=counts.loads,
+            fills=counts.fills,
+            ranges_evicted=counts.ranges_evicted,
             load_seconds=counts.load_seconds,
             refreshes=counts.refreshes,
             refresh_seconds=counts.refresh_seconds,
@@ -457,6 +274,8 @@ class CachedTable(ViewState):
         layout = self.layout
         if layout is None:
             return
+        if self.keeper is not None:
+            self.keeper._check()
         state.coverage._check()
         state.storage._check()
         for record, hidden in state.storage.pairs():

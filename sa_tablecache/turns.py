@@ -11,6 +11,7 @@ waits for by blocking and a task by awaiting.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Lock, local
@@ -37,6 +38,14 @@ def wait_for(future: Future[Any], timeout: float | None = None, *, in_task: bool
         return bool(done)
 
     return bool(await_only(wait()))
+
+
+def sleep(seconds: float, *, in_task: bool) -> None:
+    """Do nothing for a while, as a thread or from inside a greenlet."""
+    if in_task:
+        await_only(asyncio.sleep(seconds))
+    else:
+        time.sleep(seconds)
 
 
 def new_future() -> Future[Any]:
@@ -75,6 +84,11 @@ class Section:
     def __init__(self) -> None:
         self._lock = Lock()
 
+    @property
+    def taken(self) -> bool:
+        """Whether some thread is inside, or was when this process was forked."""
+        return self._lock.locked()
+
     def __enter__(self) -> None:
         _inside.depth += 1
         self._lock.acquire()
@@ -99,6 +113,11 @@ class Turn:
         self._lock = Lock()
         self._current: Future[Any] | None = None
 
+    @property
+    def taken(self) -> bool:
+        """Whether it is somebody's turn, or was when this process was forked."""
+        return self._current is not None
+
     def __enter__(self) -> None:
         while True:
             with self._lock:
@@ -107,6 +126,24 @@ class Turn:
                     self._current = new_future()
                     return
             wait_for(current, in_task=self._in_task)
+
+    def wait(self) -> bool:
+        """Wait for the end of the turn that somebody has; say whether somebody had one."""
+        with self._lock:
+            current = self._current
+        return current is not None and wait_for(current, in_task=self._in_task)
+
+    def try_enter(self) -> bool:
+        """Enter if nobody is inside, without waiting; whoever may enter has to leave."""
+        with self._lock:
+            if self._current is not None:
+                return False
+            self._current = new_future()
+            return True
+
+    def leave(self) -> None:
+        """End what :meth:`try_enter` began."""
+        self.__exit__(None, None, None)
 
     def __exit__(
         self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None

@@ -31,6 +31,7 @@ from sa_tablecache.analysis import TableName, table_label, table_name
 from sa_tablecache.changes import ChangeSet
 from sa_tablecache.figures import Reason
 from sa_tablecache.loading import Snapshots
+from sa_tablecache.loads import Loads
 from sa_tablecache.table import CachedTable
 from sa_tablecache.turns import Turn, new_future, wait_for
 
@@ -134,7 +135,7 @@ class Consumer:
         self.tell()
 
     @contextmanager
-    def snapshot(self, table: CachedTable, reader: object) -> Iterator[Connection]:
+    def snapshot(self, table: Loads, reader: object) -> Iterator[Connection]:
         """Open a snapshot to read a view in, after publishing all changes up to it: a poll.
 
         Not where the feed has not begun to follow anything: when it does, everything is marked.
@@ -186,7 +187,7 @@ class Consumer:
         self,
         connection: Connection,
         start: _Before,
-        reading: tuple[CachedTable, object] | None = None,
+        reading: tuple[Loads, object] | None = None,
     ) -> None:
         tables, before = list(start.until), self._known
         names = self._names(connection, tables)
@@ -269,7 +270,7 @@ class Consumer:
         self,
         found: Findings,
         until: Mapping[CachedTable, int],
-        reading: tuple[CachedTable, object] | None,
+        reading: tuple[Loads, object] | None,
     ) -> None:
         """Mark what a poll found, in all views: those too that were added meanwhile."""
         news, wholly = found.news(), found.wholly()

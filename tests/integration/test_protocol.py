@@ -6,7 +6,7 @@ their snapshot, reading, and being applied; meanwhile the test commits, reads or
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from sa_tablecache import AsyncTableCache, CachedView, ScoreIndex, TableCache, bypass_cache
-from sa_tablecache.table import CachedTable
+from tests.integration.pausing import Held, Running
 
 pytestmark = pytest.mark.every_database
 
@@ -71,52 +71,6 @@ class Parents(CachedView):
     __select__ = select(Parent.id, Parent.name)
 
     by_id = ScoreIndex("id")
-
-
-class Held:
-    """A pause point of a table: what gets there waits until it is let go, once."""
-
-    def __init__(self, table: CachedTable, point: str) -> None:
-        self.reached = threading.Event()
-        self._go = threading.Event()
-        original = table._pause
-
-        def pause(at: str) -> None:
-            if at == point and not self.reached.is_set():
-                self.reached.set()
-                assert self._go.wait(20), "never let go"
-            original(at)
-
-        table._pause = pause  # type: ignore[method-assign]
-
-    def let_go(self) -> None:
-        """Let what waits go on."""
-        self._go.set()
-
-
-class Running:
-    """Something that runs in a thread of its own."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self._result: Any = None
-        self._error: BaseException | None = None
-
-        def run() -> None:
-            try:
-                self._result = work()
-            except BaseException as error:
-                self._error = error
-
-        self._thread = threading.Thread(target=run, daemon=True)
-        self._thread.start()
-
-    def result(self) -> Any:
-        """Wait for the end, and return or raise what came of it."""
-        self._thread.join(20)
-        assert not self._thread.is_alive(), "it never ended"
-        if self._error is not None:
-            raise self._error
-        return self._result
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ ORDER = """
     settings
     options
     turns
+    forks
     functions
     view
     readers
@@ -46,6 +47,7 @@ ORDER = """
     freshness
     deltas
     replacing
+    chunks
     cascades
     wording
     statements
@@ -54,34 +56,44 @@ ORDER = """
     drivers
     events
     figures
+    limits
+    slots
     history
     observers
     state
+    misses
+    keeping
+    loads
     table
     feed
     invalidation
     upkeep
     health
-    following
     staleness
-    forks
-    policies
+    following
+    running
+    modes
     answering
+    remembered
+    room
+    readthrough
+    windows
+    policies
     explaining
     attempts
     transactions
+    problems
     cache
     scopes
-    modes
-    misses
     reading
     ranges
     results
+    shadow
     listening
     session
-    middleware
     metrics
     asyncio
+    middleware
     commands
     inspecting
     feed_command
