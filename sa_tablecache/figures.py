@@ -45,7 +45,6 @@ REASONS: Final[Mapping[str, str]] = {
     "commit": "a commit that touches the view was under way",
     "refresh_failed": "the refresh failed",
     "overrun": "changes arrived faster than refreshes",
-    "feed": "the change feed could not be read, or does not tell of a table of the view",
     "stale": "marked records were given as they were, being younger than what is allowed",
 }
 """The categories by which reads that were not plain hits are counted, and what each means."""

@@ -13,8 +13,8 @@ A token is a short string, such as ``8f3a51c0.2f7`` on PostgreSQL; it tells how 
 there were, and nothing else. A client may send what it likes: a token that is none is ignored, and
 one of the future costs one poll.
 
-What is committed after the beginning of the response was sent, in background tasks say, has no
-token any more.
+What is committed after the beginning of the response was sent has no token any more: in background
+tasks, or by a dependency of FastAPI behind its ``yield``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
 from datetime import timedelta
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypedDict, Unpack
 
 from .asyncio import AsyncTableCache
 from .cache import BaseTableCache
@@ -45,6 +45,18 @@ MOST_CHARACTERS: Final = 2_000
 """Longer tokens are neither sent nor looked at."""
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token of RFC 9110
+
+
+class TokenOptions(TypedDict, total=False):
+    """The options of :class:`CommitTokenMiddleware`."""
+
+    header: str | None
+    cookie: str | None
+    timeout: float
+    max_age: timedelta
+    secure: bool
+    path: str
+    domain: str | None
 
 
 class _Tokens:
@@ -158,7 +170,12 @@ class CommitTokenMiddleware(_Tokens):
         cookie, or its name cannot be one.
     """
 
-    def __init__(self, app: ASGIApplication, cache: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        app: ASGIApplication,
+        cache: AnyCache | Callable[[], AnyCache],
+        **options: Unpack[TokenOptions],
+    ) -> None:
         self.app = app
         super().__init__(cache, **options)
 
@@ -169,16 +186,22 @@ class CommitTokenMiddleware(_Tokens):
             return
         cache = self.cache()
         await self._wait(cache, scope["headers"])
+        begun: bool | None = None
         with noting_commits() as committed:
 
             async def send_with_token(message: MutableMapping[str, Any]) -> None:
-                if message["type"] == "http.response.start" and _sync(cache) in committed:
-                    message = {**message, "headers": [*message.get("headers", ())]}
-                    for name, value in await self._headers(cache):
-                        message["headers"].append((name.encode(), value.encode()))
+                nonlocal begun
+                if message["type"] == "http.response.start":
+                    begun = _sync(cache) in committed
+                    if begun:
+                        message = {**message, "headers": [*message.get("headers", ())]}
+                        for name, value in await self._headers(cache):
+                            message["headers"].append((name.encode(), value.encode()))
                 await send(message)
 
             await self.app(scope, receive, send_with_token)
+            if begun is False and _sync(cache) in committed:
+                log.debug("%s %s committed after its response", scope["method"], scope["path"])
 
     async def _wait(self, cache: AnyCache, headers: Iterable[tuple[bytes, bytes]]) -> None:
         header, cookies = "", []
@@ -220,7 +243,12 @@ class WSGICommitTokenMiddleware(_Tokens):
     The options and the costs are those of :class:`CommitTokenMiddleware`.
     """
 
-    def __init__(self, app: Callable[..., Iterable[bytes]], cache: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        app: Callable[..., Iterable[bytes]],
+        cache: AnyCache | Callable[[], AnyCache],
+        **options: Unpack[TokenOptions],
+    ) -> None:
         self.app = app
         super().__init__(cache, **options)
         self._variable = f"HTTP_{(self._header or '').upper().replace('-', '_')}"

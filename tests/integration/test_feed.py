@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -411,6 +412,67 @@ def test_invalidating_by_criteria_reads_what_meets_them(world: World) -> None:
     assert marks(world)["view"] == before + 1
 
 
+# -- one moment ---------------------------------------------------------------------------------
+
+
+def test_a_refresh_shows_no_half_of_what_others_committed(world: World) -> None:
+    """A refresh of one row reads what others have changed until then, too, and not a part of it."""
+    write(
+        world,
+        update(Flight).where(Flight.id == 2).values(delay=50.0),
+        update(Flight).where(Flight.id == 5).values(delay=50.0),
+    )
+    with world.Session() as session:
+        session.get_one(Flight, 2).tailnum = "N3"
+        session.commit()
+    assert world.ids(OuterBoard.delay == 50.0) == [2, 5]
+    check(world)
+
+
+def test_gaps_are_not_merged_with_what_others_have_changed(world: World) -> None:
+    """What is fetched for the gaps of an answer is newer than the rest, unless nothing changed."""
+    world.cache.load(OuterBoard, OuterBoard.hour < hour(2))
+    write(world, update(Flight).values(delay=50.0))
+    assert "changed" in check(world, "miss")
+    assert check(world, "partial")
+    with world.Session() as session:
+        session.execute(update(Flight).values(delay=51.0))
+        session.commit()
+        ranged = session.range(OuterBoard.by_hour)
+        assert {record.delay for record in ranged} == {51.0}
+        write(world, update(Flight).values(delay=52.0))
+        assert {record.delay for record in session.range(OuterBoard.by_hour)} == {52.0}
+
+
+def test_a_load_brings_no_half_of_what_others_committed(world: World) -> None:
+    """After a load of the rest all records are of one moment."""
+    world.cache.load(OuterBoard, OuterBoard.hour < hour(2))
+    write(world, update(Flight).values(delay=50.0))
+    world.cache.load(OuterBoard)
+    assert {r.delay for r in _all(world)} == {50.0}
+    check(world)
+
+
+def _all(world: World) -> list[Any]:
+    with world.Session() as session:
+        found = session.scalars(EVERYTHING).all()
+        assert session.last_read is not None
+        assert session.last_read.kind == "hit"
+        return list(found)
+
+
+def test_a_first_load_is_not_read_twice(database: Database) -> None:
+    """What was committed between the beginning of the feed and a first load is no news after it."""
+    with followed(database) as world:
+        world.cache.clear(OuterBoard)
+        write(world, update(Flight).values(delay=50.0))
+        world.cache.load(OuterBoard)
+        with counting() as statements:
+            check_all = world.ids()
+        assert check_all == [1, 2, 3, 4, 5, 6]
+        assert not statements
+
+
 # -- trust --------------------------------------------------------------------------------------
 
 
@@ -762,3 +824,51 @@ async def check_hit(factory: Any) -> None:
         await session.scalars(EVERYTHING)
         assert session.last_read.kind == "hit"
         await greenlet_spawn(lambda: None)
+
+
+# -- in the background --------------------------------------------------------------------------
+
+
+def wait_until(world: World, ids: list[int]) -> None:
+    """Wait until sessions of a world see certain flights."""
+    deadline = time.monotonic() + 20
+    while world.ids() != ids:
+        assert time.monotonic() < deadline, world.ids()
+
+
+@contextmanager
+def started(world: World, **options: Any) -> Iterator[World]:
+    """Lend a second cache over the same database, which polls in the background."""
+    with world.database.lent_engine() as engine:
+        feed = ChangeFeed(**{"max_lag": HOUR, **options})
+        with TableCache(engine, views=[OuterBoard], feed=feed) as cache:
+            cache.load(OuterBoard)
+            yield World(world.database, engine, cache, cache.sessionmaker())
+
+
+def test_a_started_cache_polls_by_itself(world: World) -> None:
+    """In the background it polls at its interval, trims, and is healthy."""
+    with started(world, poll_interval=0.01) as other:
+        write(world, delete(Flight).where(Flight.id == 1))
+        wait_until(other, [2, 3, 4, 5, 6])
+        deadline = time.monotonic() + 20
+        while not other.cache.health().ok:
+            assert time.monotonic() < deadline, other.cache.health().reasons
+
+
+def test_commits_wake_up_the_caches_of_others(world: World) -> None:
+    """On PostgreSQL a cache hears of a commit of another one before its next poll is due."""
+    if world.database.dialect != "postgresql":
+        pytest.skip("only PostgreSQL has notifications")
+    world.cache.start()
+    with started(world, poll_interval=3600) as other:
+        deadline = time.monotonic() + 20
+        while other.cache._listener is None or not other.cache._listener.listening:
+            assert time.monotonic() < deadline
+        polls = consumer_of(other).counts["polls"]
+        with world.Session() as session:
+            session.execute(delete(Flight).where(Flight.id == 1))
+            session.commit()
+        wait_until(other, [2, 3, 4, 5, 6])
+        assert consumer_of(other).counts["polls"] > polls
+    assert other.cache._listener is None

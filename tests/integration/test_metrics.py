@@ -351,7 +351,11 @@ def test_the_manual_has_all_metrics_and_reasons_and_no_others():
     table = OPERATING[OPERATING.index("| reason |") :].partition("\n\n")[0]
     assert dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", table, re.MULTILINE)) == dict(REASONS)
     types = {"hit", "hit_with_refresh", "partial", "miss", "bypass"}
-    known = {"reason": set(REASONS), "type": types, "kind": {"row", "group", "range", "view"}}
+    known = {
+        "reason": set(REASONS),
+        "type": types,
+        "kind": {"row", "group", "range", "view", "unread"},
+    }
     matchers = re.findall(r'(\w+)=~?"([\w|]+)"', OPERATING.partition("## Alerts")[2])
     assert matchers
     for label, values in matchers:
