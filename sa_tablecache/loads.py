@@ -113,8 +113,6 @@ class Loads(ViewState):
             keep, self.layout = False, None
         if self.keeper is not None:
             self.keeper.after_fork(intact=not self._refreshing.taken)
-        if self.memory is not None:
-            self.memory.after_fork()
         self._take_turns()
         keep = super().after_fork(keep=keep)
         ready = keep and self._ready.done()
@@ -388,6 +386,10 @@ class Loads(ViewState):
             if self._ready.done():
                 self._ready = new_future()
         self.observers.tell()
+
+    def wait_for_load(self) -> bool:
+        """Wait for the load that is under way; say whether there was one."""
+        return self._loading.wait()
 
     def wait_ready(self, timeout: float | None) -> bool:
         """Wait for the first load to end."""

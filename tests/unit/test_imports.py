@@ -61,6 +61,7 @@ ORDER = """
     history
     observers
     state
+    misses
     keeping
     loads
     table
@@ -71,6 +72,7 @@ ORDER = """
     following
     staleness
     running
+    modes
     answering
     remembered
     room
@@ -83,11 +85,10 @@ ORDER = """
     problems
     cache
     scopes
-    modes
-    misses
     reading
     ranges
     results
+    shadow
     listening
     session
     metrics
