@@ -61,6 +61,7 @@ class AsyncTableCache:
         load_engine: AsyncEngine | None = None,
         feed: ChangeFeed | None = None,
         exclusive_writer: bool = False,
+        verify: float = 0.0,
         memory_limit: int | None = None,
         load_slots: int | None = None,
         slot_timeout: float = 300.0,
@@ -70,6 +71,7 @@ class AsyncTableCache:
             load_engine=load_engine.sync_engine if load_engine is not None else None,
             feed=feed,
             exclusive_writer=exclusive_writer,
+            verify=verify,
             memory_limit=memory_limit,
             load_slots=load_slots,
             slot_timeout=slot_timeout,
@@ -275,6 +277,14 @@ class AsyncTableCache:
             )
         else:
             self.sync_cache.attach(target, scope=scope, freshness=freshness)
+
+    def set_mode(self, view: type[CachedView], mode: str) -> None:
+        """See :meth:`.TableCache.set_mode`."""
+        self.sync_cache.set_mode(view, mode)
+
+    def mode(self, view: type[CachedView]) -> str:
+        """See :meth:`.TableCache.mode`."""
+        return self.sync_cache.mode(view)
 
     def start(self) -> None:
         """See :meth:`.TableCache.start`; the jobs are tasks of the running event loop."""

@@ -28,6 +28,7 @@ from .keeping import Clock, utc_now
 from .layout import log_coarse
 from .limits import MemoryLimit
 from .loading import Progress, Snapshots
+from .modes import Mode, check_mode, check_rate, wanted_modes
 from .planner import ask, load_target, no_range
 from .policies import Kept, Policy, check_number, policy_of
 from .problems import Problem, problems_of
@@ -53,11 +54,15 @@ class BaseTableCache(Running):
         load_engine: Engine | None = None,
         feed: ChangeFeed | None = None,
         exclusive_writer: bool = False,
+        verify: float = 0.0,
         memory_limit: int | None = None,
         load_slots: int | None = None,
         slot_timeout: float = 300.0,
     ) -> None:
         super().__init__(feed, exclusive_writer=exclusive_writer)
+        self._verify = check_rate(verify)
+        self._wanted_modes = wanted_modes()
+        self._modes: dict[CachedTable, Mode] = {}
         self.clock: Clock = utc_now
         """Says what time it is for windows and ages, as an aware datetime; tests have their own."""
         self.memory = None if memory_limit is None else MemoryLimit(memory_limit)
@@ -113,6 +118,8 @@ class BaseTableCache(Running):
         self._keep(view, table)
         self._follow_view(table)
         self.refreshing.watch(table)
+        mode = self._modes[table] = Mode(table, self._verify)
+        mode.set(self._wanted_modes.of(view.__name__))
         return table
 
     def _keep(self, view: type[CachedView], table: CachedTable) -> None:
@@ -358,6 +365,27 @@ class BaseTableCache(Running):
     def refresh(self, view: type[CachedView]) -> None:
         """Read again what is marked now, instead of before the next answer."""
         self.table(view).refresh()
+
+    # -- modes ----------------------------------------------------------------------------------
+
+    def set_mode(self, view: type[CachedView], mode: str) -> None:
+        """Say who answers reads of a view from now on. Emits no SQL.
+
+        ``"on"``: the cache. ``"off"``: the database. ``"shadow"``: the database, and what the cache
+        would have said is compared with it: ``cache.stats(View).mismatches`` counts what was
+        different, and the log shows the first ones. In all modes the view is kept as it is.
+
+        The environment variable ``SA_TABLECACHE_MODE`` says it for all views, or for some of them:
+        ``shadow``, or ``off,FlightBoard=on``.
+
+        :raises TableCacheError: for another mode.
+        :raises UnknownView: if the view is not in the cache.
+        """
+        self._modes[self.table(view)].set(check_mode(mode, f"set_mode({view.__name__}, ...)"))
+
+    def mode(self, view: type[CachedView]) -> str:
+        """Return the mode of a view: ``"on"``, ``"shadow"`` or ``"off"``."""
+        return self._modes[self.table(view)].name
 
     # -- figures --------------------------------------------------------------------------------
 

@@ -46,6 +46,9 @@ REASONS: Final[Mapping[str, str]] = {
     "commit": "a commit that touches the view was under way",
     "refresh_failed": "the refresh failed",
     "overrun": "changes arrived faster than refreshes",
+    "off": "the mode of the view is off",
+    "shadow": "the mode of the view is shadow: the cache was asked, too, and compared",
+    "verified": "the database was asked to verify the cache",
     "stale": "marked records were given as they were, being younger than what is allowed",
 }
 """The categories by which reads that were not plain hits are counted, and what each means."""
@@ -65,6 +68,10 @@ class Reason(str):
         reason = super().__new__(cls, words)
         reason.category = category
         return reason
+
+    def with_more(self, words: str) -> Reason:
+        """Return the reason with more words, in the same category."""
+        return type(self)(self.category, f"{self}: {words}")
 
 
 def category_of(reason: object) -> str:
@@ -99,6 +106,10 @@ class Stats:
     """How many reads were no plain hits, by the categories of :data:`REASONS`."""
     mismatches: int
     """Answers of the cache that were found not to be those of the database."""
+    comparisons: int
+    """How many were compared with the database's, by mode or to verify the cache."""
+    comparisons_skipped: int
+    """How many were to be, and could not: the view changed meanwhile, say."""
     loads: int
     load_seconds: float
     refreshes: int
@@ -134,6 +145,8 @@ class Counts:
         self.marks: Counter[str] = Counter()
         """Marks by kind."""
         self.mismatches = 0
+        self.comparisons = 0
+        self.comparisons_skipped = 0
         self.loads = 0
         self.fills = 0
         """Loads of what reads missed."""

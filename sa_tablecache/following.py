@@ -272,6 +272,11 @@ class Following(Invalidation):
             uninstall(connection, changelog)
 
     @property
+    def snapshots(self) -> Snapshots:
+        """Where the cache itself reads."""
+        return self._bound
+
+    @property
     def _bound(self) -> Snapshots:
         if self._snapshots is None:
             raise TableCacheError(

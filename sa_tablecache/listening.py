@@ -17,10 +17,12 @@ from . import reading
 from .cache import BaseTableCache
 from .figures import Reason
 from .following import AnswerFreshness
+from .misses import is_wanting
 from .readers import reading_as
 from .reading import SKIP
 from .results import result_of, selects_views, with_records, without_row_order
 from .scopes import CONNECTIONS, Attachment, Scope, harmless, may_change_reads, scope_of
+from .shadow import compared, is_to_compare
 from .shapes import HARMLESS_OPTIONS, view_of
 
 OTHER_LISTENERS = Reason(
@@ -57,6 +59,7 @@ def listen(
         if not isinstance(statement, Select):
             return None
         view = view_of(statement)
+        run = partial(database_answers, state)
         if view is not None and (view in cache.views or _is_cached(state.session)):
             if _others_follow(state.session, do_orm_execute):
                 reading.remember(state.session, cache.table(view), "bypass", OTHER_LISTENERS)
@@ -68,6 +71,12 @@ def listen(
                 answer = reading.answer(cache, state.session, statement)
                 if answer is not None:
                     return result_of(answer, statement)
+                table = cache.table(view)
+                if table.guards and is_to_compare(state.session):
+                    return compared(cache, state.session, statement, run)
+                if view.__max_misses__ is not None and is_wanting(state.session):
+                    with table.misses.slot():
+                        return run()
             else:
                 reading.remember(
                     state.session,
@@ -77,10 +86,14 @@ def listen(
                 )
         if view is not None:
             state.statement = statement = without_row_order(statement)
-        if selects_views(statement):
-            result = state.invoke_statement(execution_options={SKIP: True})
-            return with_records(statement, result)
-        return None
+        return run() if selects_views(statement) else None
+
+    def database_answers(state: ORMExecuteState) -> Result[Any]:
+        statement: Any = state.statement
+        if view_of(statement) is not None:
+            state.statement = statement = without_row_order(statement)
+        result = state.invoke_statement(execution_options={SKIP: True})
+        return with_records(statement, result) if selects_views(statement) else result
 
     def after_begin(session: Session, _: Any, connection: Connection) -> None:
         known = session.info.setdefault(CONNECTIONS, [])

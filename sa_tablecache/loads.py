@@ -388,6 +388,10 @@ class Loads(ViewState):
                 self._ready = new_future()
         self.observers.tell()
 
+    def wait_for_load(self) -> bool:
+        """Wait for the load that is under way; say whether there was one."""
+        return self._loading.wait()
+
     def wait_ready(self, timeout: float | None) -> bool:
         """Wait for the first load to end."""
         return wait_for(self._ready, timeout, in_task=self._in_task)

@@ -33,6 +33,7 @@ from .reading import (
     filling,
     freshen,
     lacking,
+    missed,
     note_kept,
     remember,
 )
@@ -88,8 +89,8 @@ def range_from_cache(
                 state = None if stale is None else table.state
             if state is not None:
                 if not state.coverage and not fills:
-                    if fetch:
-                        remember(session, table, "miss", NOT_LOADED)
+                    if fetch and missed(session, table, NOT_LOADED):
+                        continue
                     return None
                 layout, name = table.set_up(), read.by.name
                 interval = range_interval(layout, read, state)
@@ -181,7 +182,8 @@ def _partial_range(
     gaps = range_statement(session, table, read).where(
         intervals_clause(layout.score_columns(name), missing)
     )
-    fetched = fetch_records(session, table.view, gaps)
+    with table.misses.slot():
+        fetched = fetch_records(session, table.view, gaps)
     if not table.may_merge(state, name, present):
         remember(session, table, "miss", CHANGED)
         return None

@@ -31,6 +31,7 @@ from .cache import BaseTableCache
 from .clauses import intervals_clause
 from .comparison import Inexact, to_utc
 from .figures import Reason, category_of
+from .modes import COMPARING
 from .options import BypassCache, NoStore
 from .orders import Record
 from .planner import Candidate, Question, ask
@@ -69,6 +70,9 @@ class Answer(NamedTuple):
 
 def remember(session: Any, table: CachedTable, kind: str, reason: str = "") -> None:
     """Note how a read was answered."""
+    if table.shadowed and COMPARING in session.info:
+        session.last_read = LastRead(kind, reason, table.view)
+        return
     session.last_read = read = LastRead(kind, reason, table.view)
     if kind == "hit" and not reason:
         table.counts.hits += 1
@@ -93,6 +97,20 @@ REFRESHED: Final = Reason("refresh", "after a refresh of what was marked")
 def lacking(state: State) -> Reason:
     """Return why storage does not help a reader: the coverage is another."""
     return Reason("coverage", f"the coverage is {state.coverage}")
+
+
+def missed(session: Session, table: CachedTable, reason: Reason) -> bool:
+    """Note a miss; say whether the cache is to be asked again, because a load has ended since.
+
+    :raises CacheUnavailable: if the view says so.
+    """
+    shadowed = table.shadowed and COMPARING in session.info
+    if table.view.__on_miss__ == "wait" and not shadowed and table.wait_for_load():
+        return True
+    remember(session, table, "miss", reason)
+    if not shadowed:
+        table.misses.refuse(reason)
+    return False
 
 
 def filling(table: CachedTable) -> bool:
@@ -170,8 +188,8 @@ def answer(
                 state = None if stale is None else table.state
             if state is not None:
                 if not state.coverage and not fills:
-                    if fetch:
-                        remember(session, table, "miss", NOT_LOADED)
+                    if fetch and missed(session, table, NOT_LOADED):
+                        continue
                     return None
                 layout = table.set_up()
                 question = ask(shape, parameters, layout.columns)
@@ -195,7 +213,8 @@ def answer(
                         continue
                     partial = partial_candidate(layout, question, state)
                     if partial is None:
-                        remember(session, table, "miss", lacking(state))
+                        if missed(session, table, lacking(state)):
+                            continue
                         return None
                     found, missing = partial
                     present = found.intervals - missing
@@ -269,7 +288,8 @@ def _partial(
     )
     if question.limit is not None and question.shape.orderings:
         gaps = gaps.order_by(*statement._order_by_clauses).limit(question.limit + question.offset)
-    fetched = fetch_records(session, table.view, gaps)
+    with table.misses.slot():
+        fetched = fetch_records(session, table.view, gaps)
     if not table.may_merge(state, candidate.index, present):
         # Something was written between the two halves: together they may be no answer at all.
         remember(session, table, "miss", CHANGED)

@@ -25,6 +25,7 @@ from .exc import CriteriaError, TableCacheError
 from .explaining import Explanation
 from .following import AnswerFreshness
 from .listening import COMMITTED, OTHER_LISTENERS, listen
+from .misses import is_wanting
 from .ranges import RangeRead
 from .reading import Answer, LastRead
 from .results import result_of
@@ -39,6 +40,7 @@ from .scopes import (
     overrides,
     scope_of,
 )
+from .shadow import compared_range, is_to_compare
 from .shapes import view_of
 from .transactions import SyncDecorator, TransactionOptions, decorator
 from .view import CachedView, ViewIndex, ViewMeta, ViewTable
@@ -302,8 +304,18 @@ class CacheSession(Session):
         else:
             records = ranges.range_from_cache(cache, self, read)
         if records is None:
-            statement = ranges.range_statement(self, cache.table(index.view), read)
-            records = reading.fetch_records(self, index.view, statement)
+            table = cache.table(index.view)
+
+            def run() -> list[Any]:
+                statement = ranges.range_statement(self, table, read)
+                return reading.fetch_records(self, index.view, statement)
+
+            if table.guards and is_to_compare(self):
+                return compared_range(cache, self, read, run)
+            if index.view.__max_misses__ is None or not is_wanting(self):
+                return run()
+            with table.misses.slot():
+                return run()
         return records
 
 

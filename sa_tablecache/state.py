@@ -7,7 +7,8 @@ told in ``table.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from .analysis import TableName, ViewPlan
@@ -54,6 +55,8 @@ class ViewState:
         self.when_marked: Callable[[], object] | None = None
         """Called when marks were made; it takes no lock."""
         self.counts = Counts()
+        self.shadowed = 0
+        """How many reads are being compared: what the cache is asked for that is no read."""
 
     def _given(self, records: list[Any]) -> list[Any]:
         return records if self.layout is None else self.layout.given(records)
@@ -204,6 +207,22 @@ class ViewState:
             if marks or was_unread != unread:
                 self._marked(marks, kept=was_unread == unread)
 
+    @contextmanager
+    def comparing(self) -> Iterator[None]:
+        """Have a read compared in a block."""
+        with self._lock:
+            self.shadowed += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.shadowed -= 1
+
+    def count(self, what: str) -> None:
+        """Count something that happened."""
+        with self._lock:
+            setattr(self.counts, what, getattr(self.counts, what) + 1)
+
     def count_read(self, kind: str, category: str) -> None:
         """Count a read that was not a plain hit."""
         with self._lock:
@@ -218,6 +237,7 @@ class ViewState:
         self._lock = Section()
         self.observers.after_fork()
         self.counts = Counts()
+        self.shadowed = 0
         if keep:
             self._freshness.after_fork()
             self._set_state(self._state)

@@ -46,6 +46,7 @@ from .figures import Stats
 from .layout import Layout
 from .loading import Snapshots
 from .loads import Loads
+from .misses import Misses
 from .replacing import refreshed
 from .scores import Interval
 from .state import State
@@ -88,6 +89,7 @@ class CachedTable(Loads):
         """Asked at each read, before anything else."""
         self.rereads = True
         """Whether what a mark of the whole view concerns is read again; else it is given up."""
+        self.misses = Misses(plan.view)
 
     def guarded(self, session: Session, statement: Any = None, *, fetch: bool = True) -> str | None:
         """Return why one of the guards sends a read to the database, or ``None``."""
@@ -99,6 +101,7 @@ class CachedTable(Loads):
 
     def after_fork(self, *, keep: bool) -> bool:
         """See :meth:`.ViewState.after_fork`."""
+        self.misses.after_fork()
         self.recent.clear()
         return super().after_fork(keep=keep)
 
@@ -239,6 +242,8 @@ class CachedTable(Loads):
             bypasses=counts.reads_of("bypass"),
             reasons=counts.reasons,
             mismatches=counts.mismatches,
+            comparisons=counts.comparisons,
+            comparisons_skipped=counts.comparisons_skipped,
             loads=counts.loads,
             fills=counts.fills,
             ranges_evicted=counts.ranges_evicted,

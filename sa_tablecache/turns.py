@@ -127,6 +127,12 @@ class Turn:
                     return
             wait_for(current, in_task=self._in_task)
 
+    def wait(self) -> bool:
+        """Wait for the end of the turn that somebody has; say whether somebody had one."""
+        with self._lock:
+            current = self._current
+        return current is not None and wait_for(current, in_task=self._in_task)
+
     def try_enter(self) -> bool:
         """Enter if nobody is inside, without waiting; whoever may enter has to leave."""
         with self._lock:

@@ -61,6 +61,7 @@ ORDER = """
     history
     observers
     state
+    misses
     keeping
     loads
     table
@@ -68,9 +69,10 @@ ORDER = """
     invalidation
     upkeep
     health
-    following
     staleness
+    following
     running
+    modes
     answering
     remembered
     room
@@ -83,11 +85,10 @@ ORDER = """
     problems
     cache
     scopes
-    modes
-    misses
     reading
     ranges
     results
+    shadow
     listening
     session
     metrics
