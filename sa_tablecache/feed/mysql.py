@@ -17,9 +17,9 @@ not have to look for gaps in the whole changelog.
 
 A reader stays on one server, as long as that runs. By the incarnation of the changelog, the name
 and the number of the server, and the second in which it was started, it notices that it is on
-another one, or on another history. Replicas are refused, and so is what several servers write: Galera, and
-circular replication (``auto_increment_increment`` is not 1). Nobody but :meth:`MySQLChangelog.trim`
-may delete entries.
+another one, or on another history. Replicas are refused, and so is what several servers write:
+Galera, and circular replication (``auto_increment_increment`` is not 1). Nobody but
+:meth:`MySQLChangelog.trim` may delete entries.
 """
 
 from __future__ import annotations

@@ -844,7 +844,8 @@ def test_a_trigger_that_is_dropped(stock: Feed) -> None:
     assert stock.log.installed(stock.connection).outdated == {}
     triggers = stock.connection.exec_driver_sql(
         "SELECT trigger_name, action_statement, action_timing, event_manipulation, "
-        "event_object_table FROM information_schema.triggers WHERE trigger_schema = DATABASE()"
+        "event_object_table FROM information_schema.triggers "
+        "WHERE event_object_schema = DATABASE()"
     ).all()
     assert len(triggers) == 4
     for name, body, timing, event, table in triggers:
@@ -876,7 +877,8 @@ def test_other_triggers_stay(feed: Feed) -> None:
     run(feed.connection, *feed.log.unwatch(relation))
     run(feed.connection, *feed.log.unwatch(relation))
     names = feed.connection.exec_driver_sql(
-        "SELECT trigger_name FROM information_schema.triggers WHERE trigger_schema = DATABASE()"
+        "SELECT trigger_name FROM information_schema.triggers "
+        "WHERE event_object_schema = DATABASE()"
     ).scalars()
     assert set(names) == {"first", "last", "more"}
     assert "not watched" in feed.read().untrusted[relation]
