@@ -55,6 +55,8 @@ _TABLE: Final = text(
     WHERE table_schema = COALESCE(NULLIF(:schema, ''), DATABASE()) AND table_name = :name
     """
 )
+# Said twice, because of what is equal to a column MariaDB opens the tables and views of all
+# databases: slow, and with views over the information schema 10.11.19 has crashed of it.
 _FOREIGN_KEYS: Final = text(
     """
     SELECT r.constraint_name AS constraint_name, r.referenced_table_name AS parent,
@@ -66,7 +68,8 @@ _FOREIGN_KEYS: Final = text(
         ON k.constraint_schema = r.constraint_schema AND k.constraint_name = r.constraint_name
         AND k.table_name = r.table_name
     WHERE r.constraint_schema = COALESCE(NULLIF(:schema, ''), DATABASE())
-        AND r.table_name = :name AND k.table_schema = r.constraint_schema
+        AND r.table_name = :name
+        AND k.table_schema = COALESCE(NULLIF(:schema, ''), DATABASE())
         AND (r.delete_rule IN ('CASCADE', 'SET NULL') OR r.update_rule IN ('CASCADE', 'SET NULL'))
     ORDER BY r.constraint_name, k.ordinal_position
     """
