@@ -15,12 +15,11 @@ A gap is left alone until a second poll finds it: most transactions are committe
 the first gap is *settled*; that is noted now and then, so that who needs the position of now does
 not have to look for gaps in the whole changelog.
 
-A reader stays on one server. By the incarnation of the changelog, the name and the number of the
-server it notices that it is on another one, or on another history. So it does, by the time of its
-start, after a crash that may have lost commits (``innodb_flush_log_at_trx_commit`` is not 1).
-Files of a backup that are put back on the same host are noticed if ids are missing that were seen
-before. Replicas are refused, and so is what several servers write: Galera, and circular replication
-(``auto_increment_increment`` is not 1).
+A reader stays on one server, as long as that runs. By the incarnation of the changelog, the name
+and the number of the server, and the second in which it was started, it notices that it is on
+another one, or on another history. Replicas are refused, and so is what several servers write:
+Galera, and circular replication (``auto_increment_increment`` is not 1). Nobody but
+:meth:`MySQLChangelog.trim` may delete entries.
 """
 
 from __future__ import annotations
@@ -339,8 +338,8 @@ def _gap(position: MySQLPosition, era: str, trimmed: int, last: int) -> str | No
     """Return why entries may be missing that a position has not seen."""
     if position.era != era:
         return (
-            "the server is another one, was started after it may have lost commits, or the "
-            "changelog was installed anew"
+            "the server was started since the last poll, is another one, or the changelog was "
+            "installed anew"
         )
     if max(last, trimmed) < position.last:
         return "ids of the changelog went back: it was emptied, or the server was restored"
@@ -370,10 +369,12 @@ def _take(connection: Connection, gaps: Gaps) -> None:
             left -= asked[-1][1] - low + 1
     check_primary(connection)
     connection.exec_driver_sql("COMMIT")
-    connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED")
     condition = " OR ".join(f"id BETWEEN {low} AND {high}" for low, high in asked)
-    rows = connection.exec_driver_sql(f"SELECT id FROM {LOG} WHERE {condition}").all()
-    connection.exec_driver_sql("COMMIT")
+    try:
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED")
+        rows = connection.exec_driver_sql(f"SELECT id FROM {LOG} WHERE {condition}").all()
+    finally:
+        connection.exec_driver_sql("COMMIT")  # the level was for this transaction alone
     used = {int(row[0]) for row in rows}
     free = [n for low, high in asked for n in range(low, high + 1) if n not in used]
     if not free:
