@@ -42,6 +42,7 @@ REASONS: Final[Mapping[str, str]] = {
     "listener": "the application listens where it could change what is read",
     "disabled": "the cache was switched off",
     "bind": "the session is bound to another database or schema",
+    "feed": "the change feed could not be read in time, or does not see the view's tables",
     "commit": "a commit that touches the view was under way",
     "refresh_failed": "the refresh failed",
     "overrun": "changes arrived faster than refreshes",
