@@ -113,6 +113,8 @@ class Loads(ViewState):
             keep, self.layout = False, None
         if self.keeper is not None:
             self.keeper.after_fork(intact=not self._refreshing.taken)
+        if self.memory is not None:
+            self.memory.after_fork()
         self._take_turns()
         keep = super().after_fork(keep=keep)
         ready = keep and self._ready.done()

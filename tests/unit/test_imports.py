@@ -69,8 +69,8 @@ ORDER = """
     invalidation
     upkeep
     health
-    following
     staleness
+    following
     running
     modes
     answering
