@@ -679,6 +679,7 @@ def followed(database: Database) -> Iterator[World]:
             world.cache.uninstall_feed()
 
 
+@pytest.mark.every_database
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("seed", range(int(os.environ.get("SA_TABLECACHE_TEST_EXAMPLES", "2"))))
 def test_random_reads_and_writes_agree_with_the_database(
