@@ -132,7 +132,7 @@ def _arguments(policy: Policy, view: type[CachedView]) -> str:
     said = [
         f"{field.name}={indexes.get(id(value)) or repr(value)}"
         for field in fields(cast("Any", policy))
-        if (value := getattr(policy, field.name)) != field.default
+        if (value := getattr(policy, field.name)) is not field.default
     ]
     return f"{type(policy).__name__}({', '.join(said)})"
 
