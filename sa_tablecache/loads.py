@@ -188,9 +188,8 @@ class Loads(ViewState):
             reader = object()
             token = self._begin()
             try:
-                before = self._state
-                missing = before.coverage.missing(index, target)
-                rows, complete = layout.no_rows(), True
+                missing = self._state.coverage.missing(index, target)
+                rows = layout.no_rows()
                 if missing:
                     with self._snapshot(reader) as connection:
                         if most is None:
@@ -202,8 +201,7 @@ class Loads(ViewState):
                             rows, part = read_first(
                                 layout, connection, index, missing, most, progress, check
                             )
-                            complete = part == missing
-                            target = missing = part
+                            missing = part
                     if check is not None:
                         check(rows, True)
                     self._pause("loaded")
@@ -211,18 +209,20 @@ class Loads(ViewState):
                 expired = 0
                 while True:
                     state = self._state
-                    coverage = (
-                        state.coverage.plus(index, target) if extend else Coverage({index: target})
-                    )
+                    # What was there when the load began may have been given up meanwhile.
+                    coverage = state.coverage.plus(index, missing)
+                    complete = coverage.covers(index, target)
+                    keep = extend or not complete
                     storage, expired = loaded(
-                        layout, state.storage, rows, index, target, extend=extend
+                        layout, state.storage, rows, index, target, extend=keep
                     )
+                    coverage = coverage if keep else Coverage({index: target})
                     with self._lock:
                         if self._is_still(state):
                             # Where all was read in this snapshot, what it has found is no news.
-                            found = {} if before.coverage else self._freshness.found_by(reader)
+                            found = {} if state.coverage else self._freshness.found_by(reader)
                             self._apply(token, State(storage, coverage), found, reader)
-                            if most is None and not self._ready.done():
+                            if complete and most is None and not self._ready.done():
                                 self._ready.set_result(None)
                             break
             finally:
@@ -266,7 +266,8 @@ class Loads(ViewState):
             if self.load(index, target, most=chunk, progress=so_far):
                 break
             done += self.counts.records_loaded - before
-        self.load(index, target, extend=extend, progress=so_far if progress else None)
+        while not self.load(index, target, extend=extend, progress=so_far if progress else None):
+            pass  # a policy has given up what was there
 
     def _snapshot(self, reader: object) -> AbstractContextManager[Connection]:
         """Open a snapshot for a load, holding one of the load slots if there are some."""
@@ -357,7 +358,7 @@ class Loads(ViewState):
         self.observers.tell()
 
     def give_up(self, make: Callable[[State], tuple[State, int]]) -> None:
-        """Replace the state by one that has less; only by who holds the turn of loads.
+        """Replace the state by one that has less.
 
         :param make: returns it, and how many records it has less.
         """

@@ -17,9 +17,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from .answering import loadable_candidate
@@ -56,12 +55,8 @@ WASTED = 58
 TRIED = 8
 
 
-class NoRoom(Exception):
-    """What was read is not stored; never leaves the package."""
-
-
-class TooLarge(NoRoom):
-    """It never will be."""
+class TooLarge(Exception):
+    """What was read is more than there is room for; never leaves the package."""
 
 
 Change: TypeAlias = Callable[[Callable[[State], State]], None]
@@ -217,8 +212,6 @@ class ReadRanges(Keeper):
                 "view %s: a read of %s is larger than what may be stored",
                 self._table.name, fill.intervals,
             )  # fmt: skip
-        except NoRoom:
-            stored = False
         except Exception as error:
             stored = False
             log.warning("view %s: what a read missed was not loaded: %s", self._table.name, error)
@@ -251,17 +244,6 @@ class ReadRanges(Keeper):
             oldest = self._ranges.oldest()
             self._due = None if oldest is None else oldest + self._ttl
 
-    @contextmanager
-    def _turn(self) -> Iterator[bool]:
-        """Say whether ranges may be given up now: not while a load builds on what is there."""
-        loading = self._table._loading
-        free = loading.try_enter()
-        try:
-            yield free
-        finally:
-            if free:
-                loading.leave()
-
     def _store(
         self, index: str, part: IntervalSet, rows: Rows, change: Change, began: float
     ) -> None:
@@ -283,23 +265,20 @@ class ReadRanges(Keeper):
             smaller, victims = self._room.make(
                 layout, state, self._ranges, allowed=allowed, records=records, new=len(part)
             )
-            if victims and not free:
-                raise NoRoom
             storage, _ = loaded(layout, smaller.storage, rows, index, part, extend=True)
             new = smaller.coverage.missing(index, part)
             made = State(storage, smaller.coverage.plus(index, part))
             return made
 
-        with self._turn() as free:
-            change(replaced)
-            assert made is not None
-            self._gave_up(victims)
-            if made.coverage.everything:  # whatever had been loaded by other indexes
-                self._ranges.follow(made.coverage, began)
-            else:
-                self._ranges.add(index, new, began)
-            self._seen = made.coverage
-            self._note_due()
+        change(replaced)
+        assert made is not None
+        self._gave_up(victims)
+        if made.coverage.everything:  # whatever had been loaded by other indexes
+            self._ranges.follow(made.coverage, began)
+        else:
+            self._ranges.add(index, new, began)
+        self._seen = made.coverage
+        self._note_due()
 
     def _gave_up(self, victims: Iterable[Range]) -> None:
         """Forget ranges that had to go, and notice if they were there in vain."""
@@ -321,7 +300,7 @@ class ReadRanges(Keeper):
         self,
         choose: Callable[[State], tuple[State, list[Range]]],
         *,
-        counts: bool,
+        counts: bool = False,
         wait: bool = True,
     ) -> bool:
         """Give up some ranges; say whether that was possible now.
@@ -334,30 +313,17 @@ class ReadRanges(Keeper):
             table._refreshing.__enter__()
         elif not table._refreshing.try_enter():
             return False
+        victims: list[Range] = []
+        made: State | None = None
+
+        def less(state: State) -> tuple[State, int]:
+            nonlocal victims, made
+            self._follow(state.coverage)
+            self._drain()
+            made, victims = choose(state)
+            return made, len(state.storage) - len(made.storage)
+
         try:
-            possible = self._gave_up_some(choose, counts=counts)
-        finally:
-            table._refreshing.leave()
-        table.observers.tell()
-        return possible
-
-    def _gave_up_some(
-        self, choose: Callable[[State], tuple[State, list[Range]]], *, counts: bool
-    ) -> bool:
-        table = self._table
-        with self._turn() as free:
-            if not free:
-                return False
-            victims: list[Range] = []
-            made: State | None = None
-
-            def less(state: State) -> tuple[State, int]:
-                nonlocal victims, made
-                self._follow(state.coverage)
-                self._drain()
-                made, victims = choose(state)
-                return made, len(state.storage) - len(made.storage)
-
             table.give_up(less)
             assert made is not None
             if counts:
@@ -367,7 +333,10 @@ class ReadRanges(Keeper):
                     self._ranges.remove(victim)
             self._seen = made.coverage
             self._note_due()
-            return True
+        finally:
+            table._refreshing.leave()
+        table.observers.tell()
+        return True
 
     def trim(self) -> None:
         """Give up what is more than the limits allow, after records were inserted, say."""
@@ -389,7 +358,6 @@ class ReadRanges(Keeper):
         fewer = len(self._table.state.storage) - self._room.records_in(wanted) - 1
         return self._give_up(
             lambda state: self._room.make(layout, state, self._ranges, allowed=max(0, fewer)),
-            counts=False,
             wait=wait,
         )
 
@@ -399,23 +367,22 @@ class ReadRanges(Keeper):
         """Give up what is too old, before a read; a guard of the table."""
         if self._due is None or self._clock() < self._due:
             return None
-        if fetch and self.expire():
-            return None
-        return Reason("coverage", "ranges are older than their ttl, and cannot be given up now")
+        if not fetch:
+            return Reason("coverage", "ranges are older than their ttl")
+        self.expire()
+        return None
 
-    def expire(self) -> bool:
-        """Give up what is older than the ttl; say whether that was possible now."""
+    def expire(self) -> None:
+        """Give up what is older than the ttl."""
         layout, ttl = self._table.layout, self._ttl
         if layout is None or ttl is None:
-            return True
+            return
 
         def younger(state: State) -> tuple[State, list[Range]]:
             victims = self._ranges.older(self._clock() - ttl)
-            if not victims:
-                return state, []
             return evicted(layout, state, by_index(victims))[0], victims
 
-        return self._give_up(younger, counts=False)
+        self._give_up(younger)
 
     def step(self) -> float | None:
         """Give up what is too old or too much; return the seconds until something will be."""

@@ -350,7 +350,8 @@ def _gap(before: Snapshot, now: Snapshot, trimmed: int) -> str | None:
 
 
 def _keys(logged: str | None) -> tuple[tuple[Any, ...], ...] | None:
-    return None if logged is None else tuple(map(tuple, json.loads(logged)))
+    # Of an UPDATE that changed some keys the old and then the new ones: the others twice.
+    return None if logged is None else tuple(dict.fromkeys(map(tuple, json.loads(logged))))
 
 
 def _ranges(logged: str | None) -> dict[str, tuple[Any, Any]] | None:

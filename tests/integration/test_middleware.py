@@ -5,7 +5,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from wsgiref.util import setup_testing_defaults
@@ -52,7 +52,7 @@ def flights(database: Database) -> Iterator[Database]:
 @pytest.fixture
 def cache(flights: Database) -> Iterator[TableCache]:
     """A cache that has read all flights, and polls only for readers who have to."""
-    with flights.lent_engine() as engine, synchronous_cache(engine) as cache:
+    with flights.lent_engine() as engine, closing(synchronous_cache(engine)) as cache:
         yield cache
 
 

@@ -699,7 +699,7 @@ def test_schemas_and_odd_names(
     """Tables in a schema, with names that need quotes, are watched by these names."""
     dialect = another_url.get_backend_name()
     schema = str(another_url.database) if dialect == "mysql" else "Depot 1"
-    models = shop(schema, customers="The Customers", day="the day")
+    models = shop(schema, customers="100% Customers", day="the %s day")
     local = Table("orders", MetaData(), Column("id", Integer, primary_key=True))
     local.metadata.create_all(engine := create_engine(new_project(MetaData()).url))
     with engine.begin() as connection:
@@ -715,8 +715,8 @@ def test_schemas_and_odd_names(
         names = {None, schema}
         made.options["include_name"] = lambda name, kind, _: kind != "schema" or name in names
     body = without_cascades(made.migrate())
-    assert f"op.watch_table('The Customers', schema='{schema}', key=['id'])" in body
-    assert f"op.watch_table('orders', schema='{schema}', key=['id'], ranges=['the day'])" in body
+    assert f"op.watch_table('100% Customers', schema='{schema}', key=['id'])" in body
+    assert f"op.watch_table('orders', schema='{schema}', key=['id'], ranges=['the %s day'])" in body
     assert "op.watch_table('orders', key=['id'])" in body
     assert len(installed(made.engine).watched) == 3
     made.downgrade("base")

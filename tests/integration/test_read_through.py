@@ -514,20 +514,41 @@ def test_loads_and_evictions_by_hand_are_followed(world: World) -> None:
     world.cache._check()
 
 
-def test_nothing_leaves_while_a_load_builds_on_it(world: World) -> None:
-    """A load that runs counts on what is covered; what would need room is not stored meanwhile."""
+def test_a_load_does_not_count_on_what_has_left_meanwhile(world: World) -> None:
+    """What was there when a load began may leave under it: it reads that, too, in the end."""
     keep(world, max_records=3)
+    table = world.cache.table(OuterBoard)
+    for load in (world.cache.extend, world.cache.load):
+        world.cache.clear(OuterBoard)
+        world.ids(*between(0, 1))
+        held = Held(table, "loaded")
+        loading = Running(lambda load=load: load(OuterBoard, *between(0, 2)))
+        assert held.reached.wait(20)
+        assert world.ids(*between(2, 5)) == [4, 5, 6]
+        assert not world.cache.covers(OuterBoard, *between(0, 1))
+        held.let_go()
+        loading.result()
+        world.cache._check()
+        assert world.ids(*between(0, 2)) == [1, 2, 3]
+        world.cache._check()
+
+
+def test_a_load_does_not_count_on_what_a_mark_has_emptied(world: World) -> None:
+    """A mark of the whole view gives up what a load had found to be there."""
     table = world.cache.table(OuterBoard)
     world.ids(*between(0, 1))
     held = Held(table, "loaded")
-    load = Running(lambda: world.cache.extend(OuterBoard, *between(0, 2)))
+    loading = Running(lambda: world.cache.load(OuterBoard, *between(0, 2)))
     assert held.reached.wait(20)
-    assert world.ids(*between(2, 5)) == [4, 5, 6]
-    assert world.cache.covers(OuterBoard, *between(0, 1))
+    with world.engine.begin() as connection:
+        connection.execute(insert(Flight).values(flight(9, 0.5)))
+    world.cache.invalidate(OuterBoard)
+    world.cache.refresh(OuterBoard)
+    assert records(world) == 0
     held.let_go()
-    load.result()
-    assert world.ids(*between(0, 2)) == [1, 2, 3]
+    loading.result()
     world.cache._check()
+    assert world.ids(*between(0, 2)) == [1, 2, 3, 9]
 
 
 def test_reads_by_key_and_by_other_indexes_count_as_uses(world: World) -> None:
