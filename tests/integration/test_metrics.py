@@ -292,6 +292,7 @@ children = []
 for number in (10, 100):
     pid = os.fork()
     if not pid:
+        engine.dispose(close=False)
         cache.load(OuterBoard)  # without a feed nothing proves what was inherited
         read(number)
         cache.invalidate(OuterBoard)
