@@ -88,7 +88,9 @@ def describe(cache: BaseTableCache) -> dict[str, Any]:
             "error": error,
         },
         "views": [
-            _view(cache.table(view), engine.dialect, cache._policies[view]) for view in cache.views
+            _view(cache.table(view), engine.dialect, cache._policies[view])
+            | {"mode": cache.mode(view)}
+            for view in cache.views
         ],
         "problems": problems,
     }
@@ -242,6 +244,8 @@ def _view_lines(view: dict[str, Any]) -> Iterator[str]:
     yield from row("columns", f"{len(view['columns'])}: {', '.join(view['columns'])}")
     if view["scope"]:
         yield from row("scope", view["scope"])
+    if view["mode"] != "on":
+        yield from row("mode", view["mode"])
     if view["policy"] != "Manual()":
         yield from row("policy", view["policy"])
     if view["max_staleness"] or view["refresh"] != "lazy":

@@ -214,11 +214,12 @@ def test_how_a_view_is_kept_is_told(sqlite: Database):
     with flights_world(sqlite) as world, contextlib.closing(TableCache(world.engine)) as cache:
         cache.add(Kept)
         cache.add(OuterBoard, policy=ReadThrough(max_records=5))
+        cache.set_mode(OuterBoard, "shadow")
         page = rendered(describe(cache))
     window = "SlidingWindow(by=by_hour, past=datetime.timedelta(seconds=3600))"
     assert f"  policy    {window}\n" in page
     assert "  refresh   eager; answers may be stale: 0:01:00\n" in page
-    assert "  policy    ReadThrough(max_records=5)\n" in page
+    assert "  mode      shadow\n  policy    ReadThrough(max_records=5)\n" in page
 
 
 def test_problems_make_it_fail(module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
