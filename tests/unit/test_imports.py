@@ -33,6 +33,7 @@ ORDER = """
     orders
     storage
     coverage
+    redaction
     clauses
     catalog
     loading
@@ -79,6 +80,7 @@ ORDER = """
     windows
     policies
     explaining
+    why
     attempts
     transactions
     problems
