@@ -15,20 +15,22 @@ from pathlib import Path
 
 import sqlalchemy
 
-from benchmarks import database, loading, memory, peers, ranges, transactions
+from benchmarks import database, feed, loading, memory, peers, ranges, transactions
 from benchmarks.harness import Result
 
-PARTS = ("ranges", "peers", "loading", "memory", "transactions")
+PARTS = ("ranges", "peers", "loading", "memory", "transactions", "feed")
 QUICK_DAYS = 14
 
 
 def measure(parts: Sequence[str], *, quick: bool) -> Iterator[list[Result]]:
     """Run the parts that are asked for, and yield the results of each."""
     days = QUICK_DAYS if quick else None
-    if {"peers", "memory", "loading", "transactions"} & set(parts):
+    if {"peers", "memory", "loading", "transactions", "feed"} & set(parts):
         with database.postgres(days) as url:
             if "transactions" in parts:
                 yield transactions.run(url, quick=quick)
+            if "feed" in parts:
+                yield feed.run(url, quick=quick)
             if "peers" in parts:
                 yield peers.run(url, quick=quick)
             if "memory" in parts:

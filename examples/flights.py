@@ -13,9 +13,9 @@ import asyncio
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, timedelta
 from inspect import isawaitable
 from operator import attrgetter
 from pathlib import Path
@@ -31,8 +31,9 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from examples.flights_data import FIRST_DAY, ROWS, fill, tune_sqlite
 from examples.flights_models import FlightBoard, Plane
 from examples.postgres import embedded_postgres
-from sa_tablecache import AsyncTableCache, TableCache, bypass_cache
+from sa_tablecache import AsyncTableCache, SlidingWindow, TableCache, bypass_cache
 
+HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
 WEEK = timedelta(days=7)
 
@@ -80,12 +81,16 @@ class Demo:
         )
 
     async def step(self, what: str, run: Callable[[], Any]) -> None:
-        """Do something to the cache; print the records it holds then, and the time it took."""
+        """Do something to the cache; print the records it holds then, and what that took."""
+        before = self.cache.stats(FlightBoard)
         self.statements.clear()
         start = perf_counter()
         await done(run())
         seconds = perf_counter() - start
-        self.row(what, self.cache.stats(FlightBoard).records, seconds, len(self.statements))
+        after = self.cache.stats(FlightBoard)
+        came = after.records_loaded - before.records_loaded
+        went = after.records_expired - before.records_expired
+        self.row(what, after.records, seconds, len(self.statements), f"{came:+,} {-went:+,}")
 
     async def read(
         self,
@@ -148,6 +153,7 @@ async def tell(demo: Demo) -> None:
     await one_aircraft(demo, tailnum, day - 3 * DAY)
     await write(demo, tailnum, day - 3 * DAY)
     await slide(demo, day)
+    await follow(demo, day)
 
 
 async def load(demo: Demo) -> None:
@@ -234,8 +240,30 @@ async def write(demo: Demo, tailnum: str, start: Any) -> None:
         await week("after the rollback", session)
 
 
+async def follow(demo: Demo, day: Any) -> None:
+    """Keep the last three days, while a clock of our own runs through the next one."""
+    now = day.replace(tzinfo=UTC)
+    demo.cache.clock = lambda: now
+    demo.cache.add(FlightBoard, policy=SlidingWindow("time_hour", past=3 * DAY))
+
+    def last_hours(session: Any) -> Any:
+        until = now.replace(tzinfo=None)
+        return session.range(FlightBoard.by_time, ge=until - 6 * HOUR, le=until)
+
+    demo.title("The last three days, by a clock that runs fast")
+    for _ in range(5):
+        await demo.step(f"{now:%a %d %b, %H:%M}", lambda: demo.cache.step(FlightBoard))
+        now += 6 * HOUR
+    async with demo.session() as session:
+        await demo.read("six hours, before a step", session, lambda: last_hours(session))
+    await demo.step(f"{now:%a %d %b, %H:%M}", lambda: demo.cache.step(FlightBoard))
+    async with demo.session() as session:
+        await demo.read("six hours, after it", session, lambda: last_hours(session))
+    demo.note("cache.step() does here what a started cache does in the background")
+
+
 async def slide(demo: Demo, day: Any) -> None:
-    """Keep a few weeks only, read across their edge and outside of them, and move on by a week."""
+    """Keep a few weeks only, and read across their edge and outside of them."""
     weeks = 4 if demo.days is None else 2
     start = day - WEEK
     end = start + weeks * WEEK
@@ -254,11 +282,6 @@ async def slide(demo: Demo, day: Any) -> None:
         ):
             statement = select(FlightBoard).where(hour >= since, hour < since + DAY)
             await demo.read(what, session, lambda: session.scalars(statement))  # noqa: B023
-    start, end = start + WEEK, end + WEEK
-    await demo.step(
-        "sliding on by a week", lambda: demo.cache.load(FlightBoard, hour >= start, hour < end)
-    )
-
     inside = select(FlightBoard).where(
         hour >= start, hour < start + DAY, FlightBoard.origin == "JFK"
     )
@@ -294,9 +317,10 @@ async def main_postgres(console: Console, days: int | None) -> None:
         with _filling(console, days) as progress:
             async with engine.begin() as connection:
                 await connection.run_sync(fill, days=days, progress=progress)
-        async with AsyncTableCache(engine, views=[FlightBoard]) as cache:
-            with _counting(Demo(console, cache, days)) as demo:
-                await tell(demo)
+        cache = AsyncTableCache(engine, views=[FlightBoard], exclusive_writer=True)
+        with _counting(Demo(console, cache, days)) as demo:
+            await tell(demo)
+        await cache.close()
         await engine.dispose()
 
 
@@ -307,10 +331,8 @@ async def main_sqlite(console: Console, days: int | None) -> None:
         tune_sqlite(engine)
         with _filling(console, days) as progress, engine.begin() as connection:
             fill(connection, days=days, progress=progress)
-        with (
-            TableCache(engine, views=[FlightBoard]) as cache,
-            _counting(Demo(console, cache, days)) as demo,
-        ):
+        cache = TableCache(engine, views=[FlightBoard], exclusive_writer=True)
+        with closing(cache), _counting(Demo(console, cache, days)) as demo:
             await tell(demo)
         engine.dispose()
 

@@ -140,14 +140,6 @@ class BaseTableCache(Running):
         if kept.step is not None:
             self.upkeep.add(job, kept.step)
 
-    def after_fork(self) -> None:
-        """See :meth:`.Running.after_fork`; what policies were in the middle of is the parent's."""
-        super().after_fork()
-        if self.memory is not None:
-            self.memory.after_fork()
-        for view, table in self._tables.items():
-            self._keep(view, table)
-
     def _watch(self, engine: Engine) -> None:
         watch(engine, self)
         self._watched.append(engine)

@@ -11,6 +11,7 @@ from .answering import (
     check_sortable,
     covered_candidate,
     index_direction,
+    limited_candidate,
     partial_candidate,
 )
 from .comparison import Inexact
@@ -81,6 +82,8 @@ def _explained(
     question = ask(shape, parameters, columns)
     reason = ""
     candidate, missing, kind = covered_candidate(layout, question, state), NOTHING, "hit"
+    if candidate is None:
+        candidate = limited_candidate(layout, question, state)
     if candidate is None:
         partial = partial_candidate(layout, question, state)
         if partial is None:

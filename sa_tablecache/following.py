@@ -19,6 +19,7 @@ from .exc import TableCacheError
 from .feed import ChangeFeed, Consumer
 from .feed.dialects import changelog_for
 from .feed.installing import install, uninstall
+from .feed.wakeup import Listener
 from .figures import Reason
 from .invalidation import Invalidation, Lease
 from .loading import Snapshots
@@ -37,6 +38,8 @@ NOTIFY: Final = "change feed, waking up others"
 LISTEN: Final = "change feed, listening"
 
 TRIM_SECONDS: Final = 30.0
+
+_LEFT_TO_PARENTS: Final[list[Listener]] = []
 
 _COMMITTED: ContextVar[set[Following] | None] = ContextVar("sa_tablecache.committed", default=None)
 
@@ -74,6 +77,7 @@ class Following(Invalidation):
         self._warned = False
         self._fresher = False
         """Whether some sessions were attached that want their answers fresher, or less so."""
+        self._listener: Listener | None = None
         self.upkeep = Upkeep()
         """The jobs that run in the background once the cache is started."""
 
@@ -89,6 +93,7 @@ class Following(Invalidation):
         self.upkeep.add(TRIM, self._trim)
         if consumer.changelog.wakes:
             self.upkeep.add(NOTIFY, self._notify)
+            self.upkeep.add(LISTEN, self._hear, self._stop_hearing)
 
     def _follow_view(self, table: CachedTable) -> None:
         """Have a view guarded by the feed."""
@@ -145,7 +150,6 @@ class Following(Invalidation):
         """
         if not self._exclusive_writer:
             self._followed.catch_up()
-            self._tell_observers()
 
     def commit_token(self) -> str:
         """Return a token of all that was committed until now: one SELECT.
@@ -188,6 +192,10 @@ class Following(Invalidation):
     def after_fork(self) -> None:
         """In a forked child: nobody polls, and nobody's commits are under way."""
         super().after_fork()
+        if self._listener is not None:
+            # The parent listens on its connection, which must not be closed here.
+            _LEFT_TO_PARENTS.append(self._listener)
+            self._listener = None
         if self.consumer is not None:
             self.consumer.after_fork()
 
@@ -206,7 +214,6 @@ class Following(Invalidation):
     def _poll(self) -> float:
         consumer = self._followed
         consumer.catch_up()
-        self._tell_observers()
         return consumer.feed.poll_interval
 
     def _trim(self) -> float:
@@ -214,6 +221,21 @@ class Following(Invalidation):
         with consumer.connect() as connection:
             consumer.changelog.trim(connection, consumer.feed.keep.total_seconds())
         return min(TRIM_SECONDS, consumer.feed.keep.total_seconds())
+
+    def _hear(self) -> float | None:
+        listener = self._listener
+        if listener is None:
+            consumer = self._followed
+            engine = consumer.feed.listen_engine or self._bound.engine
+            listener = self._listener = Listener(
+                getattr(engine, "sync_engine", engine), lambda: self.upkeep.wake(POLL)
+            )
+        return listener.step()
+
+    def _stop_hearing(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.stop()
 
     def _notify(self) -> None:
         consumer = self._followed

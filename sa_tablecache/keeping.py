@@ -80,8 +80,19 @@ class Keeper:
     def trim(self) -> None:
         """Give up what is more than the policy allows."""
 
-    def yield_bytes(self, wanted: int) -> None:
-        """Give up so many bytes, if what is given up would be loaded again when it is needed."""
+    def yield_bytes(self, wanted: int, *, wait: bool) -> bool:
+        """Give up so many bytes, if what is given up would be loaded again when it is needed.
+
+        :param wait: whether to wait for a refresh that is under way.
+        :returns: whether there was nothing to wait for.
+        """
+        return True
+
+    def after_fork(self, *, intact: bool) -> None:
+        """In a forked child: forget what the parent's threads were doing.
+
+        :param intact: whether none of them was changing the records.
+        """
 
     def _check(self) -> None:
         """Assert the invariants."""

@@ -31,8 +31,12 @@ class Holder(Protocol):
     def held_bytes(self) -> int:
         """What it holds, in bytes."""
 
-    def yield_bytes(self, wanted: int) -> None:
-        """Give up what can be had again by reading, least recently used first."""
+    def yield_bytes(self, wanted: int, *, wait: bool) -> bool:
+        """Give up what can be had again by reading, least recently used first.
+
+        :param wait: whether to wait for a refresh or load of its own.
+        :returns: whether there was nothing to wait for.
+        """
 
 
 class MemoryLimit:
@@ -54,9 +58,9 @@ class MemoryLimit:
         """What loads under way have read so far."""
 
     def after_fork(self) -> None:
-        """In a forked child: the loads under way are the parent's."""
+        """In a forked child: forget the loads of the parent's threads."""
         self._lock = Section()
-        self._underway.clear()
+        self._underway = {}
 
     def add(self, holder: Holder) -> None:
         """Count what a view holds."""
@@ -78,7 +82,8 @@ class MemoryLimit:
         """Count a load while it is under way.
 
         :param kept: the part of what the view holds that stays beside what is loaded, 0 to 1.
-        :returns: what to call with the rows that were read so far, and whether these are all.
+        :returns: what to call with the rows that were read so far, and whether these are all;
+            with all of them after the connection was given back.
         """
         load = object()
 
@@ -90,11 +95,11 @@ class MemoryLimit:
             over = self._held(without=holder) + stays - self.limit
             if over <= 0:
                 return
-            for other in self._holders:
-                if other is not holder:
-                    other.yield_bytes(over)
+            others = [other for other in self._holders if other is not holder]
+            # Before it is complete it has a connection, for which a refresh may be waiting.
+            free = [other.yield_bytes(over, wait=complete) for other in others]
             held = self._held(without=holder) + stays
-            if held > self.limit:
+            if held > self.limit and (complete or all(free)):
                 raise MemoryLimitExceeded(
                     self._said(holder, len(rows.records), size, stays, complete),
                     estimate=size,

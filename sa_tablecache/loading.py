@@ -350,14 +350,12 @@ class Loader:
     ) -> Rows:
         """Read records: one SELECT; ``stream`` for many, in parts of 1,000 rows.
 
-        :param check: called with what was read so far, and whether that is all; it may raise.
+        :param check: called with what was read so far; it may raise.
         """
         rows = Rows(hidden=[] if self.hidden else None)
         statement = self.statement(*criteria).order_by(*order_by).limit(limit)
         if not stream:
             self._add(rows, connection.execute(statement).all(), None)
-            if check is not None:
-                check(rows, True)
             return rows
         pools: list[dict[Any, Any] | None] = [
             {} if isinstance(clause.type, _SHARED) else None for clause in self.clauses
@@ -373,8 +371,6 @@ class Loader:
                     progress(len(rows.records))
                 if check is not None:
                     check(rows, False)
-        if check is not None:
-            check(rows, True)
         return rows
 
     def _add(

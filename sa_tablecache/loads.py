@@ -111,6 +111,10 @@ class Loads(ViewState):
         if self._setting_up.taken:
             # Another thread was changing it, or about to.
             keep, self.layout = False, None
+        if self.keeper is not None:
+            self.keeper.after_fork(intact=not self._refreshing.taken)
+        if self.memory is not None:
+            self.memory.after_fork()
         self._take_turns()
         keep = super().after_fork(keep=keep)
         ready = keep and self._ready.done()
@@ -184,9 +188,8 @@ class Loads(ViewState):
             reader = object()
             token = self._begin()
             try:
-                before = self._state
-                missing = before.coverage.missing(index, target)
-                rows, complete = layout.no_rows(), True
+                missing = self._state.coverage.missing(index, target)
+                rows = layout.no_rows()
                 if missing:
                     with self._snapshot(reader) as connection:
                         if most is None:
@@ -198,25 +201,28 @@ class Loads(ViewState):
                             rows, part = read_first(
                                 layout, connection, index, missing, most, progress, check
                             )
-                            complete = part == missing
-                            target = missing = part
+                            missing = part
+                    if check is not None:
+                        check(rows, True)
                     self._pause("loaded")
                     rows = layout.only(rows, index, missing)
                 expired = 0
                 while True:
                     state = self._state
-                    coverage = (
-                        state.coverage.plus(index, target) if extend else Coverage({index: target})
-                    )
+                    # What was there when the load began may have been given up meanwhile.
+                    coverage = state.coverage.plus(index, missing)
+                    complete = coverage.covers(index, target)
+                    keep = extend or not complete
                     storage, expired = loaded(
-                        layout, state.storage, rows, index, target, extend=extend
+                        layout, state.storage, rows, index, target, extend=keep
                     )
+                    coverage = coverage if keep else Coverage({index: target})
                     with self._lock:
                         if self._is_still(state):
                             # Where all was read in this snapshot, what it has found is no news.
-                            found = {} if before.coverage else self._freshness.found_by(reader)
+                            found = {} if state.coverage else self._freshness.found_by(reader)
                             self._apply(token, State(storage, coverage), found, reader)
-                            if most is None and not self._ready.done():
+                            if complete and most is None and not self._ready.done():
                                 self._ready.set_result(None)
                             break
             finally:
@@ -260,7 +266,8 @@ class Loads(ViewState):
             if self.load(index, target, most=chunk, progress=so_far):
                 break
             done += self.counts.records_loaded - before
-        self.load(index, target, extend=extend, progress=so_far if progress else None)
+        while not self.load(index, target, extend=extend, progress=so_far if progress else None):
+            pass  # a policy has given up what was there
 
     def _snapshot(self, reader: object) -> AbstractContextManager[Connection]:
         """Open a snapshot for a load, holding one of the load slots if there are some."""
@@ -351,7 +358,7 @@ class Loads(ViewState):
         self.observers.tell()
 
     def give_up(self, make: Callable[[State], tuple[State, int]]) -> None:
-        """Replace the state by one that has less; only by who holds the turn of loads.
+        """Replace the state by one that has less.
 
         :param make: returns it, and how many records it has less.
         """
@@ -413,10 +420,9 @@ class Loads(ViewState):
             self._measured = storage, size
         return size
 
-    def yield_bytes(self, wanted: int) -> None:
+    def yield_bytes(self, wanted: int, *, wait: bool) -> bool:
         """Give up what would be loaded again when it is needed."""
-        if self.keeper is not None:
-            self.keeper.yield_bytes(wanted)
+        return self.keeper is None or self.keeper.yield_bytes(wanted, wait=wait)
 
     def _tell_timers(self, what: str, seconds: float) -> None:
         for timer in self.timers:

@@ -136,6 +136,8 @@ class Exporter(Collector):
         )
         self.refreshes = counter("refreshes", "Refreshes of marked records.")
         self.loads = counter("loads", "Loads and extensions of the coverage.")
+        self.fills = counter("fills", "Loads of what reads missed, by a ReadThrough.")
+        self.evicted = counter("ranges_evicted", "Ranges that a ReadThrough gave up.")
         self.loaded = counter("records_loaded", "Records that loads have read.")
         self.expired = counter("records_expired", "Records that were given up.")
         self.marks = counter("marks", "Notes that records may be stale, by kind.", "kind")
@@ -290,6 +292,8 @@ class _Source:
             yield exporter.marks, (kind,), number
         yield exporter.refreshes, (), counts.refreshes
         yield exporter.loads, (), counts.loads
+        yield exporter.fills, (), counts.fills
+        yield exporter.evicted, (), counts.ranges_evicted
         yield exporter.loaded, (), counts.records_loaded
         yield exporter.expired, (), counts.records_expired
         yield exporter.mismatches, (), counts.mismatches

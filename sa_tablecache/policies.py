@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from .analysis import ViewPlan
-from .exc import TableCacheError
+from .exc import MemoryLimitExceeded, TableCacheError
 from .keeping import Clock, Keeper, age_clock
 from .readthrough import ReadRanges
 from .scores import EVERYTHING
 from .table import CachedTable, Guard
 from .upkeep import Step
 from .windows import Span, Window, index_for
+
+REFUSED_SECONDS = 300.0
+"""How long :class:`Everything` does not try again what passed the memory limit."""
 
 Clocked: TypeAlias = Callable[[], Clock]
 """Gives the clock of a cache, which may be exchanged."""
@@ -75,10 +79,20 @@ class Everything(Policy):
 
     def keep(self, table: CachedTable, clock: Clocked) -> Kept:
         """Load all of the view."""
+        refused: tuple[float, MemoryLimitExceeded] | None = None
 
         def step() -> None:
-            if not table.state.coverage.everything:
+            nonlocal refused
+            if table.state.coverage.everything:
+                return
+            if refused is not None and time.monotonic() < refused[0]:
+                raise refused[1]  # it is not read again just to find that out
+            try:
                 table.load_chunks("", EVERYTHING, self.chunk)
+            except MemoryLimitExceeded as error:
+                refused = time.monotonic() + REFUSED_SECONDS, error
+                raise
+            refused = None
 
         return Kept(step)
 

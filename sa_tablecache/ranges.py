@@ -95,10 +95,11 @@ def range_from_cache(
                     return None
                 layout, name = table.set_up(), read.by.name
                 interval = range_interval(layout, read, state)
+                elsewhere = None
                 covered = (
                     state.coverage.everything
                     or state.coverage.of(name).covers(interval)
-                    or _covered_otherwise(layout, read, state)
+                    or (elsewhere := _covered_otherwise(layout, read, state)) is not None
                     or _holds_enough(read, state, interval)
                 )
                 lent = False
@@ -106,7 +107,7 @@ def range_from_cache(
                     more = keeper.lent(state)
                     covered = lent = more is not state and (
                         more.coverage.of(name).covers(interval)
-                        or _covered_otherwise(layout, read, more)
+                        or _covered_otherwise(layout, read, more) is not None
                     )
                 if not (covered or fetch):
                     return None
@@ -136,7 +137,8 @@ def range_from_cache(
                         remember(session, table, "hit", stale or (REFRESHED if refreshed else ""))
                     else:
                         if not loaded:
-                            keeper.used(name, (interval,))
+                            where, inner = elsewhere or (name, interval)
+                            keeper.used(where, (inner,))
                         note_kept(session, table, stale, loaded=loaded, lent=lent, again=refreshed)
                     if stale is not None:
                         cache.refreshing.behind(table)
@@ -192,8 +194,10 @@ def _partial_range(
     return records if read.limit is None else records[: read.limit]
 
 
-def _covered_otherwise(layout: Layout, read: RangeRead, state: State) -> bool:
-    """Whether the coverage of another index contains the range.
+def _covered_otherwise(
+    layout: Layout, read: RangeRead, state: State
+) -> tuple[str, Interval] | None:
+    """Return another index whose coverage contains the range, and the interval of it that does.
 
     A range of ("tailnum", "time_hour") is covered by times that contain its times, for instance.
     """
@@ -209,8 +213,8 @@ def _covered_otherwise(layout: Layout, read: RangeRead, state: State) -> bool:
         else:
             inner = _bounds(layout, read, position, ())
         if covered.covers(inner):
-            return True
-    return False
+            return index, inner
+    return None
 
 
 def _bounds(layout: Layout, read: RangeRead, position: int, prefix: tuple[Any, ...]) -> Interval:

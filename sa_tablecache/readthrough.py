@@ -17,14 +17,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from .answering import loadable_candidate
 from .coverage import Coverage
-from .figures import Reason, rows_bytes
+from .figures import Reason
 from .keeping import Keeper
 from .layout import Layout
 from .loading import Rows
@@ -33,6 +32,7 @@ from .planner import Question
 from .redaction import shown_intervals
 from .remembered import Range, Ranges
 from .replacing import loaded
+from .room import Room, by_index
 from .scores import Interval, IntervalSet
 from .state import State
 from .table import CachedTable
@@ -42,12 +42,6 @@ log = logging.getLogger(__name__)
 
 MOST_FILLS = 8
 """Fills under way at a time; further misses are left to the database alone."""
-
-MOST_RANGES = 100_000
-"""Ranges that are remembered where there is no limit of records."""
-
-RANGE_BYTES = 600
-"""What a range itself takes, with its place in the coverage."""
 
 MOST_USES = 4_096
 """Hits that are remembered until something has to be given up."""
@@ -62,12 +56,8 @@ WASTED = 58
 TRIED = 8
 
 
-class NoRoom(Exception):
-    """What was read is not stored; never leaves the package."""
-
-
-class TooLarge(NoRoom):
-    """It never will be."""
+class TooLarge(Exception):
+    """What was read is more than there is room for; never leaves the package."""
 
 
 Change: TypeAlias = Callable[[Callable[[State], State]], None]
@@ -106,8 +96,7 @@ class ReadRanges(Keeper):
     ) -> None:
         self._table = table
         self._clock = clock
-        self._max_records = max_records
-        self._max_bytes = max_bytes
+        self._room = Room(table, max_records, max_bytes)
         self._ttl = ttl
         self._lock = Section()
         self._fills: list[_Fill] = []
@@ -116,9 +105,6 @@ class ReadRanges(Keeper):
         self._ranges = Ranges()
         self._seen = Coverage()
         """The coverage that the ranges are those of."""
-        self._each = 200.0
-        """Bytes of a record, and for how many records that was measured."""
-        self._measured = 0
         self._due: float | None = None
         """When the oldest range becomes too old."""
         self._wasted: deque[bool] = deque(maxlen=WASTE)
@@ -187,13 +173,7 @@ class ReadRanges(Keeper):
 
     def _is_unbounded(self, index: str, intervals: IntervalSet, most: int | None) -> bool:
         """Whether all of the view would be loaded, and nothing says how much that may be."""
-        return (
-            intervals.is_everything
-            and most is None
-            and self._max_records is None
-            and self._max_bytes is None
-            and self._table.memory is None
-        )
+        return intervals.is_everything and most is None and not self._room.is_limited
 
     def _is_refused(self, asked: Any) -> bool:
         """Whether the same was found to be too large a short time ago."""
@@ -212,7 +192,7 @@ class ReadRanges(Keeper):
         stored: bool | None = None
 
         def check(rows: Rows, _: bool) -> None:
-            if len(rows.records) > self._allowed(rows):
+            if len(rows.records) > self._room.allowed(rows):
                 raise TooLarge
 
         def store(rows: Rows, part: IntervalSet, change: Change) -> None:
@@ -233,8 +213,6 @@ class ReadRanges(Keeper):
                 "view %s: a read of %s is larger than what may be stored",
                 self._table.name, shown_intervals(self._table.plan, fill.index, fill.intervals),
             )  # fmt: skip
-        except NoRoom:
-            stored = False
         except Exception as error:
             stored = False
             log.warning("view %s: what a read missed was not loaded: %s", self._table.name, error)
@@ -244,34 +222,7 @@ class ReadRanges(Keeper):
             fill.done.set_result(stored)
         return stored
 
-    # -- room -----------------------------------------------------------------------------------
-
-    def _allowed(self, rows: Rows | None = None) -> int:
-        """Return how many records may be stored, by all limits."""
-        limits = [self._max_records]
-        spare = [self._max_bytes]
-        if self._table.memory is not None:
-            spare.append(self._table.memory.room_for(self._table))
-        given = [size for size in spare if size is not None]
-        if given:
-            if rows is not None and not self._measured and rows.records:
-                self._measure(rows)
-            limits.append(int(max(0, min(given)) / self._each))
-        return min((n for n in limits if n is not None), default=2**62)
-
-    def _measure(self, rows: Rows) -> None:
-        """Estimate the bytes of a record from some that were read."""
-        layout = self._table.layout
-        assert layout is not None
-        self._each = max(1.0, rows_bytes(layout, rows) / len(rows.records))
-
-    def _measure_stored(self) -> None:
-        """Estimate it from what is stored, each time that has become other by a quarter."""
-        stored = len(self._table.state.storage)
-        if stored and not self._measured * 0.8 < stored < self._measured * 1.25:
-            taken = self._table.held_bytes + RANGE_BYTES * len(self._ranges)
-            self._each = max(1.0, taken / stored)
-            self._measured = stored
+    # -- room ------------------------------------------------------------------------------------
 
     def _drain(self) -> None:
         """Put the ranges into the order in which they were used."""
@@ -294,49 +245,13 @@ class ReadRanges(Keeper):
             oldest = self._ranges.oldest()
             self._due = None if oldest is None else oldest + self._ttl
 
-    @contextmanager
-    def _turn(self) -> Iterator[bool]:
-        """Say whether ranges may be given up now: not while a load builds on what is there."""
-        loading = self._table._loading
-        free = loading.try_enter()
-        try:
-            yield free
-        finally:
-            if free:
-                loading.leave()
-
-    def _without(
-        self, state: State, layout: Layout, rows: int, ranges: int, allowed: int
-    ) -> tuple[State, list[Range]]:
-        """Return a state with room for more records and ranges, and which ranges it has not."""
-        most_ranges = MOST_RANGES if self._max_records is None else self._max_records
-        victims: list[Range] = []
-        left = iter(self._ranges)
-        result, freed = state, 0
-        while True:
-            records = len(result.storage) + rows - allowed
-            spare = len(self._ranges) - len(victims) + ranges - max(most_ranges, ranges)
-            if records <= 0 and spare <= 0:
-                return result, victims
-            more: list[Range] = []
-            freed = 0
-            for victim in left:
-                more.append(victim)
-                freed += state.storage.orders[victim.index].count(victim.interval)
-                if freed >= records and len(more) >= spare:
-                    break
-            if not more:
-                return result, victims
-            victims += more
-            result, _ = evicted(layout, result, _by_index(more))
-
     def _store(
         self, index: str, part: IntervalSet, rows: Rows, change: Change, began: float
     ) -> None:
         """Store what was read, in the place of what was used least recently."""
         layout = self._table.layout
         assert layout is not None
-        self._measure_stored()
+        self._room.measure(len(self._ranges))
         victims: list[Range] = []
         made: State | None = None
         new = IntervalSet()
@@ -345,27 +260,26 @@ class ReadRanges(Keeper):
             nonlocal victims, made, new
             self._follow(state.coverage)
             self._drain()
-            allowed = self._allowed(rows)
-            if len(rows.records) > allowed:
+            records, allowed = len(rows.records), self._room.allowed(rows)
+            if records > allowed:
                 raise TooLarge
-            smaller, victims = self._without(state, layout, len(rows.records), len(part), allowed)
-            if victims and not free:
-                raise NoRoom
+            smaller, victims = self._room.make(
+                layout, state, self._ranges, allowed=allowed, records=records, new=len(part)
+            )
             storage, _ = loaded(layout, smaller.storage, rows, index, part, extend=True)
             new = smaller.coverage.missing(index, part)
             made = State(storage, smaller.coverage.plus(index, part))
             return made
 
-        with self._turn() as free:
-            change(replaced)
-            assert made is not None
-            self._gave_up(victims)
-            if made.coverage.everything:  # whatever had been loaded by other indexes
-                self._ranges.follow(made.coverage, began)
-            else:
-                self._ranges.add(index, new, began)
-            self._seen = made.coverage
-            self._note_due()
+        change(replaced)
+        assert made is not None
+        self._gave_up(victims)
+        if made.coverage.everything:  # whatever had been loaded by other indexes
+            self._ranges.follow(made.coverage, began)
+        else:
+            self._ranges.add(index, new, began)
+        self._seen = made.coverage
+        self._note_due()
 
     def _gave_up(self, victims: Iterable[Range]) -> None:
         """Forget ranges that had to go, and notice if they were there in vain."""
@@ -384,25 +298,33 @@ class ReadRanges(Keeper):
         self._thrashing = thrashing
 
     def _give_up(
-        self, choose: Callable[[State], tuple[State, list[Range]]], *, counts: bool
+        self,
+        choose: Callable[[State], tuple[State, list[Range]]],
+        *,
+        counts: bool = False,
+        wait: bool = True,
     ) -> bool:
-        """Give up some ranges; say whether that was possible now."""
+        """Give up some ranges; say whether that was possible now.
+
+        :param counts: whether it is for want of room.
+        :param wait: whether to wait for a refresh that is under way.
+        """
         table = self._table
-        if table.layout is None:
-            return True
-        with table._refreshing, self._turn() as free:
-            if not free:
-                return False
-            victims: list[Range] = []
-            made: State | None = None
+        if wait:
+            table._refreshing.__enter__()
+        elif not table._refreshing.try_enter():
+            return False
+        victims: list[Range] = []
+        made: State | None = None
 
-            def less(state: State) -> tuple[State, int]:
-                nonlocal victims, made
-                self._follow(state.coverage)
-                self._drain()
-                made, victims = choose(state)
-                return made, len(state.storage) - len(made.storage)
+        def less(state: State) -> tuple[State, int]:
+            nonlocal victims, made
+            self._follow(state.coverage)
+            self._drain()
+            made, victims = choose(state)
+            return made, len(state.storage) - len(made.storage)
 
+        try:
             table.give_up(less)
             assert made is not None
             if counts:
@@ -412,27 +334,32 @@ class ReadRanges(Keeper):
                     self._ranges.remove(victim)
             self._seen = made.coverage
             self._note_due()
-            return True
+        finally:
+            table._refreshing.leave()
+        table.observers.tell()
+        return True
 
     def trim(self) -> None:
         """Give up what is more than the limits allow, after records were inserted, say."""
         layout = self._table.layout
-        if layout is None or len(self._table.state.storage) <= self._allowed():
+        if layout is None or len(self._table.state.storage) <= self._room.allowed():
             return
-        self._measure_stored()
+        self._room.measure(len(self._ranges))
+        allowed = self._room.allowed()
         self._give_up(
-            lambda state: self._without(state, layout, 0, 0, self._allowed()), counts=True
+            lambda state: self._room.make(layout, state, self._ranges, allowed=allowed), counts=True
         )
 
-    def yield_bytes(self, wanted: int) -> None:
+    def yield_bytes(self, wanted: int, *, wait: bool) -> bool:
         """Give up so many bytes, least recently used first."""
         layout = self._table.layout
         if layout is None or not len(self._table.state.storage):
-            return
-        self._measure_stored()
-        allowed = len(self._table.state.storage) - int(wanted / self._each) - 1
-        self._give_up(
-            lambda state: self._without(state, layout, 0, 0, max(0, allowed)), counts=False
+            return True
+        self._room.measure(len(self._ranges))
+        fewer = len(self._table.state.storage) - self._room.records_in(wanted) - 1
+        return self._give_up(
+            lambda state: self._room.make(layout, state, self._ranges, allowed=max(0, fewer)),
+            wait=wait,
         )
 
     # -- age ------------------------------------------------------------------------------------
@@ -441,23 +368,22 @@ class ReadRanges(Keeper):
         """Give up what is too old, before a read; a guard of the table."""
         if self._due is None or self._clock() < self._due:
             return None
-        if fetch and self.expire():
-            return None
-        return Reason("coverage", "ranges are older than their ttl, and cannot be given up now")
+        if not fetch:
+            return Reason("coverage", "ranges are older than their ttl")
+        self.expire()
+        return None
 
-    def expire(self) -> bool:
-        """Give up what is older than the ttl; say whether that was possible now."""
+    def expire(self) -> None:
+        """Give up what is older than the ttl."""
         layout, ttl = self._table.layout, self._ttl
         if layout is None or ttl is None:
-            return True
+            return
 
         def younger(state: State) -> tuple[State, list[Range]]:
             victims = self._ranges.older(self._clock() - ttl)
-            if not victims:
-                return state, []
-            return evicted(layout, state, _by_index(victims))[0], victims
+            return evicted(layout, state, by_index(victims))[0], victims
 
-        return self._give_up(younger, counts=False)
+        self._give_up(younger)
 
     def step(self) -> float | None:
         """Give up what is too old or too much; return the seconds until something will be."""
@@ -468,6 +394,14 @@ class ReadRanges(Keeper):
             return 60.0
         return min(60.0, max(0.1, self._due - self._clock()))
 
+    def after_fork(self, *, intact: bool) -> None:
+        """In a forked child: forget what the parent's threads were reading."""
+        self._lock = Section()
+        self._fills = []
+        self._uses = deque(maxlen=MOST_USES)
+        if not intact:
+            self._ranges, self._seen, self._due = Ranges(), Coverage(), None
+
     def _check(self) -> None:
         """Assert the invariants of the ranges, and that they are those of the coverage."""
         with self._table._refreshing:
@@ -477,11 +411,3 @@ class ReadRanges(Keeper):
             assert {r.index for r in self._ranges} <= set(self._seen.sets)
         with self._lock:
             assert all(not fill.done.done() for fill in self._fills)
-
-
-def _by_index(ranges: Iterable[Range]) -> dict[str, IntervalSet]:
-    """Return the intervals of ranges, by index."""
-    found: dict[str, list[Interval]] = {}
-    for each in ranges:
-        found.setdefault(each.index, []).append(each.interval)
-    return {index: IntervalSet(intervals) for index, intervals in found.items()}

@@ -222,6 +222,8 @@ class CacheSession(Session):
         if state.is_stale("", (layout.orders[""].prefix(exact),)):
             return None
         reading.remember(self, table, "hit")
+        if table.keeper is not None:
+            table.keeper.used("", (layout.orders[""].prefix(exact),))
         return layout.given([found[0]])[0]
 
     def _may_see(self, table: Any, record: Any) -> bool:

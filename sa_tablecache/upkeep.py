@@ -60,9 +60,10 @@ class JobHealth:
 class _Job:
     """One job: its step, how it went, and, while it runs, how to wake it."""
 
-    def __init__(self, name: str, run: Step) -> None:
+    def __init__(self, name: str, run: Step, interrupt: Callable[[], object] | None) -> None:
         self.name = name
         self.run = run
+        self.interrupt = interrupt
         self.last_success: float | None = None
         self.failing_since: float | None = None
         self.error: str | None = None
@@ -282,18 +283,19 @@ class Upkeep:
 
     # -- jobs -----------------------------------------------------------------------------------
 
-    def add(self, name: str, run: Step) -> None:
+    def add(self, name: str, run: Step, interrupt: Callable[[], object] | None = None) -> None:
         """Add a job. It is run at once where the upkeep runs, else when it starts.
 
         :param run: does one step and returns the seconds until the next one; ``None``: when it is
             woken. If it raises, it is run again after 0.5 s, then 1 s, and so on up to 30 s, and
             waking it does not change that.
+        :param interrupt: is called when the upkeep stops, to end a step that waits for long.
         :raises TableCacheError: if there is a job of that name.
         """
         with self._lock:
             if name in self._jobs:
                 raise TableCacheError(f"the upkeep has a job {name!r} already")
-            job = self._jobs[name] = _Job(name, run)
+            job = self._jobs[name] = _Job(name, run, interrupt)
             if self._started:
                 self._begin(job)
 
@@ -380,8 +382,10 @@ class Upkeep:
             for job in jobs:
                 job.runner = None
         _running.discard(self)
-        for _, runner in runners:
+        for job, runner in runners:
             runner.end()
+            if job.interrupt is not None:
+                job.interrupt()
         if loop is None:
             until = time.monotonic() + timeout
             left = [

@@ -111,8 +111,17 @@ class Installation:
     """Watched relations whose triggers are missing, disabled or of another version, and why."""
 
 
+def run(connection: Connection, statements: Iterable[str]) -> None:
+    """Execute statements as they are."""
+    for statement in statements:
+        connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
+
+
 class Changelog(ABC):
-    """The changelog of one dialect. Its statements are for ``exec_driver_sql``, one by one."""
+    """The changelog of one dialect.
+
+    Its statements are for :func:`run`, one by one: names in them may have percent signs.
+    """
 
     finds_anything: ClassVar[bool] = False
     """Whether a poll tells of whatever SQL may do to a watched table: TRUNCATE, DDL, functions.

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from sa_tablecache.analysis import TableName, ViewPlan, table_label
 from sa_tablecache.exc import TableCacheError
 
-from .contract import Changelog, Relation, Watch
+from .contract import Changelog, Relation, Watch, run
 from .needs import Need, needs_of
 
 log = logging.getLogger(__name__)
@@ -83,21 +83,18 @@ def install(
     connection: Connection, changelog: Changelog, plans: Iterable[ViewPlan]
 ) -> tuple[Watch, ...]:
     """Install the changelog, watch what views read, and return what was not watched so before."""
-    for statement in changelog.create():
-        connection.exec_driver_sql(statement)
+    run(connection, changelog.create())
     todo = outstanding(connection, changelog, plans)
     for name, why in todo.refused.items():
         log.warning("%s is not watched: %s", table_label(name), why)
     for watch in todo.watches:
-        for statement in changelog.watch(watch):
-            connection.exec_driver_sql(statement)
+        run(connection, changelog.watch(watch))
     return todo.watches
 
 
 def uninstall(connection: Connection, changelog: Changelog) -> None:
     """Remove the changelog, with all triggers."""
-    for statement in changelog.drop(changelog.installed(connection).watched):
-        connection.exec_driver_sql(statement)
+    run(connection, changelog.drop(changelog.installed(connection).watched))
 
 
 def script(statements: Iterable[str], dialect: str) -> str:

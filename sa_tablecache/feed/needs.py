@@ -28,6 +28,13 @@ class Need:
     ranges: tuple[str, ...] = ()
     """Columns that decide by themselves where in an index the records of a row are."""
 
+    def and_also(self, other: Need) -> Need:
+        """Return what serves two needs of one table."""
+        return Need(
+            tuple(dict.fromkeys((*self.key, *other.key))),
+            tuple(dict.fromkeys((*self.ranges, *other.ranges))),
+        )
+
 
 def needs_of(plans: Iterable[ViewPlan]) -> dict[TableName, Need]:
     """Return the tables that views read, and how these have to be watched."""

@@ -40,9 +40,7 @@ from .contract import (
     Relation,
     Watch,
 )
-
-CHANNEL: Final = "sa_tablecache"
-"""The channel of NOTIFY; each database has its own."""
+from .wakeup import CHANNEL
 
 TRIM_BATCH: Final = 10_000
 
@@ -280,8 +278,8 @@ class PostgreSQLChangelog(Changelog):
     ) -> Poll:
         """Return what has become visible since a snapshot; 1 statement.
 
-        Another two after a crash, a failover or a restart, where a new incarnation begins: the
-        connection is one that may write, then.
+        Another two after a crash, a failover or a restart, where a new incarnation begins. In a
+        transaction that is read-only none begins: then its position knows nothing, and is a gap.
         """
         assert isinstance(position, Snapshot)
         asked = {
@@ -292,7 +290,7 @@ class PostgreSQLChangelog(Changelog):
         }
         with _available():
             head, rows = _poll(connection, asked)
-            if head[3] is None:
+            if head[3] is None and head[5] == "off":
                 connection.execute(_REVIVE)
                 head, rows = _poll(connection, asked)
         now = Snapshot.read(head[2], head[3])
@@ -339,7 +337,7 @@ def _poll(connection: Connection, asked: Mapping[str, str]) -> tuple[Any, Sequen
 
 
 def _gap(before: Snapshot, now: Snapshot, trimmed: int) -> str | None:
-    if before.incarnation != now.incarnation:
+    if not now.incarnation or before.incarnation != now.incarnation:
         return (
             "the server was started, recovered, failed over or restored since the last poll, "
             "or the changelog was installed anew"
@@ -352,7 +350,8 @@ def _gap(before: Snapshot, now: Snapshot, trimmed: int) -> str | None:
 
 
 def _keys(logged: str | None) -> tuple[tuple[Any, ...], ...] | None:
-    return None if logged is None else tuple(map(tuple, json.loads(logged)))
+    # Of an UPDATE that changed some keys the old and then the new ones: the others twice.
+    return None if logged is None else tuple(dict.fromkeys(map(tuple, json.loads(logged))))
 
 
 def _ranges(logged: str | None) -> dict[str, tuple[Any, Any]] | None:

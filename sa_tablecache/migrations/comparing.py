@@ -126,6 +126,8 @@ class _Comparison:
         self.ops: list[MigrateOperation] = upgrade_ops.ops
         self.found = list(upgrade_ops.ops)
         """What the comparisons before found."""
+        self.mentioned: dict[TableName, Relation | None] = {}
+        """The relations that these are about."""
         self.cleanup = bool(context.opts.get("sa_tablecache_cleanup"))
         self.needs = needs_of(plans)
         tables = {table_name(table): table for table in context.sorted_tables}
@@ -182,32 +184,38 @@ class _Comparison:
         return True
 
     def _needed(self) -> None:
+        """Look at the tables of views."""
+        needs: dict[Relation, tuple[TableName, Need]] = {}
         for name, need in self.needs.items():
+            relation = self.relations.get(name)
             if not self._included(name):
                 log.warning(
                     "%s is read by views, but include_name or include_object of env.py leave it "
                     "out: it has to be watched by other means",
                     table_label(name),
                 )
-            elif name in self.relations and not self._is_view(name):
-                relation = self.relations[name]
-                have = self.installed.watched.get(relation)
-                try:
-                    wanted = self._wanted(relation, need, have)
-                except TableCacheError as error:  # of a kind that has no triggers
-                    log.warning("%s", error)
-                    continue
-                self._watch(name, wanted, have)
-            elif self._creating(name):
+            elif relation is None and self._creating(name):
                 self.ops.append(
                     WatchTableOp(name[1], schema=name[0], key=need.key or None, ranges=need.ranges)
                 )
-            else:
+            elif relation is None or self._is_view(name):
                 log.warning(
                     "%s is read by views, and is no table of the database: watch those that it "
                     "is made of, if it is a view",
                     table_label(name),
                 )
+            else:
+                # Models may call one table by two names, with its schema and without.
+                first, before = needs.get(relation, (name, Need(())))
+                needs[relation] = first, before.and_also(need)
+        for relation, (name, need) in needs.items():
+            have = self.installed.watched.get(relation)
+            try:
+                wanted = self._wanted(relation, need, have)
+            except TableCacheError as error:  # of a kind that has no triggers
+                log.warning("%s", error)
+            else:
+                self._watch(name, wanted, have)
 
     def _others(self) -> None:
         """Look at the tables that are watched and that no view needs."""
@@ -247,13 +255,13 @@ class _Comparison:
             # Workers of the release before may need what is logged now.
             key = have.key if set(have.key) >= set(key) else (*key, *have.key)
             ranges = (*have.ranges, *ranges)
-        removed = self._columns_of(relation, ops.DropColumnOp)
+        removed = self._removed(relation)
         key = tuple(column for column in dict.fromkeys(key) if column not in removed)
         ranges = tuple(column for column in dict.fromkeys(ranges) if column not in removed)
         if need is None and have is not None:
             return replace(have, key=key, ranges=ranges)
         # Columns that the migration adds are not there yet.
-        added = self._columns_of(relation, ops.AddColumnOp)
+        added = self._added(relation)
         wanted = self.changelog.propose(
             self.connection,
             relation,
@@ -266,9 +274,10 @@ class _Comparison:
     def _watch(self, name: TableName, wanted: Watch, have: Watch | None) -> None:
         """Watch a table so, unless it is watched so already."""
         before = None if have is None else WatchTableOp.of(*name, have)
-        if have is not None and self._disturbs(name, have):
-            at = next(i for i, op in enumerate(self.ops) if self._alters(op, have.relation))
-            self.ops.insert(at, UnwatchTableOp(name[1], schema=name[0], previous=before))
+        disturbing = None if have is None else self._disturbing(name, have)
+        if disturbing is not None:
+            unwatch = UnwatchTableOp(name[1], schema=name[0], previous=before)
+            self.ops.insert(self.ops.index(disturbing), unwatch)
             self.ops.append(WatchTableOp.of(*name, wanted, ask=True))
             return
         why = self.outdated.get(wanted.relation)
@@ -280,7 +289,7 @@ class _Comparison:
             log.info("Detected table '%s' that is watched otherwise", wanted.relation)
         else:
             return
-        added = self._columns_of(wanted.relation, ops.AddColumnOp)
+        added = self._added(wanted.relation)
         ask = not added.isdisjoint((*wanted.key, *wanted.ranges))
         self.ops.append(WatchTableOp.of(*name, wanted, previous=before, ask=ask))
 
@@ -316,12 +325,13 @@ class _Comparison:
 
     # -- what else the migration does -----------------------------------------------------------
 
-    def _is(self, op: Any, relation: Relation) -> bool:
-        """Whether an operation is about a table."""
+    def _about(self, op: Any) -> Relation | None:
+        """Return the table that an operation is about, if there is one already."""
         name = (op.schema, op.table_name)
-        if name not in self.relations:
-            self.relations.update(self.changelog.resolve(self.connection, [name]))
-        return self.relations.get(name) == relation
+        if name not in self.mentioned:
+            found = self.changelog.resolve(self.connection, [name])
+            self.mentioned[name] = found.get(name)
+        return self.mentioned[name]
 
     def _creating(self, name: TableName) -> bool:
         return any(
@@ -330,37 +340,39 @@ class _Comparison:
         )
 
     def _dropped(self, relation: Relation) -> bool:
-        return any(isinstance(op, ops.DropTableOp) and self._is(op, relation) for op in self.found)
+        return any(
+            isinstance(op, ops.DropTableOp) and self._about(op) == relation for op in self.found
+        )
 
-    def _alters(self, op: MigrateOperation, relation: Relation) -> bool:
-        return isinstance(op, ops.ModifyTableOps) and self._is(op, relation)
+    def _altering(self, *relations: Relation) -> Iterator[ops.ModifyTableOps]:
+        for op in self.found:
+            if isinstance(op, ops.ModifyTableOps) and self._about(op) in relations:
+                yield op
 
-    def _columns_of(self, relation: Relation, kind: type[MigrateOperation]) -> set[str]:
-        """Return the columns of a table that the migration adds, or drops."""
-        return {
-            str(change.column.name if isinstance(change, ops.AddColumnOp) else change.column_name)
-            for op in self.found
-            if isinstance(op, ops.ModifyTableOps) and self._is(op, relation)
-            for change in op.ops
-            if isinstance(change, ops.AddColumnOp | ops.DropColumnOp) and isinstance(change, kind)
-        }
+    def _added(self, relation: Relation) -> set[str]:
+        """Return the columns that the migration adds to a table."""
+        changes = [change for op in self._altering(relation) for change in op.ops]
+        return {str(c.column.name) for c in changes if isinstance(c, ops.AddColumnOp)}
 
-    def _disturbs(self, name: TableName, have: Watch) -> bool:
-        """Whether the migration drops the triggers of a table, or changes what they rely on."""
-        used = {*have.key, *have.ranges}
-        if used & self._columns_of(have.relation, ops.DropColumnOp):
-            return True
+    def _removed(self, relation: Relation) -> set[str]:
+        """Return the columns of a table that the migration drops."""
+        changes = [change for op in self._altering(relation) for change in op.ops]
+        return {str(c.column_name) for c in changes if isinstance(c, ops.DropColumnOp)}
+
+    def _disturbing(self, name: TableName, have: Watch) -> ops.ModifyTableOps | None:
+        """Return the first operation after which the triggers of a table are gone, or wrong."""
         dialect = self.context.dialect.name
         recreates = dialect == "sqlite" and self.context.opts.get("render_as_batch")
-        tables = {have.relation}
+        tables = [have.relation]
         if dialect in MYSQL:  # changes come by foreign keys, of which the triggers are made
-            tables |= {self.relations[n] for n in self._referred(name) if n in self.relations}
-        return any(
-            _matters(change, dialect, used) or (recreates and not isinstance(change, _IN_PLACE))
-            for op in self.found
-            if isinstance(op, ops.ModifyTableOps) and any(self._is(op, t) for t in tables)
-            for change in op.ops
-        )
+            tables += [self.relations[n] for n in self._referred(name) if n in self.relations]
+        for op in self._altering(*tables):
+            for change in op.ops:
+                if _matters(change, dialect, {*have.key, *have.ranges}) or (
+                    recreates and not isinstance(change, _IN_PLACE)
+                ):
+                    return op
+        return None
 
     def _referred(self, name: TableName) -> set[TableName]:
         """Return the tables to which foreign keys lead from a table, directly or not."""
@@ -385,6 +397,8 @@ _IN_PLACE: Final = (ops.AddColumnOp, ops.CreateIndexOp, ops.DropIndexOp)
 def _matters(change: MigrateOperation, dialect: str, used: set[str]) -> bool:
     """Whether a change of a table makes its triggers wrong."""
     match change:
+        case ops.DropColumnOp():
+            return change.column_name in used
         case ops.AlterColumnOp():
             return change.modify_type is not None and change.column_name in used
         case ops.CreateForeignKeyOp():

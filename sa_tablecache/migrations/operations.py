@@ -16,7 +16,7 @@ from alembic.util import CommandError
 from sqlalchemy import Dialect
 
 from sa_tablecache.analysis import TableName
-from sa_tablecache.feed.contract import MOST_KEYS, Changelog, Relation, Watch
+from sa_tablecache.feed.contract import MOST_KEYS, Changelog, Relation, Watch, run
 from sa_tablecache.feed.dialects import changelog_for
 
 if TYPE_CHECKING:
@@ -239,10 +239,10 @@ def _changelog(operations: Operations) -> Changelog:
 def _run(operations: Operations, statements: Iterable[str]) -> None:
     """Run statements, or print them."""
     context = operations.get_context()
+    if not context.as_sql:
+        run(operations.get_bind(), statements)
+        return
     for statement in statements:
-        if not context.as_sql:
-            operations.get_bind().exec_driver_sql(statement)
-            continue
         # What the client of MariaDB and MySQL takes for the end of a statement.
         body = context.dialect.name in MYSQL and ";" in statement.rstrip("; \n")
         end = " $$\n\nDELIMITER ;" if body else context.impl.command_terminator
@@ -311,6 +311,11 @@ def _watch_table(operations: Operations, op: WatchTableOp) -> None:
                 f"{' and '.join(missing)}, as autogenerate renders it if env.py gives "
                 "context.configure() sa_tablecache_offline=True"
             )
+    elif changelog.installed(operations.get_bind()).version is None:
+        raise CommandError(
+            f"{_called(op)}: there is no changelog in this database: op.create_change_feed() has "
+            "to come before"
+        )
     elif key is None or cascades is None:
         proposed = changelog.propose(operations.get_bind(), relation, op.ranges, key or ())
         key = proposed.key if key is None else key

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import re
+from itertools import pairwise
 
 import pytest
 from rich.console import Console
@@ -64,3 +65,16 @@ def test_explain(output):
     hit, miss = re.split(r"explain\(\) of a (?:hit|miss)", output)[1:]
     assert "hit" in hit
     assert "miss" in miss
+
+
+def test_the_window_slides(output):
+    """Each step costs one statement for what came in; reads up to now are right before it, too."""
+    window = output[output.index("The last three days") :]
+    steps = re.findall(r":00 +([\d,]+) +[\d.]+ \w+ +(\d) +\+([\d,]+) ([+-][\d,]+)", window)
+    assert [int(step[1]) for step in steps] == [0, 1, 1, 1, 1, 1]
+    numbers = [[int(value.replace(",", "")) for value in (s[0], *s[2:])] for s in steps]
+    for (before, _, _), (after, came, went) in pairwise(numbers):
+        assert after == before + came + went
+    before, after = row(output, "six hours, before a step"), row(output, "six hours, after it")
+    assert before[1:] == (1, "partial")
+    assert after == (before[0], 0, "hit")

@@ -61,6 +61,7 @@ def feed(action: str, *arguments: str) -> int:
     return main(["feed", action, *arguments])
 
 
+@pytest.mark.every_database
 @pytest.mark.parametrize("name", ["cache", "slow"])
 def test_a_feed_is_installed_and_removed(
     database: Database, module: str, name: str, capsys: pytest.CaptureFixture[str]
@@ -97,6 +98,7 @@ def test_a_feed_is_installed_and_removed(
     assert outcome("status")[0] == 1
 
 
+@pytest.mark.every_database
 def test_the_sql_is_that_of_the_installation(
     database: Database, module: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +115,10 @@ def test_the_sql_is_that_of_the_installation(
                 "FROM pg_trigger UNION ALL SELECT proname, pg_get_functiondef(p.oid) FROM pg_proc "
                 "AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace "
                 "WHERE nspname = 'sa_tablecache'",
+                "mysql": "SELECT trigger_name, event_manipulation, action_statement "
+                "FROM information_schema.triggers WHERE trigger_schema = database() "
+                "UNION ALL SELECT table_name, column_name, column_type "
+                "FROM information_schema.columns WHERE table_schema = database()",
             }[database.dialect]
             rows = sorted(connection.execute(text(query)).all(), key=str)
         engine.dispose()
@@ -141,11 +147,16 @@ def test_the_sql_is_that_of_the_installation(
 
 
 def run_as_client(database: Database, sql: str) -> None:
-    """Run a script as psql or sqlite3 would."""
+    """Run a script as psql, sqlite3 or mysql would."""
     if database.dialect == "sqlite":
         connection = sqlite3.connect(str(database.url.database))
         connection.executescript(sql)
         connection.close()
+    elif database.dialect == "mysql":
+        ends = r"\s*(?:DELIMITER \$\$\n\n(.*?) \$\$\n\nDELIMITER ;\n|(.*?);\n)"
+        with database.bystander() as connection:
+            for long, short in re.findall(ends, sql, re.DOTALL):
+                connection.exec_driver_sql(long or short, execution_options={"no_parameters": True})
     else:
         url = database.url.set(drivername="postgresql").render_as_string(hide_password=False)
         with psycopg.connect(url, autocommit=True) as server:

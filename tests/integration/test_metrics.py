@@ -293,7 +293,7 @@ for number in (10, 100):
     pid = os.fork()
     if not pid:
         engine.dispose(close=False)
-        cache.load(OuterBoard)  # without a change feed nothing is kept
+        cache.load(OuterBoard)  # without a feed nothing proves what was inherited
         read(number)
         cache.invalidate(OuterBoard)
         sys.exit()  # as a worker does
@@ -353,7 +353,11 @@ def test_the_manual_has_all_metrics_and_reasons_and_no_others():
     table = OPERATING[OPERATING.index("| reason |") :].partition("\n\n")[0]
     assert dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", table, re.MULTILINE)) == dict(REASONS)
     types = {"hit", "hit_with_refresh", "partial", "miss", "bypass"}
-    known = {"reason": set(REASONS), "type": types, "kind": {"row", "group", "range", "view"}}
+    known = {
+        "reason": set(REASONS),
+        "type": types,
+        "kind": {"row", "group", "range", "view", "unread"},
+    }
     matchers = re.findall(r'(\w+)=~?"([\w|]+)"', OPERATING.partition("## Alerts")[2])
     assert matchers
     for label, values in matchers:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.pool import NullPool
 
-from sa_tablecache import CachedView, ScoreIndex, TableCache
+from sa_tablecache import CachedView, ChangeFeed, ScoreIndex, TableCache
 from sa_tablecache.feed.contract import VERSION, Installation, Relation
 from sa_tablecache.feed.dialects import changelog_for
 from tests.integration.alembic_project import Project, project, run_script
@@ -276,6 +277,47 @@ def test_what_older_workers_need_is_kept(
 
 
 @every_database
+def test_a_deploy_from_the_view_of_a_worker(plain: tuple[Project, Any]) -> None:
+    """A worker is served from memory before and after a migration of the next release, and right.
+
+    When its tables are taken from it, the database answers.
+    """
+    made, models = plain
+    made.migrate()
+    add = "INSERT INTO {} VALUES ({})"
+    first = "'2024-01-01'"
+    execute(made.engine, add.format("customers", "1, 'a'"), add.format("orders", f"1, 1, {first}"))
+
+    class OfTheNextRelease(CachedView):
+        __select__ = select(models.orders.c.id, models.orders.c.customer_id)
+        by_customer = ScoreIndex("customer_id")
+
+    engine = create_engine(made.url)
+    feed = ChangeFeed(max_lag=timedelta(hours=1))
+    with TableCache(engine, views=[models.view], feed=feed) as cache:
+        cache.load(models.view)
+        Session = cache.sessionmaker()
+
+        def names() -> tuple[str, list[str]]:
+            cache.barrier()
+            cache.refresh(models.view)
+            with Session() as session:
+                found = [record.name for record in session.scalars(select(models.view))]
+                return session.last_read.kind, found
+
+        assert names() == ("hit", ["a"])
+        assert "op.watch_table('orders'" in made.migrate()
+        execute(made.engine, "UPDATE customers SET name = 'b'")
+        assert names() == ("hit", ["b"])
+        made.revision("op.unwatch_table('customers')")
+        made.upgrade()
+        execute(made.engine, "UPDATE customers SET name = 'c'")
+        assert names() == ("bypass", ["c"])
+    engine.dispose()
+    del OfTheNextRelease
+
+
+@every_database
 def test_a_table_that_is_dropped_is_unwatched_before(plain: tuple[Project, Any]) -> None:
     """Nothing of the watch of a table outlives it, and a downgrade brings back both."""
     made, models = plain
@@ -368,6 +410,22 @@ def test_a_partition_that_came_later_is_watched(new_project: Callable[..., Proje
 
 
 @on_sqlite
+def test_a_table_with_two_names_is_watched_once(new_project: Callable[..., Project]) -> None:
+    """A table that models call with its schema and without is watched as both need it."""
+    models, others = shop(), shop("main")
+
+    class ByCustomer(CachedView):
+        __select__ = select(others.orders.c.id, others.orders.c.customer_id)
+        by_customer = ScoreIndex("customer_id")
+
+    made = new_project(models.metadata, sa_tablecache_views=[models.view, ByCustomer])
+    models.metadata.create_all(made.engine)
+    body = made.migrate()
+    assert "op.watch_table('orders', key=['id'], ranges=['day', 'customer_id'])" in body
+    assert watched(made.engine)["orders"] == (("id",), ("day", "customer_id"))
+
+
+@on_sqlite
 def test_views_of_the_database_cannot_be_watched(
     new_project: Callable[..., Project], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -397,7 +455,11 @@ def test_what_triggers_rely_on_can_be_altered(plain: tuple[Project, Any]) -> Non
     made.options["render_as_batch"] = True
     made.migrate()
     later = MetaData()
+    Table("regions", later, Column("id", Integer, primary_key=True))
     who = models.customers.to_metadata(later)
+    who.append_column(
+        Column("region_id", ForeignKey("regions.id", ondelete="CASCADE", name="of_region"))
+    )
     orders = Table(
         "orders",
         later,
@@ -418,7 +480,7 @@ def test_what_triggers_rely_on_can_be_altered(plain: tuple[Project, Any]) -> Non
     upgrade, _, downgrade = made.autogenerate().partition("def downgrade():")
     for part in (upgrade, downgrade):
         assert part.index("op.unwatch_table('orders')") < part.index("'day'")
-        assert part.index("op.watch_table('orders'") > part.rindex("batch_op")
+        assert part.index("op.watch_table('orders'") > part.index("batch_alter_table('orders'")
     made.upgrade()
     made.check()
     made.downgrade("-1")
@@ -601,6 +663,15 @@ def test_by_hand_the_key_need_not_be_said(plain: tuple[Project, Any]) -> None:
         made.upgrade()
 
 
+@on_sqlite
+def test_a_migration_without_a_changelog_says_so(plain: tuple[Project, Any]) -> None:
+    """Tables can be watched only where the changelog is installed."""
+    made, _ = plain
+    made.revision("op.watch_table('orders')")
+    with pytest.raises(CommandError, match=r"op.create_change_feed\(\) has to come before"):
+        made.upgrade()
+
+
 @every_database
 def test_a_table_can_be_invalidated(plain: tuple[Project, Any]) -> None:
     """The operation logs that any row of a table may have changed."""
@@ -628,7 +699,7 @@ def test_schemas_and_odd_names(
     """Tables in a schema, with names that need quotes, are watched by these names."""
     dialect = another_url.get_backend_name()
     schema = str(another_url.database) if dialect == "mysql" else "Depot 1"
-    models = shop(schema, customers="The Customers", day="the day")
+    models = shop(schema, customers="100% Customers", day="the %s day")
     local = Table("orders", MetaData(), Column("id", Integer, primary_key=True))
     local.metadata.create_all(engine := create_engine(new_project(MetaData()).url))
     with engine.begin() as connection:
@@ -644,8 +715,8 @@ def test_schemas_and_odd_names(
         names = {None, schema}
         made.options["include_name"] = lambda name, kind, _: kind != "schema" or name in names
     body = without_cascades(made.migrate())
-    assert f"op.watch_table('The Customers', schema='{schema}', key=['id'])" in body
-    assert f"op.watch_table('orders', schema='{schema}', key=['id'], ranges=['the day'])" in body
+    assert f"op.watch_table('100% Customers', schema='{schema}', key=['id'])" in body
+    assert f"op.watch_table('orders', schema='{schema}', key=['id'], ranges=['the %s day'])" in body
     assert "op.watch_table('orders', key=['id'])" in body
     assert len(installed(made.engine).watched) == 3
     made.downgrade("base")
@@ -795,7 +866,7 @@ def test_lacking_indexes_are_proposed_and_kept(new_project: Callable[..., Projec
 MODELS = """
 from sqlalchemy import select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sa_tablecache import CachedView, ScoreIndex
+from sa_tablecache import CachedView, ChangeFeed, ScoreIndex
 
 class Base(DeclarativeBase):
     pass

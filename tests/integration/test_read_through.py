@@ -20,12 +20,13 @@ from sa_tablecache import (
     bypass_cache,
     no_store,
 )
+from sa_tablecache.limits import MemoryLimit
 from sa_tablecache.readthrough import MOST_FILLS, WASTE, ReadRanges
 from tests.integration.checking import counting
 from tests.integration.databases import Database
 from tests.integration.flights import World, flight, flights_world, hour, ids, insert_flights
 from tests.integration.pausing import Held, Running
-from tests.zoo import Flight, OuterBoard, Plane
+from tests.zoo import Flight, InnerBoard, OuterBoard, Plane
 
 
 @pytest.fixture
@@ -513,19 +514,81 @@ def test_loads_and_evictions_by_hand_are_followed(world: World) -> None:
     world.cache._check()
 
 
-def test_nothing_leaves_while_a_load_builds_on_it(world: World) -> None:
-    """A load that runs counts on what is covered; what would need room is not stored meanwhile."""
+def test_a_load_does_not_count_on_what_has_left_meanwhile(world: World) -> None:
+    """What was there when a load began may leave under it: it reads that, too, in the end."""
     keep(world, max_records=3)
+    table = world.cache.table(OuterBoard)
+    for load in (world.cache.extend, world.cache.load):
+        world.cache.clear(OuterBoard)
+        world.ids(*between(0, 1))
+        held = Held(table, "loaded")
+        loading = Running(lambda load=load: load(OuterBoard, *between(0, 2)))
+        assert held.reached.wait(20)
+        assert world.ids(*between(2, 5)) == [4, 5, 6]
+        assert not world.cache.covers(OuterBoard, *between(0, 1))
+        held.let_go()
+        loading.result()
+        world.cache._check()
+        assert world.ids(*between(0, 2)) == [1, 2, 3]
+        world.cache._check()
+
+
+def test_a_load_does_not_count_on_what_a_mark_has_emptied(world: World) -> None:
+    """A mark of the whole view gives up what a load had found to be there."""
     table = world.cache.table(OuterBoard)
     world.ids(*between(0, 1))
     held = Held(table, "loaded")
-    load = Running(lambda: world.cache.extend(OuterBoard, *between(0, 2)))
+    loading = Running(lambda: world.cache.load(OuterBoard, *between(0, 2)))
     assert held.reached.wait(20)
-    assert world.ids(*between(2, 5)) == [4, 5, 6]
-    assert world.cache.covers(OuterBoard, *between(0, 1))
+    with world.engine.begin() as connection:
+        connection.execute(insert(Flight).values(flight(9, 0.5)))
+    world.cache.invalidate(OuterBoard)
+    world.cache.refresh(OuterBoard)
+    assert records(world) == 0
     held.let_go()
+    loading.result()
+    world.cache._check()
+    assert world.ids(*between(0, 2)) == [1, 2, 3, 9]
+
+
+def test_reads_by_key_and_by_other_indexes_count_as_uses(world: World) -> None:
+    """What is read with get(), or through another index, is not what leaves next."""
+    keeper = keep(world, max_records=100)
+    world.ids(*between(0, 3))
+    world.ids(OuterBoard.id == 5)
+    with world.Session() as session:
+        assert session.get(OuterBoard, 5) is not None
+        assert len(session.range(OuterBoard.by_plane, "N1", ge=hour(0), lt=hour(2))) == 1
+        assert session.last_read is not None
+        assert session.last_read.kind == "hit"
+    keeper._drain()
+    assert all(found.used for found in keeper._ranges)
+
+
+def test_a_refused_load_waits_for_a_refresh_before_it_is_refused(world: World) -> None:
+    """Room that only a refresh under way keeps from being made is waited for."""
+    world.cache.add(InnerBoard)
+    for view in (InnerBoard, OuterBoard):
+        world.cache.load(view)
+    memory = MemoryLimit(int(world.cache.stats(InnerBoard).bytes * 1.2))
+    for view in (InnerBoard, OuterBoard):
+        table = world.cache.table(view)
+        memory.add(table)
+        table.memory = memory
+    world.cache.clear(InnerBoard)
+    keep(world)
+    table = world.cache.table(OuterBoard)
+    with world.engine.begin() as connection:
+        connection.execute(update(Flight).where(Flight.id == 2).values(delay=1.0))
+    held = Held(table, "read")
+    refresh = Running(table.refresh)
+    assert held.reached.wait(20)
+    load = Running(lambda: world.cache.load(InnerBoard))
+    held.let_go()
+    refresh.result()
     load.result()
-    assert world.ids(*between(0, 2)) == [1, 2, 3]
+    assert world.cache.stats(InnerBoard).records == 6
+    assert records(world) == 0
     world.cache._check()
 
 

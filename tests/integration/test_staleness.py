@@ -340,7 +340,8 @@ def test_an_eager_view_survives_an_outage(
         event.listen(engine, "engine_connect", fail)
         paint(world)
         refreshed.wait()
-    world.cache.upkeep.stop()  # the listener was told before the step was over
+    while not world.cache.health().ok:  # until the step is over
+        threading.Event().wait(0.001)
     assert len(failures) == 4
     warnings = [r.getMessage() for r in caplog.records if r.name == "sa_tablecache.upkeep"]
     assert len(warnings) == 2

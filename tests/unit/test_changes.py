@@ -7,14 +7,19 @@ import pytest
 from sa_tablecache import changes as changes_module
 from sa_tablecache.analysis import TableName, plan_of
 from sa_tablecache.changes import (
+    MOST_RANGES,
     UNKNOWN,
+    UNREAD,
     VIEW,
     ChangeSet,
     Concern,
+    GroupMark,
     Mark,
+    RangeMark,
     Written,
     marks_of,
 )
+from sa_tablecache.scores import MAX, MIN, Interval
 from sa_tablecache.usage import placing_columns, used_columns
 from tests.zoo import FlownPlanes, OuterBoard
 
@@ -169,3 +174,88 @@ def test_a_view_uses_the_columns_that_its_statement_names() -> None:
     assert "tailnum" in placing[PLANES]
     assert "model" in used[PLANES] - placing[PLANES]
     assert "origin" not in used[FLIGHTS]
+
+
+# -- change feeds -------------------------------------------------------------------------------
+
+
+def told(changes: ChangeSet, **concerns: Concern) -> set[object]:
+    """Return the marks where a change feed tells which rows changed."""
+    known = {**CONCERNS, **{(None, name): concern for name, concern in concerns.items()}}
+    return set(marks_of(PLAN.tables, known, changes, unread=True))
+
+
+def test_unknown_rows_that_a_feed_tells_of_are_unread() -> None:
+    """What marks a view for want of rows is left to the feed, if rows could be followed at all."""
+    anywhere, everything, both = ChangeSet(), ChangeSet(), ChangeSet()
+    anywhere.add_table(PLANES)
+    everything.add_everything()
+    both.add_rows(PLANES, [("N1",)])
+    both.add_table(FLIGHTS)
+    for changes in (anywhere, everything, both):
+        assert told(changes) == {UNREAD}
+    lost = replace(CONCERNS[PLANES], followed=False)
+    assert told(anywhere, planes=lost) == {VIEW}
+    assert told(everything, planes=lost) == {UNREAD}
+    rows = ChangeSet()
+    rows.add_rows(PLANES, [("N1",)])
+    assert told(rows) == {Mark(PLANES, ("N1",))}
+    elsewhere = ChangeSet()
+    elsewhere.add_table(ELSEWHERE)
+    assert not told(elsewhere)
+
+
+def test_ranges_mark_an_interval_of_the_index_that_they_lead() -> None:
+    """A range of a leading score marks an interval; one of another column, the view."""
+    interval = Interval((1, MIN), (2, MAX))
+    leading = replace(
+        CONCERNS[FLIGHTS],
+        scores=(("hour", "by_hour"),),
+        interval=lambda *asked: interval if asked == ("by_hour", 1, 2) else None,
+    )
+    for ranges, expected in (
+        ({"hour": (1, 2)}, RangeMark("by_hour", interval)),
+        ({"delay": (1, 2), "hour": (1, 2)}, RangeMark("by_hour", interval)),
+        ({"hour": (1, 3)}, VIEW),
+        ({"delay": (1, 2)}, VIEW),
+        ({}, VIEW),
+    ):
+        changes = ChangeSet()
+        changes.add_ranges(FLIGHTS, ranges)
+        assert changes
+        assert changes.touches([FLIGHTS])
+        assert changes.sets_off(FLIGHTS, None)
+        merged = ChangeSet()
+        merged.update(changes)
+        for one in (changes, merged):
+            assert set(marks_of(PLAN.tables, {**CONCERNS, FLIGHTS: leading}, one)) == {expected}
+    changes = ChangeSet()
+    for _ in range(MOST_RANGES + 1):
+        changes.add_ranges(FLIGHTS, {"hour": (1, 2)})
+    assert changes.tables == {FLIGHTS}
+    assert not changes.ranges
+
+
+def test_what_a_feed_logged_is_true_of_tables_with_triggers() -> None:
+    """What a row was before is what was logged, even where UPDATEs change more than they name."""
+    carrier = LoggedGroups()
+    concern = replace(CONCERNS[FLIGHTS], opaque=True, by_key=False, paths=(carrier,))  # type: ignore[arg-type]
+    row = ({"carrier": "AA"},)
+    for written, expected in (
+        (Written(before=row, logged=True), GroupMark(("carrier",), ("AA",))),
+        (Written(before=row), VIEW),
+    ):
+        changes = ChangeSet()
+        changes.add_rows(FLIGHTS, [(1,)], written)
+        assert set(marks_of(PLAN.tables, {**CONCERNS, FLIGHTS: concern}, changes)) == {expected}
+
+
+class LoggedGroups:
+    """A path to groups by the carrier, as marks_of() uses it."""
+
+    names = ("carrier",)
+    follows_from_key = False
+
+    def before(self, columns: object, rows: tuple[dict[str, str], ...] | None) -> object:
+        """Return the groups of rows."""
+        return None if rows is None else [(row["carrier"],) for row in rows]

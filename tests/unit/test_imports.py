@@ -76,6 +76,7 @@ ORDER = """
     modes
     answering
     remembered
+    room
     readthrough
     windows
     policies

@@ -123,20 +123,24 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $invalida
 $invalidate$
 
 -- How a column is written as JSON, whatever the settings of the session. An output function is the
--- database's own code; a cast to json or text could be anybody's, and would run as the owner.
+-- database's own code; a cast to json or text could be anybody's, and would run as the owner: only
+-- types of the database are cast. Those that need no escaping are quick.
 CREATE OR REPLACE FUNCTION sa_tablecache.as_json(type oid, value text) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $as_json$
-    SELECT CASE
+    SELECT concat('coalesce(', CASE
         WHEN type IN ('boolean'::regtype, 'smallint'::regtype, 'integer'::regtype,
-                      'bigint'::regtype, 'oid'::regtype, 'real'::regtype,
-                      'double precision'::regtype, 'text'::regtype, 'varchar'::regtype,
-                      'character'::regtype, 'name'::regtype, 'uuid'::regtype, 'date'::regtype,
-                      'time'::regtype, 'timetz'::regtype, 'timestamp'::regtype) THEN value
-        WHEN type = 'bytea'::regtype THEN concat('encode(', value, ', ''hex'')')
-        WHEN type = 'timestamptz'::regtype THEN
-            concat('(to_json(', value, ' AT TIME ZONE ''UTC'') #>> ''{}'') || ''+00:00''')
-        ELSE concat('CASE WHEN num_nulls(', value, ') = 0 THEN concat(', value, ') END')
-    END
+                      'bigint'::regtype, 'oid'::regtype) THEN concat(value, '::text')
+        WHEN type IN ('uuid'::regtype, 'numeric'::regtype)
+            THEN concat('''"'' || ', value, '::text || ''"''')
+        WHEN type = 'bytea'::regtype THEN concat('''"'' || encode(', value, ', ''hex'') || ''"''')
+        WHEN type = 'timestamptz'::regtype THEN concat(
+            'left(to_json(', value, ' AT TIME ZONE ''UTC'')::text, -1) || ''+00:00"''')
+        WHEN type IN ('text'::regtype, 'varchar'::regtype, 'character'::regtype, 'name'::regtype,
+                      'real'::regtype, 'double precision'::regtype, 'date'::regtype,
+                      'time'::regtype, 'timetz'::regtype, 'timestamp'::regtype)
+            THEN concat('to_json(', value, ')::text')
+        ELSE concat('CASE WHEN num_nulls(', value, ') = 0 THEN to_json(concat(', value, '))::text END')
+    END, ', ''null'')')
 $as_json$
 
 -- A table, its partitions and children; temporary children are seen by one session only.
@@ -178,10 +182,13 @@ DECLARE
     names text[] := '{}';
     bounds text[] := '{}';
     columns text[] := '{}';
+    plain boolean := false;
     volatile boolean := false;
     identity text;
     bounded text;
     written text;
+    counted text;
+    logged text;
     spanned text;
     source text;
     settings text;
@@ -241,6 +248,8 @@ BEGIN
         ELSIF NOT attribute.ranged THEN
             names := names || sa_tablecache.as_json(
                 attribute.type, concat('q.', quote_ident(attribute.column_name)));
+            plain := cardinality(key) = 1 AND attribute.type IN (
+                'smallint'::regtype, 'integer'::regtype, 'bigint'::regtype);
             volatile := volatile OR attribute.type NOT IN (
                 'boolean'::regtype, 'smallint'::regtype, 'integer'::regtype, 'bigint'::regtype,
                 'oid'::regtype, 'text'::regtype, 'varchar'::regtype, 'character'::regtype,
@@ -260,9 +269,10 @@ BEGIN
             columns := columns || quote_ident(attribute.column_name);
             bounds := bounds || concat(
                 quote_literal(attribute.column_name),
-                ', CASE WHEN count(', identity, ') IN (0, count(*)) THEN json_build_array(',
-                sa_tablecache.as_json(attribute.type, concat('min(', bounded, ')')), ', ',
-                sa_tablecache.as_json(attribute.type, concat('max(', bounded, ')')), ') END');
+                ', CASE WHEN count(', identity, ') IN (0, count(*)) THEN concat(''['', ',
+                sa_tablecache.as_json(attribute.type, concat('min(', bounded, ')')), ', '','', ',
+                sa_tablecache.as_json(attribute.type, concat('max(', bounded, ')')),
+                ', '']'')::json END');
             volatile := volatile OR attribute.type = 'double precision'::regtype;
         ELSE
             RAISE datatype_mismatch USING MESSAGE = concat(
@@ -270,10 +280,16 @@ BEGIN
                 ' can be logged, whose type is ', attribute.type::regtype);
         END IF;
     END LOOP;
-    identity := concat('json_build_array(', array_to_string(names, ', '), ')::text');
+    -- A single integer is quicker as it is. Of an UPDATE old and new rows come in the same order:
+    -- the same keys are the same array, which costs less to find out than which keys are the same.
+    -- Who reads does that.
+    identity := CASE
+        WHEN names = '{}' THEN 'NULL::text'
+        WHEN plain THEN concat('q.', quote_ident(key[1]))
+        ELSE concat('concat(''['', ', array_to_string(names, ', '','', '), ', '']'')') END;
     bounded := concat('json_build_object(', array_to_string(bounds, ', '), ')::text');
     FOR event IN
-        SELECT e.name, e.rows, most * cardinality(e.rows) AS most
+        SELECT e.name, e.rows
         FROM (VALUES
             ('INSERT', '{new_rows}'::text[]),
             ('UPDATE', '{old_rows,new_rows}'),
@@ -281,24 +297,33 @@ BEGIN
         ) AS e (name, rows)
     LOOP
         written := array_to_string(ARRAY(
-            SELECT concat('(SELECT ', identity, ' AS k FROM ', r, ' AS q LIMIT ', most + 1, ')')
-            FROM unnest(event.rows) AS r), ' UNION ALL ');
+            SELECT concat(
+                E'\n            (SELECT count(*) AS n, array_agg(q.k) AS keys FROM (SELECT ',
+                identity, ' AS k FROM ', r, ' AS q LIMIT ', most + 1, ') AS q) AS ', r)
+            FROM unnest(event.rows) AS r), ',');
         spanned := concat('(SELECT ', bounded, ' FROM (', array_to_string(ARRAY(
             SELECT concat('SELECT ', array_to_string(columns, ', '), ' FROM ', r)
             FROM unnest(event.rows) AS r), ' UNION ALL '), ') AS q)');
+        counted := concat(event.rows[1], '.n');
+        logged := concat(event.rows[1], '.keys');
+        IF event.name = 'UPDATE' THEN
+            counted := 'greatest(old_rows.n, new_rows.n)';
+            logged := 'old_rows.keys || nullif(new_rows.keys, old_rows.keys)';
+        END IF;
+        logged := CASE WHEN plain
+            THEN concat('concat(''[['', array_to_string(', logged, ', ''],['', ''null''), '']]'')')
+            ELSE concat('concat(''['', array_to_string(', logged, ', '',''), '']'')') END;
         source := concat(source,
             CASE WHEN source IS NULL THEN 'IF' ELSE 'ELSIF' END, ' TG_OP = ', quote_literal(event.name),
             E' THEN\n        INSERT INTO sa_tablecache.changelog (schema, name, operation, keys, ranges)',
             E'\n        SELECT ', quote_literal(of_schema), ', ', quote_literal(of_name), ', ',
             quote_literal(left(event.name, 1)), E',\n            ',
-            CASE WHEN names = '{}' THEN 'NULL' ELSE concat(
-                'CASE WHEN count(*) <= ', event.most, ' THEN concat(''['', string_agg(',
-                CASE WHEN event.name = 'UPDATE' THEN 'DISTINCT r.k COLLATE "C"' ELSE 'r.k' END,
-                ', '',''), '']'') END') END,
+            CASE WHEN names = '{}' THEN 'NULL'
+                ELSE concat('CASE WHEN ', counted, ' <= ', most, ' THEN ', logged, ' END') END,
             E',\n            ',
             CASE WHEN bounds = '{}' THEN 'NULL' WHEN names = '{}' THEN spanned
-                ELSE concat('CASE WHEN count(*) > ', event.most, ' THEN ', spanned, ' END') END,
-            E'\n        FROM (', written, E') AS r HAVING count(*) > 0;\n    ');
+                ELSE concat('CASE WHEN ', counted, ' > ', most, ' THEN ', spanned, ' END') END,
+            E'\n        FROM', written, E'\n        WHERE ', counted, E' > 0;\n    ');
     END LOOP;
     source := concat(
         E'\nBEGIN\n    ', source, E'ELSE\n',
