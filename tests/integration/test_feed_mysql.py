@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, Connection, Engine, create_engine, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import NullPool
 
@@ -848,12 +848,12 @@ def test_a_trigger_that_is_dropped(stock: Feed) -> None:
         "WHERE event_object_schema = DATABASE()"
     ).all()
     assert len(triggers) == 4
-    for name, body, timing, event, table in triggers:
+    for name, body, timing, operation, table in triggers:
         before = stock.read().fingerprints[relation]
         stock.run(f"DROP TRIGGER {name}")
         assert name in stock.read().untrusted[relation]
         assert name in stock.log.installed(stock.connection).outdated[relation]
-        create = f"CREATE TRIGGER {name} {timing} {event} ON {table} FOR EACH ROW\n"
+        create = f"CREATE TRIGGER {name} {timing} {operation} ON {table} FOR EACH ROW\n"
         stock.run(create + "SET @nothing = 1")
         assert name in stock.read().untrusted[relation]
         stock.run(f"DROP TRIGGER {name}", create + body)
@@ -1171,21 +1171,41 @@ def test_a_changelog_that_was_emptied(stock: Feed) -> None:
     assert stock.keys() == [(10,)]
 
 
-def test_what_is_settled_is_noted(stock: Feed) -> None:
-    """The position of now is found without reading the whole changelog."""
-    with stock.writer() as writer:
-        run(writer, "INSERT INTO stock SELECT seq, 0 FROM seq_1_to_2500")
-        writer.commit()
-    stock.read()
-    settled = stock.connection.exec_driver_sql("SELECT settled FROM sa_tablecache_meta").scalar()
-    assert settled == stock.position.last
-    assert stock.log.position(stock.connection) == stock.position
-    with stock.writer() as long:
+def test_the_position_of_now(stock: Feed) -> None:
+    """It is found from where somebody stood lately, whatever was under way then, or is now."""
+    with stock.writer() as long, stock.writer() as longer:
         run(long, "INSERT INTO stock VALUES (9001, 1)")
-        stock.run("INSERT INTO stock VALUES (9002, 1)")
-        stock.poll()
-        assert stock.log.position(stock.connection) == stock.position
+        run(longer, "INSERT INTO stock VALUES (9002, 1)")
+        stock.run("INSERT INTO stock SELECT seq, 0 FROM seq_1_to_600")
+        stock.read()
+        noted = stock.connection.exec_driver_sql("SELECT position FROM sa_tablecache_meta")
+        assert stock.log.parse(noted.scalar_one()) == stock.position
         assert len(stock.position.gaps) == 1
+        stock.run("INSERT INTO stock VALUES (9003, 1)")
+        long.commit()
+        asked: list[str] = []
+        event.listen(stock.engine, "before_cursor_execute", lambda *args: asked.append(args[2]))
+        now = stock.log.position(stock.connection)
+        assert len(asked) == 2
+        assert f"id > {stock.position.last} OR id BETWEEN" in asked[1]
+        stock.read()
+        assert now == stock.position
+        longer.rollback()
+        stock.run("INSERT INTO stock VALUES (9004, 1)")
+        for _ in range(3):
+            stock.read()
+        assert stock.log.trim(stock.connection, 0) > 600
+        stock.run("INSERT INTO stock VALUES (9005, 1)")
+        now = stock.log.position(stock.connection)  # what was noted is trimmed
+        assert now.gaps == ()
+        stock.read()
+        assert now == stock.position
+        run(long, "INSERT INTO stock VALUES (9006, 1)")
+        stock.run("INSERT INTO stock VALUES (9007, 1)")
+        now = stock.log.position(stock.connection)
+        stock.read()
+        assert now == stock.position
+        assert len(now.gaps) == 1
 
 
 def test_a_reader_whose_connection_is_killed(stock: Feed) -> None:

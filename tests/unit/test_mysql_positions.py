@@ -62,7 +62,14 @@ def test_gaps_close(ids: set[int], more: set[int]) -> None:
     new = sorted(n for n in more if n not in ids and n <= before.last)
     after = without(before.gaps, new)
     assert after == position(ids | set(new)).gaps
+    assert before.having_seen(more) == position(ids | more)
     for number in range(1, 42):
         assert overlaps(after, number, number) is (
             number <= before.last and number not in ids | set(new)
         )
+
+
+@given(IDS, st.integers(0, 45))
+def test_beyond_what_was_trimmed(ids: set[int], trimmed: int) -> None:
+    """All that was trimmed counts as seen."""
+    assert position(ids).beyond(trimmed) == position(ids | set(range(1, trimmed + 1)))
