@@ -302,7 +302,7 @@ BEGIN
             IF attribute.type IN ('text'::regtype, 'varchar'::regtype) THEN
                 bounded := concat(identity, ' COLLATE "C"');
             END IF;
-            columns := columns || quote_ident(attribute.column_name);
+            columns := columns || identity;
             bounds := bounds || concat(
                 quote_literal(attribute.column_name),
                 ', CASE WHEN count(', identity, ') IN (0, count(*)) THEN concat(''['', ',
@@ -338,7 +338,7 @@ BEGIN
                 identity, ' AS k FROM ', r, ' AS q LIMIT ', most + 1, ') AS q) AS ', r)
             FROM unnest(event.rows) AS r), ',');
         spanned := concat('(SELECT ', bounded, ' FROM (', array_to_string(ARRAY(
-            SELECT concat('SELECT ', array_to_string(columns, ', '), ' FROM ', r)
+            SELECT concat('SELECT ', array_to_string(columns, ', '), ' FROM ', r, ' AS q')
             FROM unnest(event.rows) AS r), ' UNION ALL '), ') AS q)');
         counted := concat(event.rows[1], '.n');
         logged := concat(event.rows[1], '.keys');
