@@ -37,6 +37,7 @@ from .scores import Interval, IntervalSet
 from .state import State
 from .table import CachedTable
 from .turns import Section, new_future, wait_for
+from .upkeep import describe
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +224,9 @@ class ReadRanges(Keeper):
             )  # fmt: skip
         except Exception as error:
             stored = False
-            log.warning("view %s: what a read missed was not loaded: %s", self._table.name, error)
+            log.warning(
+                "view %s: what a read missed was not loaded: %s", self._table.name, describe(error)
+            )
         finally:
             with self._lock:
                 self._fills.remove(fill)

@@ -201,6 +201,18 @@ def test_all_of_a_view_is_only_loaded_where_there_is_a_limit(world: World) -> No
     assert world.cache.covers(OuterBoard)
 
 
+def test_explain_tells_that_misses_are_loaded(world: World) -> None:
+    """And that the first records are enough for a limit."""
+    statement = select(OuterBoard).where(*between(1, 3))
+    assert "ReadThrough loads" in world.cache.explain(statement).reason
+    world.ids(*between(1, 3))
+    assert world.cache.explain(statement).kind == "hit"
+    assert "ReadThrough loads" in str(world.cache.explain(select(OuterBoard).where(*between(2, 5))))
+    first = select(OuterBoard).where(OuterBoard.hour >= hour(1)).order_by(OuterBoard.hour)
+    assert world.cache.explain(first.limit(3)).kind == "hit"
+    assert world.cache.explain(first.limit(4)).kind == "partial"
+
+
 def test_what_no_index_serves_is_left_to_the_database(world: World) -> None:
     """A condition that no index begins with would load all of the view."""
     assert kind(world, OuterBoard.airline == "United") == "miss"
