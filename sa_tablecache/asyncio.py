@@ -35,6 +35,7 @@ from .scopes import Scope, overrides
 from .session import CacheSession, TableCache, _check_range
 from .transactions import AsyncDecorator, TransactionOptions, decorator
 from .view import CachedView, ViewIndex, ViewMeta
+from .why import Why
 
 V = TypeVar("V", bound=CachedView)
 Criterion = ColumnElement[bool] | bool
@@ -205,6 +206,10 @@ class AsyncTableCache:
     async def check(self) -> list[Problem]:
         """See :meth:`.TableCache.check`."""
         return await greenlet_spawn(self.sync_cache.check)
+
+    def why(self, view: type[CachedView], key: Any) -> Why:
+        """See :meth:`.TableCache.why`."""
+        return self.sync_cache.why(view, key)
 
     async def explain(self, statement: Any) -> Explanation:
         """See :meth:`.TableCache.explain`."""

@@ -38,6 +38,7 @@ from .shapes import shape_of, view_of
 from .slots import LoadSlots
 from .table import CachedTable, Timer
 from .view import CachedView, ViewMeta
+from .why import Why, why
 
 
 class BaseTableCache(Running):
@@ -188,8 +189,8 @@ class BaseTableCache(Running):
             self._policies[view] = chosen
             if self._snapshots is not None:
                 self._tables[view] = self._new_table(view, self._snapshots)
-        for table, why in plan.coarse.items():
-            log_coarse(plan, table, why)
+        for table, reason in plan.coarse.items():
+            log_coarse(plan, table, reason)
 
     def table(self, view: type[CachedView]) -> CachedTable:
         """Return what holds the records of a view."""
@@ -410,6 +411,21 @@ class BaseTableCache(Running):
                 lacking = indexes_lacking_in(connection, usable)
             problems += [Problem(index.view, str(index)) for index in lacking]
         return problems
+
+    def why(self, view: type[CachedView], key: Any) -> Why:
+        """Say why a record is what it is: loaded, marked and refreshed when, and because of what.
+
+        ::
+
+            print(cache.why(FlightBoard, 17))
+
+        What is remembered are the last hundred loads and the last two hundred refreshes of a view;
+        nothing is kept for each record. Emits no SQL.
+
+        :param key: the primary key; a tuple, if it has several columns.
+        :raises CriteriaError: for what is no key of the view.
+        """
+        return why(self.table(view), key)
 
     def explain(self, statement: Any) -> Explanation:
         """Say how a SELECT of a view would be answered now, and why. Runs nothing."""

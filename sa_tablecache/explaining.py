@@ -17,6 +17,7 @@ from .answering import (
 from .comparison import Inexact
 from .options import BypassCache
 from .planner import ask
+from .redaction import shown_coverage, shown_intervals
 from .scores import NOTHING
 from .shapes import shape_of
 from .staleness import tolerated
@@ -86,7 +87,12 @@ def _explained(
     if candidate is None:
         partial = partial_candidate(layout, question, state)
         if partial is None:
-            return Explanation("miss", name, f"the coverage is {state.coverage}", coarse=coarse)
+            return Explanation(
+                "miss",
+                name,
+                f"the coverage is {shown_coverage(table.plan, state.coverage)}",
+                coarse=coarse,
+            )
         candidate, missing = partial
         kind, reason = "partial", "the gaps are fetched and merged"
     marked = table.current is None or state.is_stale(candidate.index, candidate.intervals - missing)
@@ -107,8 +113,8 @@ def _explained(
         name,
         reason,
         index=candidate.index or "primary key",
-        intervals=repr(candidate.intervals),
-        missing=repr(missing) if missing else "",
+        intervals=shown_intervals(table.plan, candidate.index, candidate.intervals),
+        missing=shown_intervals(table.plan, candidate.index, missing) if missing else "",
         records=sum(map(order.count, candidate.intervals)),
         residual=len(candidate.residual),
         sort=direction is None,

@@ -267,8 +267,8 @@ def named_changes(model: Any, keys: Iterable[Any], dialect: str) -> ChangeSet:
             values = key if isinstance(key, tuple) else (key,)
             if len(values) != len(columns):
                 raise CriteriaError(
-                    f"{key!r} is no primary key of {table.fullname}, which is "
-                    f"({', '.join(c.name for c in columns)})"
+                    f"a key of {len(values)} value(s) is no primary key of {table.fullname}, "
+                    f"which is ({', '.join(c.name for c in columns)})"
                 )
             exact = tuple(exact_value(c, v, dialect) for c, v in zip(columns, values, strict=True))
             if None in exact:

@@ -46,6 +46,7 @@ from .comparison import Comparison, to_utc
 from .exc import TableCacheError, UnsuitableEngine
 from .forks import abandon
 from .readers import EveryScope
+from .redaction import shown_value
 
 log = logging.getLogger(__name__)
 
@@ -307,7 +308,8 @@ class Loader:
     def _odd(self, name: str, value: Any) -> None:
         """Leave a column to the database, because of a value that it holds."""
         plan, how = self.plan, self._comparisons[name]
-        reason = f"it holds {value!r}, which is not how {how.type!r} is stored"
+        shown = shown_value(plan, name, value)
+        reason = f"it holds {shown}, which is not how {how.type!r} is stored"
         lineage = {n for leaf in plan.leaves for n in (*leaf.hidden, *(leaf.visible or ()))}
         groups = {n for path in plan.paths for n in (*path.names, *path.stored)}
         if name in lineage | groups or name in plan.key:
@@ -322,7 +324,8 @@ class Loader:
         """Leave sorting by a column to MariaDB: it looks at max_sort_length bytes, not at NULs."""
         how = self._comparisons[name]
         if how.order:
-            reason = f"MariaDB does not sort values such as {value[:40]!r} as it compares them"
+            shown = shown_value(self.plan, name, value[:40])
+            reason = f"MariaDB does not sort values such as {shown} as it compares them"
             log.warning("view %s: %s is not sorted: %s", self.plan.name, name, reason)
             self._comparisons[name] = replace(how, order=False, reason=reason)
 

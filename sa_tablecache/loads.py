@@ -384,6 +384,7 @@ class Loads(ViewState):
             if not self._freshness.underway:
                 self._freshness.forget()
             self.observers.stored(self._state.storage, empty, refreshed=False)
+            self.history.applied(Coverage(), (), refreshed=False)
             self._set_state(State(empty, Coverage()))
             if self._ready.done():
                 self._ready = new_future()

@@ -32,6 +32,7 @@ from .reading import (
     fetch_records,
     filling,
     freshen,
+    gaps_of,
     lacking,
     missed,
     note_kept,
@@ -177,7 +178,7 @@ def _partial_range(
     present = IntervalSet([interval]) - missing
     order = state.storage.orders[name]
     if not present or order.order.stored or not layout.is_expressible(name, missing):
-        remember(session, table, "miss", lacking(state))
+        remember(session, table, "miss", lacking(table, state))
         return None
     gaps = range_statement(session, table, read).where(
         intervals_clause(layout.score_columns(name), missing)
@@ -189,7 +190,7 @@ def _partial_range(
         return None
     records = layout.given([r for i in present for r in order.between(i)]) + fetched
     records.sort(key=order.order.prefixes[-1], reverse=read.descending)
-    remember(session, table, "partial", Reason("gaps", f"{missing} was fetched"))
+    remember(session, table, "partial", gaps_of(table, name, missing))
     return records if read.limit is None else records[: read.limit]
 
 

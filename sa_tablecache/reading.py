@@ -35,12 +35,14 @@ from .modes import COMPARING
 from .options import BypassCache, NoStore
 from .orders import Record
 from .planner import Candidate, Question, ask
+from .redaction import shown_coverage, shown_intervals
 from .scopes import database_reason, flush_pending, in_own_scope
 from .scores import IntervalSet
 from .shapes import Shape, shape_of, view_of
 from .staleness import tolerated
 from .state import State
 from .table import CachedTable
+from .upkeep import describe
 from .view import CachedView
 
 log = logging.getLogger(__name__)
@@ -94,9 +96,14 @@ LENT: Final = Reason("staleness", "without what came in since the window's last 
 REFRESHED: Final = Reason("refresh", "after a refresh of what was marked")
 
 
-def lacking(state: State) -> Reason:
+def lacking(table: CachedTable, state: State) -> Reason:
     """Return why storage does not help a reader: the coverage is another."""
-    return Reason("coverage", f"the coverage is {state.coverage}")
+    return Reason("coverage", f"the coverage is {shown_coverage(table.plan, state.coverage)}")
+
+
+def gaps_of(table: CachedTable, index: str, missing: IntervalSet) -> Reason:
+    """Return what storage lacked of an answer."""
+    return Reason("gaps", f"{shown_intervals(table.plan, index, missing)} was fetched")
 
 
 def missed(session: Session, table: CachedTable, reason: Reason) -> bool:
@@ -120,7 +127,7 @@ def filling(table: CachedTable) -> bool:
     try:
         table.set_up()
     except Exception as error:
-        log.warning("view %s: nothing can be loaded: %s", table.plan.name, error)
+        log.warning("view %s: nothing can be loaded: %s", table.plan.name, describe(error))
         return False
     return True
 
@@ -135,8 +142,9 @@ def freshen(session: Session, cache: BaseTableCache, table: CachedTable) -> bool
     try:
         table.refresh()
     except Exception as error:
-        log.warning("view %s: refresh failed: %s", table.plan.name, error)
-        remember(session, table, "bypass", Reason("refresh_failed", f"the refresh failed: {error}"))
+        why = describe(error)
+        log.warning("view %s: refresh failed: %s", table.plan.name, why)
+        remember(session, table, "bypass", Reason("refresh_failed", f"the refresh failed: {why}"))
         return False
     return True
 
@@ -198,8 +206,10 @@ def answer(
                 if candidate is None:
                     candidate = limited_candidate(layout, question, state)
                 if candidate is None and keeper is not None:
-                    candidate = covered_candidate(layout, question, keeper.lent(state))
-                    lent = candidate is not None
+                    more = keeper.lent(state)
+                    if more is not state:
+                        candidate = covered_candidate(layout, question, more)
+                        lent = candidate is not None
                 if candidate is None:
                     if not fetch:
                         return None
@@ -213,7 +223,7 @@ def answer(
                         continue
                     partial = partial_candidate(layout, question, state)
                     if partial is None:
-                        if missed(session, table, lacking(state)):
+                        if missed(session, table, lacking(table, state)):
                             continue
                         return None
                     found, missing = partial
@@ -297,7 +307,7 @@ def _partial(
     records = records_in(state, candidate.index, present)
     kept = filter_records(question.shape, candidate.residual, question, columns, records)
     rows = finished(layout, question, [*kept, *fetched], ordered=not question.shape.orderings)
-    remember(session, table, "partial", Reason("gaps", f"{missing} was fetched"))
+    remember(session, table, "partial", gaps_of(table, candidate.index, missing))
     return Answer(rows, question.shape)
 
 

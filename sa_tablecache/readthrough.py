@@ -29,6 +29,7 @@ from .layout import Layout
 from .loading import Rows
 from .loads import evicted
 from .planner import Question
+from .redaction import shown_intervals
 from .remembered import Range, Ranges
 from .replacing import loaded
 from .room import Room, by_index
@@ -210,7 +211,7 @@ class ReadRanges(Keeper):
                     self._refused.popitem(last=False)
             log.debug(
                 "view %s: a read of %s is larger than what may be stored",
-                self._table.name, fill.intervals,
+                self._table.name, shown_intervals(self._table.plan, fill.index, fill.intervals),
             )  # fmt: skip
         except Exception as error:
             stored = False

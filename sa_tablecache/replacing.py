@@ -13,6 +13,7 @@ from .exc import DuplicateKey
 from .layout import Layout
 from .loading import Rows
 from .orders import Hidden, Record
+from .redaction import shown_key
 from .scores import IntervalSet
 from .storage import Storage
 
@@ -95,8 +96,9 @@ def check_unique(layout: Layout, storage: Storage) -> None:
     for record in storage.orders[""]:
         key = plan.key_of(record)
         if key == previous:
+            shown = shown_key(plan, plan.key, plan.key_tuple(record))
             raise DuplicateKey(
-                f"view {plan.name}: two rows have {', '.join(plan.key)} = {key!r}, so that is no "
+                f"view {plan.name}: two rows have {', '.join(plan.key)} = {shown}, so that is no "
                 "key; correct __primary_key__"
             )
         previous = key

@@ -178,7 +178,8 @@ class CacheSession(Session):
         key = ident if isinstance(ident, tuple) and len(names) > 1 else (ident,)
         if len(key) != len(names):
             raise CriteriaError(
-                f"{ident!r} is no primary key of {view.__name__}, which is ({', '.join(names)})"
+                f"a key of {len(key)} value(s) is no primary key of {view.__name__}, which is "
+                f"({', '.join(names)})"
             )
         found = self._get_stored(table, key)
         if found is not None:

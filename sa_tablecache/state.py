@@ -17,6 +17,7 @@ from .coverage import Coverage
 from .events import tick
 from .figures import Counts
 from .freshness import Freshness
+from .history import History
 from .layout import Layout
 from .observers import Observers
 from .scores import Interval
@@ -51,6 +52,7 @@ class ViewState:
         self.changed_at = 0
         """When records, marks or leases changed last, as an :func:`.events.tick`."""
         self._freshness = Freshness()
+        self.history = History()
         self.observers = Observers(plan, self._given)
         self.when_marked: Callable[[], object] | None = None
         """Called when marks were made; it takes no lock."""
@@ -242,7 +244,7 @@ class ViewState:
             self._freshness.after_fork()
             self._set_state(self._state)
         else:
-            self._freshness = Freshness()
+            self._freshness, self.history = Freshness(), History()
             empty = Storage({}, {}) if self.layout is None else self.layout.empty()
             self._set_state(State(empty, Coverage()))
         return keep
@@ -270,6 +272,7 @@ class ViewState:
     ) -> None:
         """Publish what a load or refresh made; only under the lock."""
         self.observers.stored(self._state.storage, state.storage, refreshed=refreshed)
+        self.history.applied(state.coverage, cleared, refreshed=refreshed)
         self._freshness.apply(token, cleared, reader)
         if self.layout is not None:
             self._freshness.drop(

@@ -47,6 +47,7 @@ from .layout import Layout
 from .loading import Snapshots
 from .loads import Loads
 from .misses import Misses
+from .redaction import shown_coverage
 from .replacing import refreshed
 from .scores import Interval
 from .state import State
@@ -234,7 +235,7 @@ class CachedTable(Loads):
         return Stats(
             records=len(state.storage) if self.layout is not None else 0,
             bytes=self.held_bytes,
-            coverage=repr(state.coverage),
+            coverage=shown_coverage(self.plan, state.coverage),
             hits=counts.hits + counts.reads_of("hit"),
             hits_with_refresh=counts.reads["hit", "refresh"],
             partial_hits=counts.reads_of("partial"),

@@ -14,13 +14,14 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from threading import Lock, Thread, current_thread
+from threading import Lock, RLock, Thread, current_thread
 from typing import Any, Final, TypeAlias
 from weakref import WeakSet
 
@@ -64,6 +65,8 @@ class _Job:
         self.name = name
         self.run = run
         self.interrupt = interrupt
+        self.busy = RLock()
+        """Held by a step: a fork in the middle of one could leave a lock of a driver taken."""
         self.last_success: float | None = None
         self.failing_since: float | None = None
         self.error: str | None = None
@@ -73,7 +76,8 @@ class _Job:
     def step(self) -> tuple[float | None, bool]:
         """Do one step; return the seconds until the next, and whether it may be woken before."""
         try:
-            delay = self.run()
+            with self.busy:
+                delay = self.run()
         except Exception as error:
             return self._failed(error), False
         self._succeeded()
@@ -427,6 +431,7 @@ class Upkeep:
         self._started = False
         self._loop = None
         for job in self._jobs.values():
+            job.busy = RLock()
             job.runner = None
             job.last_success = job.failing_since = job.error = None
         return ran
@@ -456,3 +461,28 @@ def _stop_all() -> None:
 
 
 atexit.register(_stop_all)
+
+
+_held: Final[list[Any]] = []
+FORK_SECONDS: Final = 0.5
+"""So long a fork waits for steps to end."""
+
+
+def _before_fork() -> None:
+    """Wait for steps to end, but for those that wait long for something themselves."""
+    until = time.monotonic() + FORK_SECONDS
+    for upkeep in list(_running):
+        for job in list(upkeep._jobs.values()):
+            if job.interrupt is None and isinstance(job.runner, _Thread):
+                if job.busy.acquire(timeout=max(0.0, until - time.monotonic())):
+                    _held.append(job.busy)
+
+
+def _go_on() -> None:
+    """In the parent, after a fork: let steps begin again."""
+    while _held:
+        _held.pop().release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_go_on, after_in_child=_held.clear)

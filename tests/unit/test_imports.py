@@ -33,6 +33,7 @@ ORDER = """
     orders
     storage
     coverage
+    redaction
     clauses
     catalog
     loading
@@ -80,6 +81,7 @@ ORDER = """
     windows
     policies
     explaining
+    why
     attempts
     transactions
     problems
