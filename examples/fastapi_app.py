@@ -36,31 +36,31 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from examples.flights_data import fill, tune_sqlite
 from examples.flights_models import FlightBoard, Plane
 from examples.postgres import embedded_postgres
-from sa_tablecache import AsyncCacheSession, AsyncTableCache
+from sa_tablecache import AsyncCacheSession, AsyncTableCache, Everything
 from sa_tablecache.metrics import export
+
+MEMORY_LIMIT = 500 * 2**20
+"""The most that the records may take, in bytes: a year of flights takes a quarter of it."""
 
 
 def create_app(engine: AsyncEngine) -> FastAPI:
     """Return the service over a database that has the tables of the flights example."""
     # Nobody else writes: with several processes it would be feed=ChangeFeed().
-    cache = AsyncTableCache(engine, views=[FlightBoard], exclusive_writer=True)
+    cache = AsyncTableCache(engine, exclusive_writer=True, memory_limit=MEMORY_LIMIT)
+    cache.add(FlightBoard, policy=Everything())
     registry = CollectorRegistry()
     export(cache, registry=registry)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with cache:
-            app.state.loading = asyncio.create_task(cache.load(FlightBoard))
+        async with cache:  # the board is loaded in the background from now on
             yield
-            app.state.loading.cancel()
-            await asyncio.gather(app.state.loading, return_exceptions=True)
         await engine.dispose()
 
     app = FastAPI(title="Departures of New York, 2013", lifespan=lifespan)
     app.state.cache = cache
     app.state.sessions = cache.sessionmaker()
     app.state.registry = registry
-    app.state.loading = None
     app.get("/ready")(ready)
     app.get("/health")(health)
     app.get("/metrics")(metrics)
@@ -81,9 +81,6 @@ Session = Annotated[AsyncCacheSession, Depends(session_of)]
 async def ready(request: Request, response: Response) -> dict[str, Any]:
     """Tell whether requests are answered from memory; status 503 while they are not."""
     cache: AsyncTableCache = request.app.state.cache
-    loading: asyncio.Task[None] | None = request.app.state.loading
-    if loading is not None and loading.done():
-        loading.result()
     if not cache.ready(FlightBoard):
         response.status_code = 503
     return {"ready": cache.ready(FlightBoard), "records": cache.stats(FlightBoard).records}

@@ -56,9 +56,9 @@ _MYSQL: Final = text(
            group_concat(k.referenced_column_name)
     FROM information_schema.referential_constraints r
     JOIN information_schema.key_column_usage k
-      ON k.constraint_schema = r.constraint_schema AND k.constraint_name = r.constraint_name
-     AND k.table_name = r.table_name
+      ON k.constraint_name = r.constraint_name
     WHERE r.table_name = :table AND r.constraint_schema = coalesce(:schema, database())
+    AND k.table_name = :table AND k.table_schema = coalesce(:schema, database())
     GROUP BY r.constraint_schema, r.constraint_name, r.unique_constraint_schema,
              r.referenced_table_name, r.delete_rule, r.update_rule
     """

@@ -117,6 +117,7 @@ _MYSQL_COLUMNS = text(
     FROM information_schema.tables t
     JOIN information_schema.columns c USING (table_schema, table_name)
     WHERE t.table_name = :name AND t.table_schema = coalesce(:schema, database())
+    AND c.table_name = :name AND c.table_schema = coalesce(:schema, database())
     """
 )
 

@@ -13,7 +13,8 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
-from typing import Any, Final
+from dataclasses import fields
+from typing import Any, Final, cast
 
 from sqlalchemy import Select, literal_column, select, tuple_
 from sqlalchemy.engine import Dialect
@@ -25,9 +26,11 @@ from .cache import BaseTableCache
 from .commands import CACHE_HELP, Commands, NoCache, find_cache, with_cache
 from .exc import Unbound
 from .layout import Layout
+from .policies import Policy
 from .readers import EveryScope
 from .table import CachedTable
 from .upkeep import describe as one_line
+from .view import CachedView
 
 WIDTH: Final = 100
 
@@ -84,12 +87,16 @@ def describe(cache: BaseTableCache) -> dict[str, Any]:
             "url": engine.url.render_as_string(hide_password=True),
             "error": error,
         },
-        "views": [_view(cache.table(view), engine.dialect) for view in cache.views],
+        "views": [
+            _view(cache.table(view), engine.dialect, cache._policies[view])
+            | {"mode": cache.mode(view)}
+            for view in cache.views
+        ],
         "problems": problems,
     }
 
 
-def _view(table: CachedTable, dialect: Dialect) -> dict[str, Any]:
+def _view(table: CachedTable, dialect: Dialect, policy: Policy) -> dict[str, Any]:
     plan, layout = table.plan, table.layout
     return {
         "name": plan.name,
@@ -106,6 +113,9 @@ def _view(table: CachedTable, dialect: Dialect) -> dict[str, Any]:
         "anchor": None if plan.anchor is None else table_label(plan.anchor.table),
         "grouped": plan.grouped,
         "scope": plan.view.__scope__,
+        "policy": _arguments(policy, plan.view),
+        "max_staleness": plan.view.__max_staleness__ and str(plan.view.__max_staleness__),
+        "refresh": plan.view.__refresh__,
         "tables": [_table(plan, name, table.coarse) for name in _in_order(plan)],
         "sql": {
             "view": _sql(plan.statement, dialect),
@@ -116,6 +126,17 @@ def _view(table: CachedTable, dialect: Dialect) -> dict[str, Any]:
             },
         },
     }
+
+
+def _arguments(policy: Policy, view: type[CachedView]) -> str:
+    """Return a policy as it would be written: without what is so by default."""
+    indexes = {id(index.declared): name for name, index in view.__indexes__.items()}
+    said = [
+        f"{field.name}={indexes.get(id(value)) or repr(value)}"
+        for field in fields(cast("Any", policy))
+        if (value := getattr(policy, field.name)) is not field.default
+    ]
+    return f"{type(policy).__name__}({', '.join(said)})"
 
 
 def _in_order(plan: ViewPlan) -> list[TableName]:
@@ -223,6 +244,13 @@ def _view_lines(view: dict[str, Any]) -> Iterator[str]:
     yield from row("columns", f"{len(view['columns'])}: {', '.join(view['columns'])}")
     if view["scope"]:
         yield from row("scope", view["scope"])
+    if view["mode"] != "on":
+        yield from row("mode", view["mode"])
+    if view["policy"] != "Manual()":
+        yield from row("policy", view["policy"])
+    if view["max_staleness"] or view["refresh"] != "lazy":
+        stale = view["max_staleness"] or "never"
+        yield from row("refresh", f"{view['refresh']}; answers may be stale: {stale}")
     for at, (name, parts) in enumerate(view["indexes"].items()):
         yield from row("" if at else "indexes", f"{name} ({', '.join(parts)})")
     width = max(len(table["name"]) for table in view["tables"])

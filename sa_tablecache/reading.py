@@ -206,8 +206,10 @@ def answer(
                 if candidate is None:
                     candidate = limited_candidate(layout, question, state)
                 if candidate is None and keeper is not None:
-                    candidate = covered_candidate(layout, question, keeper.lent(state))
-                    lent = candidate is not None
+                    more = keeper.lent(state)
+                    if more is not state:
+                        candidate = covered_candidate(layout, question, more)
+                        lent = candidate is not None
                 if candidate is None:
                     if not fetch:
                         return None

@@ -14,13 +14,14 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from threading import Lock, Thread, current_thread
+from threading import Lock, RLock, Thread, current_thread
 from typing import Any, Final, TypeAlias
 from weakref import WeakSet
 
@@ -64,6 +65,8 @@ class _Job:
         self.name = name
         self.run = run
         self.interrupt = interrupt
+        self.busy = RLock()
+        """Held by a step: a fork in the middle of one could leave a lock of a driver taken."""
         self.last_success: float | None = None
         self.failing_since: float | None = None
         self.error: str | None = None
@@ -73,7 +76,8 @@ class _Job:
     def step(self) -> tuple[float | None, bool]:
         """Do one step; return the seconds until the next, and whether it may be woken before."""
         try:
-            delay = self.run()
+            with self.busy:
+                delay = self.run()
         except Exception as error:
             return self._failed(error), False
         self._succeeded()
@@ -189,7 +193,7 @@ class _Task:
         if _running_loop() is loop:
             self._begin()
         else:
-            loop.call_soon_threadsafe(self._begin)
+            self._call(self._begin)
 
     def _begin(self) -> None:
         if not self._ended:
@@ -210,8 +214,10 @@ class _Task:
 
     def end(self) -> None:
         self._ended = True
-        if self.task is not None:
-            self._call(self.task.cancel)
+        if self.task is None:
+            return
+        if _running_loop() is not self.loop or asyncio.current_task() is not self.task:
+            self._call(self.task.cancel)  # a step that closes its own cache is not cancelled in it
 
     def _call(self, what: Callable[[], object]) -> None:
         try:
@@ -225,6 +231,8 @@ class _Task:
             self._woken = False
             self._calls.clear()
             delay, heeds = await greenlet_spawn(self._job.step)
+            if self._ended:
+                return
             if heeds:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._calls.wait(), delay)
@@ -339,7 +347,8 @@ class Upkeep:
         """Begin to run the jobs, each in a daemon thread.
 
         :param in_task: in tasks of the running event loop instead.
-        :raises TableCacheError: if it runs already, or no event loop does.
+        :raises TableCacheError: if it runs already (tasks of a loop that is closed do not), or no
+            event loop does.
         """
         loop = _running_loop() if in_task else None
         if in_task and loop is None:
@@ -348,7 +357,7 @@ class Upkeep:
                 "with `async with cache:` or cache.start() in a coroutine"
             )
         with self._lock:
-            if self._started:
+            if self._started and not (self._loop is not None and self._loop.is_closed()):
                 raise TableCacheError(
                     "the upkeep of this cache is running already: start it once, by cache.start() "
                     "or by entering the cache, not both"
@@ -427,6 +436,7 @@ class Upkeep:
         self._started = False
         self._loop = None
         for job in self._jobs.values():
+            job.busy = RLock()
             job.runner = None
             job.last_success = job.failing_since = job.error = None
         return ran
@@ -456,3 +466,28 @@ def _stop_all() -> None:
 
 
 atexit.register(_stop_all)
+
+
+_held: Final[list[Any]] = []
+FORK_SECONDS: Final = 0.5
+"""So long a fork waits for steps to end."""
+
+
+def _before_fork() -> None:
+    """Wait for steps to end, but for those that wait long for something themselves."""
+    until = time.monotonic() + FORK_SECONDS
+    for upkeep in list(_running):
+        for job in list(upkeep._jobs.values()):
+            if job.interrupt is None and isinstance(job.runner, _Thread):
+                if job.busy.acquire(timeout=max(0.0, until - time.monotonic())):
+                    _held.append(job.busy)
+
+
+def _go_on() -> None:
+    """In the parent, after a fork: let steps begin again."""
+    while _held:
+        _held.pop().release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_go_on, after_in_child=_held.clear)

@@ -11,16 +11,15 @@ yet, finds it taken, in the trigger, and gets another one. Then the gap is close
 No long transaction keeps it open, no clock is asked, no privilege is needed to see what others
 do, and a prepared XA transaction is what it looks like: under way.
 
-A gap is left alone until a second poll finds it: most transactions are committed by then. All up to
-the first gap is *settled*; that is noted now and then, so that who needs the position of now does
-not have to look for gaps in the whole changelog.
+A gap is left alone until a second poll finds it: most transactions are committed by then. Now and
+then a reader notes its position in the database, so that who needs that of now does not have to
+look for gaps in the whole changelog.
 
-A reader stays on one server. By the incarnation of the changelog, the name and the number of the
-server it notices that it is on another one, or on another history. So it does, by the time of its
-start, after a crash that may have lost commits (``innodb_flush_log_at_trx_commit`` is not 1).
-Files of a backup that are put back on the same host are noticed if ids are missing that were seen
-before. Replicas are refused, and so is what several servers write: Galera, and circular replication
-(``auto_increment_increment`` is not 1).
+A reader stays on one server, as long as that runs. By the incarnation of the changelog, the name
+and the number of the server, and the second in which it was started, it notices that it is on
+another one, or on another history. Replicas are refused, and so is what several servers write:
+Galera, and circular replication (``auto_increment_increment`` is not 1). Nobody but
+:meth:`MySQLChangelog.trim` may delete entries.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from sa_tablecache.exc import TableCacheError
 from .contract import VERSION, Changelog, Installation, Poll, Position, Relation, Watch
 from .mysql_catalog import error_code, look, propose, resolve
 from .mysql_entries import Entries
-from .mysql_positions import Gaps, MySQLPosition, between, without
+from .mysql_positions import Gaps, MySQLPosition, without
 from .mysql_server import (
     META,
     NOT_INSTALLED,
@@ -69,8 +68,8 @@ _MOST_RANGES: Final = 100
 """So many gaps a poll looks into one by one; of more it reads all that lies between."""
 _MOST_TAKEN: Final = 1_000
 """So many ids a poll takes."""
-_SETTLED_STEP: Final = 1_000
-"""So many more ids have to be settled before that is noted."""
+_NOTED_STEP: Final = 500
+"""So many ids further somebody notes where it stands."""
 _TRIMMED_AT_ONCE: Final = 2_000
 
 _LOCKED, _DEADLOCK = 1205, 1213
@@ -220,15 +219,22 @@ class MySQLChangelog(Changelog):
     # -- reading --------------------------------------------------------------------------------
 
     def position(self, connection: Connection) -> MySQLPosition:
-        """Return the position of now: 1 statement."""
+        """Return the position of now: 2 statements, the second from where somebody stood lately."""
         with available():
-            rows = connection.exec_driver_sql(query("position", server=variables(connection))).all()
-        head = next((row for row in rows if row[0] == 0), None)
-        check_version(None if head is None else int(head[4]))
-        assert head is not None
-        server = Server.read(head[5])
-        gaps = sorted((int(row[1]), int(row[2])) for row in rows if row[0] == 1)
-        return MySQLPosition(server.era(head[3]), max(server.last, int(head[2])), tuple(gaps))
+            head = connection.exec_driver_sql(
+                query("position", server=variables(connection))
+            ).one_or_none()
+            check_version(None if head is None else head.version)
+            assert head is not None
+            era = Server.read(head.server).era(head.incarnation)
+            noted = None if head.position is None else MySQLPosition.parse(head.position)
+            if noted is None or noted.era != era:
+                noted = MySQLPosition(era, 0)
+            noted = noted.beyond(head.trimmed)
+            numbers = connection.exec_driver_sql(
+                f"SELECT id FROM {LOG} WHERE {_behind(noted)} ORDER BY id"
+            ).scalars()
+            return noted.having_seen(map(int, numbers))
 
     def parse(self, token: str) -> MySQLPosition:
         """Return the position that a token says."""
@@ -250,12 +256,7 @@ class MySQLChangelog(Changelog):
         if not position.primary:
             check_primary(connection)
         entries = Entries(relations, position)
-        statement = query(
-            "poll",
-            server=variables(connection),
-            last=position.last,
-            gaps="".join(f" OR c.id BETWEEN {low} AND {high}" for low, high in _few(position)),
-        )
+        statement = query("poll", server=variables(connection), behind=_behind(position))
         head: Any = None
         with (
             available(),
@@ -272,7 +273,7 @@ class MySQLChangelog(Changelog):
                 else:
                     head = number, writer, *said
         check_version(None if head is None else int(head[4]))
-        trimmed, settled, database, incarnation, _, said, _ = head
+        trimmed, noted, database, incarnation, _, said, _ = head
         server = Server.read(said)
         era = server.era(incarnation)
         # After the changelog: what was not logged, because a trigger was missing, is noticed.
@@ -282,23 +283,15 @@ class MySQLChangelog(Changelog):
         if gap is not None:
             now = replace(self.position(connection), primary=True)
             return Poll(now, (), gap, fingerprints, untrusted)
-        numbers = sorted(entries.numbers)
-        old = without(position.gaps, numbers)
-        new = [number for number in numbers if number > position.last]
-        now = MySQLPosition(
-            era,
-            new[-1] if new else position.last,
-            (*old, *between(position.last, new)),
-            primary=True,
-        )
+        now = replace(position.having_seen(entries.numbers), primary=True)
         if autocommits(connection):
             with available():
-                if old:
+                if old := without(position.gaps, sorted(entries.numbers)):
                     _take(connection, old)
-                if now.floor >= int(settled) + _SETTLED_STEP:
+                if now.last >= int(noted) + _NOTED_STEP:
                     connection.exec_driver_sql(
-                        f"UPDATE {META} SET settled = {now.floor} WHERE settled < {now.floor} "
-                        f"AND incarnation = {literal(incarnation)}"
+                        f"UPDATE {META} SET last = {now.last}, position = '{now}' "
+                        f"WHERE last < {now.last} AND incarnation = '{incarnation}'"
                     )
         return Poll(now, tuple(entries.changes(era)), None, fingerprints, untrusted)
 
@@ -339,10 +332,10 @@ def _gap(position: MySQLPosition, era: str, trimmed: int, last: int) -> str | No
     """Return why entries may be missing that a position has not seen."""
     if position.era != era:
         return (
-            "the server is another one, was started after it may have lost commits, or the "
-            "changelog was installed anew"
+            "the server was started since the last poll, is another one, or the changelog was "
+            "installed anew"
         )
-    if max(last, trimmed) < position.last:
+    if last < position.last:  # the newest entry is never trimmed
         return "ids of the changelog went back: it was emptied, or the server was restored"
     if position.floor < trimmed:
         return "the changelog was trimmed past the last poll; keep changes for longer"
@@ -352,12 +345,12 @@ def _gap(position: MySQLPosition, era: str, trimmed: int, last: int) -> str | No
 # -- gaps ---------------------------------------------------------------------------------------
 
 
-def _few(position: MySQLPosition) -> Gaps:
-    """Return not too many ranges that have all gaps in them."""
+def _behind(position: MySQLPosition) -> str:
+    """Return a condition for the entries behind a position; others may meet it if gaps are many."""
     gaps = position.gaps
-    if len(gaps) <= _MOST_RANGES:
-        return gaps
-    return (*gaps[:_MOST_RANGES], (gaps[_MOST_RANGES][0], position.last))
+    if len(gaps) > _MOST_RANGES:
+        gaps = (*gaps[:_MOST_RANGES], (gaps[_MOST_RANGES][0], position.last))
+    return f"id > {position.last}" + "".join(f" OR id BETWEEN {a} AND {b}" for a, b in gaps)
 
 
 def _take(connection: Connection, gaps: Gaps) -> None:
@@ -370,10 +363,12 @@ def _take(connection: Connection, gaps: Gaps) -> None:
             left -= asked[-1][1] - low + 1
     check_primary(connection)
     connection.exec_driver_sql("COMMIT")
-    connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED")
     condition = " OR ".join(f"id BETWEEN {low} AND {high}" for low, high in asked)
-    rows = connection.exec_driver_sql(f"SELECT id FROM {LOG} WHERE {condition}").all()
-    connection.exec_driver_sql("COMMIT")
+    try:
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED")
+        rows = connection.exec_driver_sql(f"SELECT id FROM {LOG} WHERE {condition}").all()
+    finally:
+        connection.exec_driver_sql("COMMIT")  # the level was for this transaction alone
     used = {int(row[0]) for row in rows}
     free = [n for low, high in asked for n in range(low, high + 1) if n not in used]
     if not free:
@@ -432,9 +427,7 @@ def _trim(connection: Connection, keep: float) -> int:
     deleted = connection.exec_driver_sql(
         f"DELETE FROM {LOG} WHERE id > {trimmed} AND id <= {until}"
     ).rowcount
-    connection.exec_driver_sql(
-        f"UPDATE {META} SET trimmed = {until}, settled = GREATEST(settled, {until}) WHERE one = 1"
-    )
+    connection.exec_driver_sql(f"UPDATE {META} SET trimmed = {until} WHERE one = 1")
     connection.exec_driver_sql("COMMIT")
     return deleted
 
@@ -458,6 +451,6 @@ def _renew_after_strays(connection: Connection) -> None:
         connection.exec_driver_sql(f"DELETE FROM {LOG} WHERE id IN ({numbers})")
     connection.exec_driver_sql(
         f"UPDATE {META} SET incarnation = LEFT(MD5(CONCAT(UUID(), RAND())), 12)"
-        + (", trimmed = 0, settled = 0" if anew else "")
+        + (", trimmed = 0, last = 0" if anew else "")
     )
     connection.exec_driver_sql("COMMIT")

@@ -9,7 +9,7 @@ import math
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from .contract import Change, Position
@@ -56,6 +56,18 @@ class MySQLPosition(Position):
     def floor(self) -> int:
         """All ids up to this one are behind it."""
         return self.gaps[0][0] - 1 if self.gaps else self.last
+
+    def having_seen(self, numbers: Iterable[int]) -> MySQLPosition:
+        """Return the position of one who has seen more ids, or the same ones again."""
+        found = sorted(numbers)
+        new = found[bisect_right(found, self.last) :]
+        gaps = (*without(self.gaps, found), *between(self.last, new))
+        return replace(self, last=new[-1] if new else self.last, gaps=gaps)
+
+    def beyond(self, trimmed: int) -> MySQLPosition:
+        """Return the position of one for whom all ids up to one are behind it."""
+        gaps = tuple((max(low, trimmed + 1), high) for low, high in self.gaps if high > trimmed)
+        return replace(self, last=max(self.last, trimmed), gaps=gaps)
 
     def sees(self, change: Change) -> bool:
         """Whether all entries of a change were visible.

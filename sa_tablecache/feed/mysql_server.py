@@ -43,9 +43,7 @@ class Server(NamedTuple):
     increment: int
     read_only: str
     innodb_read_only: str
-    flush: int
-    binary_log: str
-    sync_binary_log: int
+    isolation: str
     host: str
     port: int
     number: int
@@ -64,6 +62,11 @@ class Server(NamedTuple):
                 f"the server {server.host} is read-only, as replicas are: changes are read from "
                 "the primary"
             )
+        if server.isolation == "READ-UNCOMMITTED":
+            raise FeedUnavailable(
+                "the connection reads what others have not committed: give the cache a "
+                "load_engine= with another isolation level than READ UNCOMMITTED"
+            )
         if server.increment != 1:
             raise FeedUnavailable(
                 f"auto_increment_increment is {server.increment} on {server.host}: it is set where "
@@ -73,9 +76,12 @@ class Server(NamedTuple):
         return server
 
     def era(self, incarnation: str) -> str:
-        """Return a name for as long as nothing that was committed is taken back."""
-        durable = self.flush == 1 and (self.binary_log in _OFF or self.sync_binary_log == 1)
-        parts = self.host, self.port, self.number, self.uuid, 0 if durable else self.started
+        """Return a name for as long as nothing that was committed is taken back.
+
+        A start of the server ends it. InnoDB shows what is committed before it is on the disk: what
+        was seen before a crash may be gone after it, and the ids of that are given again.
+        """
+        parts = self.host, self.port, self.number, self.uuid, self.started
         digest = hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()
         return f"{incarnation}-{digest[:8]}"
 
@@ -86,11 +92,14 @@ def is_mariadb(connection: Connection) -> bool:
 
 def variables(connection: Connection) -> str:
     # UUID_SHORT() begins with the number of the server, and the second in which it was started.
-    uuid = "''" if is_mariadb(connection) else "@@server_uuid"
+    isolation, uuid = (
+        ("@@tx_isolation", "''")
+        if is_mariadb(connection)
+        else ("@@transaction_isolation", "@@server_uuid")
+    )
     return (
-        "CAST(@@read_only AS CHAR), CAST(@@innodb_read_only AS CHAR), "
-        "@@innodb_flush_log_at_trx_commit, CAST(@@log_bin AS CHAR), "
-        f"@@sync_binlog, @@hostname, @@port, @@server_id, {uuid}, UUID_SHORT() >> 24"
+        f"CAST(@@read_only AS CHAR), CAST(@@innodb_read_only AS CHAR), {isolation}, "
+        f"@@hostname, @@port, @@server_id, {uuid}, UUID_SHORT() >> 24"
     )
 
 

@@ -23,6 +23,9 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
+
+from sa_tablecache.exc import TableCacheError
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +76,8 @@ class Listener:
 
         LISTEN when it connects; ``SELECT 1`` after silence. An error of the database ends the
         connection; the next step makes another.
+
+        :raises TableCacheError: where an asynchronous engine is needed, or a synchronous one.
         """
         if self._engine.dialect.driver not in _DRIVERS:
             if not self._told:
@@ -83,6 +88,12 @@ class Listener:
                     self._engine.dialect.driver,
                 )
             return None
+        if self._engine.dialect.is_async is not in_greenlet():
+            kinds = ("an asynchronous", "a synchronous")
+            raise TableCacheError(
+                "ChangeFeed(listen_engine=...) has to be {} engine, as that of the cache is; this "
+                "is {} one".format(*(kinds if in_greenlet() else kinds[::-1]))
+            )
         with self._lock:
             if self._stopped.is_set():
                 return None

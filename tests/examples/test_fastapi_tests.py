@@ -15,7 +15,7 @@ from sqlalchemy.pool import NullPool
 from examples.fastapi_app import create_app
 from examples.flights_data import fill
 from examples.flights_models import FlightBoard, Plane
-from sa_tablecache.testing import assert_hits, assert_statements
+from sa_tablecache.testing import assert_hits, assert_statements, run_upkeep
 from tests.conftest import asynchronous
 
 NOON = {"since": "2013-01-01T12:00", "until": "2013-01-01T13:00"}
@@ -98,9 +98,11 @@ async def test_the_test_before_has_left_nothing(service, client, cache):
 
 
 async def test_readiness_health_and_metrics_are_told(client, cache):
-    """Not ready before the load; well all the time; what was read is counted."""
+    """Not ready, nor well, before the upkeep has loaded the board; what was read is counted."""
     assert (await client.get("/ready")).status_code == httpx.codes.SERVICE_UNAVAILABLE
-    await cache.load(FlightBoard)
+    assert (await client.get("/health")).status_code == httpx.codes.SERVICE_UNAVAILABLE
+    cache.start()
+    await run_upkeep(cache)
     assert (await client.get("/ready")).status_code == httpx.codes.OK
     assert (await client.get("/health")).json() == {"ok": True, "reasons": []}
     await board(client)

@@ -13,6 +13,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.util import greenlet_spawn
 
+from sa_tablecache import TableCacheError
 from sa_tablecache import upkeep as upkeep_module
 from sa_tablecache.feed.postgresql import PostgreSQLChangelog
 from sa_tablecache.feed.wakeup import Listener
@@ -169,6 +170,16 @@ def test_a_server_that_cannot_be_reached_is_an_error(tmp_path: Any) -> None:
     with pytest.raises(Exception, match="No such file"):
         listener.step()
     assert not listener.listening
+
+
+async def test_the_engine_is_of_the_kind_of_the_cache(engine: Engine) -> None:
+    """A thread cannot wait for a task, and an event loop must not wait for a socket."""
+    with pytest.raises(TableCacheError, match=r"has to be an asynchronous engine.* a synchronous"):
+        await greenlet_spawn(Listener(engine, list).step)
+    asynchronous = create_async_engine(engine.url.set(drivername="postgresql+asyncpg"))
+    with pytest.raises(TableCacheError, match=r"has to be a synchronous engine.* an asynchronous"):
+        Listener(asynchronous.sync_engine, list).step()
+    await asynchronous.dispose()
 
 
 # --- in a task ------------------------------------------------------------------------------------

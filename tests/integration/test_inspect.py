@@ -5,13 +5,14 @@ import json
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
-from sa_tablecache import TableCache
+from sa_tablecache import CachedView, ReadThrough, ScoreIndex, SlidingWindow, TableCache
 from sa_tablecache.__main__ import main
 from sa_tablecache.inspecting import describe, pretty, rendered
 from tests.integration.checking import counting
@@ -198,6 +199,27 @@ def test_every_view_can_be_described(database: Database):
         assert "coarse: any change marks the whole view: " in page
         problems = page.rpartition("\nproblems\n")[2]
         assert all(" ".join(str(p).split()) in " ".join(problems.split()) for p in cache.check())
+
+
+def test_how_a_view_is_kept_is_told(sqlite: Database):
+    """The policy, as it would be written, and what the view says of stale answers."""
+
+    class Kept(CachedView):
+        __select__ = select(Flight.id, Flight.hour)
+        __max_staleness__ = timedelta(minutes=1)
+        __refresh__ = "eager"
+        by_hour = ScoreIndex("hour")
+        __policy__ = SlidingWindow(by_hour, past=timedelta(hours=1))
+
+    with flights_world(sqlite) as world, contextlib.closing(TableCache(world.engine)) as cache:
+        cache.add(Kept)
+        cache.add(OuterBoard, policy=ReadThrough(max_records=5))
+        cache.set_mode(OuterBoard, "shadow")
+        page = rendered(describe(cache))
+    window = "SlidingWindow(by=by_hour, past=datetime.timedelta(seconds=3600))"
+    assert f"  policy    {window}\n" in page
+    assert "  refresh   eager; answers may be stale: 0:01:00\n" in page
+    assert "  mode      shadow\n  policy    ReadThrough(max_records=5)\n" in page
 
 
 def test_problems_make_it_fail(module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -5,6 +5,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 from sa_tablecache import (
     AsyncTableCache,
+    ChangeFeed,
     ReadThrough,
     TableCache,
     TableCacheError,
@@ -665,11 +667,27 @@ def test_a_policy_can_be_exchanged(world: World) -> None:
 # -- random --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("SA_TABLECACHE_TEST_EXAMPLES", "3"))))
-def test_random_reads_and_writes_agree_with_the_database(database: Database, seed: int) -> None:
-    """Whatever is read, written, loaded and evicted, in any order, the answers are right."""
+@contextmanager
+def followed(database: Database) -> Iterator[World]:
+    """Lend a world whose cache follows what others write."""
+    feed = ChangeFeed(max_lag=timedelta(hours=1))
+    with flights_world(database, feed=feed) as world:
+        world.cache.install_feed()
+        try:
+            yield world
+        finally:
+            world.cache.uninstall_feed()
+
+
+@pytest.mark.every_database
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("seed", range(int(os.environ.get("SA_TABLECACHE_TEST_EXAMPLES", "2"))))
+def test_random_reads_and_writes_agree_with_the_database(
+    database: Database, seed: int, elsewhere: bool
+) -> None:
+    """Whatever is read, written, loaded and evicted, here or elsewhere, the answers are right."""
     rng = random.Random(seed)
-    with flights_world(database) as world:
+    with followed(database) if elsewhere else flights_world(database) as world:
         keep(world, max_records=rng.choice([2, 5, 12]))
         next_id = 100
 
@@ -690,7 +708,12 @@ def test_random_reads_and_writes_agree_with_the_database(database: Database, see
         def write() -> None:
             nonlocal next_id
             number, after = rng.randrange(1, 12), rng.choice([0, 0.5, 1, 2, 3, 4])
-            with world.engine.begin() as connection:
+            with ExitStack() as stack:
+                connection: Any = (
+                    stack.enter_context(world.outside())
+                    if elsewhere
+                    else stack.enter_context(world.engine.begin())
+                )
                 match rng.randrange(6):
                     case 0:
                         next_id += 1
@@ -715,6 +738,9 @@ def test_random_reads_and_writes_agree_with_the_database(database: Database, see
                         )
                     case _:
                         connection.execute(text("UPDATE flights SET delay = 3 WHERE id = 4"))
+                connection.commit()
+            if elsewhere and rng.random() < 0.8:
+                world.cache.barrier()
 
         for _ in range(120):
             action = rng.random()
@@ -734,6 +760,8 @@ def test_random_reads_and_writes_agree_with_the_database(database: Database, see
                     statement = statement.order_by(
                         direction(OuterBoard.hour), direction(OuterBoard.id)
                     ).limit(rng.choice([1, 2, 4]))
+                if elsewhere:
+                    world.cache.barrier()
                 with world.Session() as session:
                     found = session.scalars(statement).all()
                     truth = session.scalars(statement.options(bypass_cache())).all()

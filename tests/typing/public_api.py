@@ -27,7 +27,11 @@ from sa_tablecache import (
     AsyncTableCache,
     CachedView,
     CacheSession,
+    Everything,
+    Manual,
+    ReadThrough,
     ScoreIndex,
+    SlidingWindow,
     TableCache,
     Transaction,
     bypass_cache,
@@ -248,3 +252,33 @@ def a_cache_has_a_short_form(cache: TableCache) -> None:
         return session.range(FlightBoard.by_time, ge=since)
 
     assert_type(delays(since), list[FlightBoard])
+
+
+def policies_are_given_with_their_views(cache: TableCache) -> None:
+    limited = TableCache(memory_limit=2**30, load_slots=2, slot_timeout=60.0)
+    limited.add(FlightBoard, policy=Everything(chunk=10_000))
+    cache.add(FlightBoard, policy=Manual())
+    cache.add(FlightBoard, policy=ReadThrough(max_records=10, ttl=timedelta(hours=1)))
+    cache.add(
+        FlightBoard,
+        policy=SlidingWindow(
+            FlightBoard.by_time,
+            past=timedelta(days=7),
+            future=timedelta(days=1),
+            every=timedelta(minutes=1),
+            staleness=timedelta(seconds=10),
+            now=lambda utc: utc.replace(tzinfo=None),
+        ),
+    )
+    cache.add(FlightBoard, policy=ReadThrough)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    cache.load(FlightBoard, chunk=1_000)
+    cache.step(FlightBoard)
+    assert_type(cache.clock(), datetime)
+    cache.clock = lambda: datetime(2024, 1, 1)
+
+
+async def windows_are_stepped_in_tasks_too(cache: AsyncTableCache) -> None:
+    cache.add(FlightBoard, policy=SlidingWindow("time_hour", past=timedelta(days=7)))
+    await cache.step(FlightBoard)
+    await cache.extend(FlightBoard, FlightBoard.time_hour >= datetime(2024, 1, 1), chunk=1_000)
+    cache.clock = lambda: datetime(2024, 1, 1)

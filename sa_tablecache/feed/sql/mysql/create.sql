@@ -5,13 +5,14 @@
 --                                     GRANT SELECT ON sa_tablecache_watched
 -- and GRANT TRIGGER on the watched tables and those that cascade into them, and GRANT PROCESS ON *.*
 -- Who writes watched tables needs nothing: the triggers have the rights of who watched them.
--- trimmed: all entries up to it are deleted. settled: up to it each id has, or had, an entry.
+-- trimmed: all entries up to it are deleted. position: where somebody stood lately, with that last id.
 CREATE TABLE IF NOT EXISTS sa_tablecache_meta (
     one TINYINT NOT NULL PRIMARY KEY,
     version INT NOT NULL,
     incarnation VARCHAR(32) NOT NULL,
     trimmed BIGINT UNSIGNED NOT NULL,
-    settled BIGINT UNSIGNED NOT NULL
+    last BIGINT UNSIGNED NOT NULL,
+    position LONGTEXT
 ) ENGINE = InnoDB CHARACTER SET utf8mb4 COLLATE utf8mb4_bin
 
 -- One row for each row that was written. operation: I, U, D; T: any row of the table; X: nothing, the
@@ -36,7 +37,7 @@ CREATE TABLE IF NOT EXISTS sa_tablecache_watched (
     PRIMARY KEY (table_schema, table_name)
 ) ENGINE = InnoDB CHARACTER SET utf8mb4 COLLATE utf8mb4_bin
 
-INSERT IGNORE INTO sa_tablecache_meta (one, version, incarnation, trimmed, settled)
+INSERT IGNORE INTO sa_tablecache_meta (one, version, incarnation, trimmed, last)
 VALUES (1, {version}, LEFT(MD5(CONCAT(UUID(), RAND())), 12), 0, 0)
 
 UPDATE sa_tablecache_meta SET version = {version} WHERE version < {version}

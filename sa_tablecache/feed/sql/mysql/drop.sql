@@ -1,7 +1,7 @@
 SET @sa_tablecache_sql = IF(
     EXISTS (
         SELECT 1 FROM information_schema.triggers
-        WHERE trigger_schema = DATABASE() AND LEFT(trigger_name, 14) = 'sa_tablecache_'
+        WHERE event_object_schema = DATABASE() AND LEFT(trigger_name, 14) = 'sa_tablecache_'
     ),
     'SELECT `tables are still watched: unwatch them before the changelog is dropped`',
     'DO 0'

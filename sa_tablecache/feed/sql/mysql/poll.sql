@@ -1,4 +1,4 @@
-SELECT 0 AS kind, m.trimmed AS id, m.settled AS writer, DATABASE() AS table_schema,
+SELECT 0 AS kind, m.trimmed AS id, m.last AS writer, DATABASE() AS table_schema,
     m.incarnation AS table_name, m.version AS operation,
     JSON_ARRAY(
         COALESCE((SELECT MAX(c.id) FROM sa_tablecache_changelog AS c), 0),
@@ -12,6 +12,6 @@ UNION ALL
 (
     SELECT 2, c.id, c.writer, c.table_schema, c.table_name, c.operation, c.changed, c.bounds
     FROM sa_tablecache_changelog AS c
-    WHERE c.id > {last}{gaps}
+    WHERE {behind}
     ORDER BY c.id LIMIT 18446744073709551615
 )

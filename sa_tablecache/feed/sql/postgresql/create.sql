@@ -143,22 +143,36 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $as_json$
     END, ', ''null'')')
 $as_json$
 
--- A table, its partitions and children; temporary children are seen by one session only.
+-- Whatever a statement may name that writes rows of a table: its partitions and children, and what
+-- these are partitions and children of. Temporary children are seen by one session only.
 CREATE OR REPLACE FUNCTION sa_tablecache.members(root oid)
 RETURNS TABLE (member oid, inherited text)
 LANGUAGE sql STABLE AS $members$
-    WITH RECURSIVE found (member, inherited) AS (
-        SELECT root, ''
+    WITH RECURSIVE down (member) AS (
+        SELECT root
         UNION
-        SELECT i.inhrelid, i.xmin::text
-        FROM found AS f
+        SELECT i.inhrelid
+        FROM down AS d
         CROSS JOIN LATERAL (
-            SELECT h.inhrelid, h.xmin FROM pg_catalog.pg_inherits AS h
-            WHERE h.inhparent = f.member OFFSET 0  -- else all are read, where there are few
+            SELECT h.inhrelid FROM pg_catalog.pg_inherits AS h
+            WHERE h.inhparent = d.member OFFSET 0  -- else all are read, where there are few
         ) AS i
         JOIN pg_catalog.pg_class AS c ON c.oid = i.inhrelid AND c.relpersistence <> 't'
+    ), up (member) AS (
+        SELECT d.member FROM down AS d
+        UNION
+        SELECT i.inhparent
+        FROM up AS u
+        CROSS JOIN LATERAL (
+            SELECT h.inhparent FROM pg_catalog.pg_inherits AS h
+            WHERE h.inhrelid = u.member OFFSET 0
+        ) AS i
     )
-    SELECT f.member, f.inherited FROM found AS f
+    SELECT u.member, (
+        SELECT string_agg(concat(h.inhparent, ':', h.xmin), ' ' ORDER BY h.inhparent)
+        FROM pg_catalog.pg_inherits AS h WHERE h.inhrelid = u.member
+    )
+    FROM up AS u
 $members$
 
 -- Watches a table and its partitions and children, or again those that came later. Without a key:
@@ -280,6 +294,16 @@ BEGIN
                 ' can be logged, whose type is ', attribute.type::regtype);
         END IF;
     END LOOP;
+    -- Above the table there may be one that lacks a column: then nothing is logged of the rows.
+    IF EXISTS (
+        SELECT FROM sa_tablecache.members(relation.oid) AS f, unnest(key || ranges) AS u (name)
+        WHERE NOT EXISTS (
+            SELECT FROM pg_attribute AS a
+            WHERE a.attrelid = f.member AND a.attname = u.name AND a.attnum > 0 AND NOT a.attisdropped)
+    ) THEN
+        names := '{}';
+        bounds := '{}';
+    END IF;
     -- A single integer is quicker as it is. Of an UPDATE old and new rows come in the same order:
     -- the same keys are the same array, which costs less to find out than which keys are the same.
     -- Who reads does that.
@@ -357,7 +381,7 @@ BEGIN
         SELECT m.oid, m.relkind, concat(quote_ident(n.nspname), '.', quote_ident(m.relname)) AS name
         FROM sa_tablecache.members(relation.oid) AS f (member, inherited)
         JOIN pg_class AS m ON m.oid = f.member JOIN pg_namespace AS n ON n.oid = m.relnamespace
-        GROUP BY m.oid, m.relkind, n.nspname, m.relname ORDER BY m.oid
+        ORDER BY m.oid
     LOOP
         IF member.relkind NOT IN ('r', 'p') THEN
             RAISE wrong_object_type USING MESSAGE = concat(
@@ -387,7 +411,7 @@ BEGIN
                 'ALTER TABLE ONLY ', member.name, ' ENABLE ALWAYS TRIGGER ', trigger.name);
         END LOOP;
     END LOOP;
-    -- What is no longer a partition or child, or has lost its name to another table.
+    -- What no longer writes its rows, or has lost its name to another table.
     FOR trigger IN
         SELECT t.tgname, concat(quote_ident(n.nspname), '.', quote_ident(c.relname)) AS relation
         FROM pg_trigger AS t JOIN pg_class AS c ON c.oid = t.tgrelid
