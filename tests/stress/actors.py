@@ -20,9 +20,9 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from tests.integration.checking import Checker
 from tests.integration.writer import Writer
-from tests.stress import writes
+from tests.stress import partitions, writes
 from tests.stress.conductors import Conductor
-from tests.stress.elsewhere import KEEP, MAX_LAG, Elsewhere, SecondProcess, untriggered
+from tests.stress.elsewhere import KEEP, Elsewhere, SecondProcess, untriggered
 from tests.stress.ledger import NEVER, Entity, Impossible, Ledger, Transaction
 from tests.stress.world import (
     ACCOUNTS,
@@ -136,9 +136,12 @@ class Actor:
         if self.scene.kills:
             acts.append((self.kill, 0.4))
         if self.scene.elsewhere is not None:
-            acts += [(self.step, 1.5), (self.trim, 0.4)]
+            # Checks in the zoo have the feed read all the time, after which nothing is unseen.
+            acts = [(act, w) for act, w in acts if act != self.check_zoo]
+            acts += [(self.check_zoo, self.scene.elsewhere.strict), (self.step, 1.5)]
+            acts.append((self.trim, 0.3 * self.scene.elsewhere.strict))
             if self.scene.engine.dialect.name == "postgresql":
-                acts.append((self.write_unseen, 0.3))
+                acts += [(self.write_unseen, 0.3), (self.write_slices, 1), (self.read_slices, 1)]
         for _ in range(steps):
             if self.scene.stop:
                 return
@@ -200,7 +203,11 @@ class Actor:
                 self.scene.counts["cancelled"] += 1
             if not transaction.dead:
                 self.scene.counts["transactions"] += 1
-                self._attempt_read(partial(self._read_back, names))
+                if transaction.elsewhere and others is not None:
+                    if rng.random() < others.strict:
+                        self._attempt_read(partial(self._read_back, names, self.scene.fresh))
+                else:
+                    self._attempt_read(partial(self._read_back, names, self.scene.factory))
 
     def _transact(
         self, shell: writes.Shell, job: writes.Job, transaction: Transaction, pids: set[int]
@@ -439,24 +446,28 @@ class Actor:
                 # Where a transaction reads one snapshot, the second answer may be as old.
                 if began is None or session.get_bind().dialect.name == "postgresql":
                     began = self.scene.ledger.now()
-                    self.since = began if seen is None else max(seen, began - _LAG)
+                    self.since = began if seen is None else max(seen, began - self._lag)
                 question = self.rng.choice(questions)
                 self.log.append(f"    {question.__name__}")
                 question(session, began)
                 self._count(session)
+
+    @property
+    def _lag(self) -> int:
+        return 0 if self.scene.elsewhere is None else self.scene.elsewhere.lag
 
     def _reader(self) -> tuple[Callable[..., Session], int | None]:
         """Return what makes a session, and until when it has to see what was written elsewhere.
 
         All until its reads, if that is not said.
         """
-        if self.scene.elsewhere is None:
+        others = self.scene.elsewhere
+        if others is None:
             return self.scene.factory, None
-        match self.rng.choice(["feed", "barrier", "token"]):
-            case "feed":
-                return self.scene.factory, 0
-            case "barrier":
-                return self.scene.fresh, None
+        if self.rng.random() >= others.strict:
+            return self.scene.factory, 0
+        if self.rng.random() < 0.5:
+            return self.scene.fresh, None
         seen = self.scene.ledger.now()
         self.scene.cache.wait_for(self.scene.cache.commit_token())
         return self.scene.factory, seen
@@ -560,12 +571,14 @@ class Actor:
         records = [] if record is None else [record]
         self._judge(began, Board, records, lambda state: state.id == key)
 
-    def _read_back(self, names: list[int]) -> None:
+    def _read_back(self, names: list[int], factory: Callable[..., Session]) -> None:
         """Read what was just committed, and what nobody else can have written since."""
         began = self.since = self.scene.ledger.now()
+        if factory is not self.scene.fresh:
+            self.since = began - self._lag
         states = [self.scene.ledger.latest(account(name)).state for name in names]
         alive = [state for state in states if state is not None]
-        with self.scene.fresh() as session:
+        with factory() as session:
             for view in self.rng.sample([Board, Peers, Watched], k=2):
                 records = session.scalars(select(view).where(view.name.in_(names))).all()
                 self._judge(began, view, records, lambda state: state.name in names)
@@ -675,6 +688,31 @@ class Actor:
         """Write while the triggers of accounts are switched off."""
         self.write(unseen=True)
 
+    def write_slices(self) -> None:
+        """Write in a partitioned table, or move its partitions, and compare."""
+        others, connection = self.scene.elsewhere, self.bystander
+        assert others is not None
+        with others.slices:
+            factory = self.rng.choice([others.factory, self.scene.factory])
+            with suppress(*READ_ERRORS):  # a deadlock with a load
+                self.log.append(f"    {partitions.write(connection, factory, self.rng)}")
+            if self.rng.random() < 0.2:  # a partition that was detached then has lost its triggers
+                self._attempt_read(self.scene.cache.install_feed)
+            self._attempt_read(
+                partial(partitions.check, connection, others.fresh, Random(self.rng.random()))
+            )
+            self.scene.counts["reads"] += 1
+
+    def read_slices(self) -> None:
+        """Read or load the view of a partitioned table."""
+        cache, view = self.scene.cache, partitions.Slices
+        act = self.rng.choice([cache.load, cache.clear, cache.refresh, self._read_slices])
+        self._attempt_read(partial(act, view))
+
+    def _read_slices(self, view: Any) -> None:
+        with self.scene.factory() as session:
+            session.scalars(select(view)).all()
+
     # -- violence -------------------------------------------------------------------------------
 
     def kill(self) -> None:
@@ -686,9 +724,6 @@ class Actor:
                 " AND xact_start IS NOT NULL ORDER BY random() LIMIT 1) AS victim"
             )
         )
-
-
-_LAG = int(MAX_LAG.total_seconds() * 1e9)
 
 
 def _by_process(process: SecondProcess, job: writes.Job) -> None:

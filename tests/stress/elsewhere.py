@@ -22,7 +22,7 @@ from sa_tablecache import Manual, ReadThrough, SlidingWindow
 from tests.integration.databases import Database
 from tests.stress.world import SCORES, Account, Board, Household, Watched
 
-MAX_LAG = timedelta(seconds=0.15)
+LAGS = (timedelta(seconds=0.15), timedelta(seconds=3))
 KEEP = timedelta(seconds=0.05)
 """So long trimming keeps entries: now and then a reader is too far behind."""
 
@@ -82,6 +82,12 @@ class Elsewhere:
     factory: Callable[..., Session]
     fresh: Callable[..., Session]
     process: SecondProcess | None
+    slices: Any
+    """The lock of who writes in the partitioned table."""
+    lag: int
+    """In nanoseconds, how long what is written elsewhere may stay unseen."""
+    strict: float
+    """How many readers want to see it at once: each of them has the feed read."""
     policies: dict[type[Any], str] = field(default_factory=dict)
     now: float = SCORES / 2
     """What the clock of the cache says; it is a score, too."""
@@ -121,10 +127,15 @@ def untriggered(connection: Connection, model: Any = Account) -> Iterator[None]:
 
 
 def _enabled(connection: Connection, table: str) -> None:
-    while True:
-        with suppress(DBAPIError):
-            connection.execute(text(f"ALTER TABLE {table} ENABLE TRIGGER USER"))
-            return
+    names = connection.scalars(
+        text("SELECT tgname FROM pg_trigger WHERE tgrelid = CAST(:t AS regclass) AND NOT tgisinternal"),
+        {"t": table},
+    ).all()
+    for name in names:
+        while True:
+            with suppress(DBAPIError):
+                connection.execute(text(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {name}"))
+                break
 
 
 def main() -> None:

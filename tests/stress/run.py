@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from random import Random
 from typing import Any
@@ -20,9 +21,10 @@ from sa_tablecache import AsyncTableCache, ChangeFeed, TableCache
 from tests.integration.checking import Checker
 from tests.integration.databases import Database
 from tests.integration.rows import fill as fill_zoo
+from tests.stress import partitions
 from tests.stress.actors import COMMITTED, CUT, Actor, Scene
 from tests.stress.conductors import Conductor, Tasks, Threads
-from tests.stress.elsewhere import MAX_LAG, Elsewhere, SecondProcess, policy_for
+from tests.stress.elsewhere import LAGS, Elsewhere, SecondProcess, policy_for
 from tests.stress.ledger import Impossible, Ledger
 from tests.stress.world import (
     ACCOUNTS,
@@ -78,9 +80,12 @@ class Run:
     def _rounds(self, conductor: Conductor, numbers: range, after: Callable[[int], bool]) -> None:
         with self._bystanders() as bystanders:
             with bystanders.connect() as connection:
+                if connection.dialect.name == "postgresql":
+                    partitions.drop(connection)
                 Base.metadata.drop_all(connection)
                 Base.metadata.create_all(connection)
                 if connection.dialect.name == "postgresql":
+                    partitions.create(connection)
                     connection.exec_driver_sql(SLOW_COMMITS)
             engine, bound = self._engines(conductor)
             with ExitStack() as stack:
@@ -117,14 +122,26 @@ class Run:
             self._empty(connection, family)
             fill_zoo(connection, family, self.seed + number)
             fill(connection, rng)
-            cache, factory, fresh = self._cache(bound, [] if others else views)
+            taste = Random(f"{self.seed} {number} feed")
+            lag, strict = taste.choice(LAGS), taste.choice([0.03, 0.1, 0.5])
+            cache, factory, fresh = self._cache(bound, [] if others else views, lag)
             stack.callback(cache.close)
             elsewhere = None
             if others is not None:
-                elsewhere = Elsewhere(others[0], sessionmaker(others[0]), fresh, others[1])
+                elsewhere = Elsewhere(
+                    others[0],
+                    sessionmaker(others[0]),
+                    fresh,
+                    others[1],
+                    conductor.lock(),
+                    int(lag.total_seconds() * 1e9),
+                    strict,
+                )
+                if dialect == "postgresql":
+                    views.append(partitions.Slices)
                 cache.clock = elsewhere.clock
                 for view in views:
-                    policy = policy_for(view, rng) if view in VIEWS else None
+                    policy = policy_for(view, taste) if view in VIEWS else None
                     elsewhere.policies[view] = str(policy)
                     cache.add(view, policy=policy)
                 cache.install_feed()
@@ -212,10 +229,10 @@ class Run:
         return engine, process
 
     def _cache(
-        self, engine: Any, views: list[Any]
+        self, engine: Any, views: list[Any], lag: timedelta
     ) -> tuple[Any, Callable[..., Session], Callable[..., Session]]:
         """Return a cache, and what makes sessions: plain ones, and those behind a barrier."""
-        feed = ChangeFeed(max_lag=MAX_LAG) if self.feed else None
+        feed = ChangeFeed(max_lag=lag) if self.feed else None
         if not self.asynchronous:
             cache = TableCache(engine, views=views, feed=feed)
             return cache, cache.sessionmaker(), cache.sessionmaker(freshness="barrier")
