@@ -81,6 +81,7 @@ class Scene:
     kinds: list[Any]
     kills: bool
     two_phase: bool
+    threads: bool = True
     elsewhere: Elsewhere | None = None
     """Those who write beside the cache, if it has a change feed."""
     stop: bool = False
@@ -140,7 +141,8 @@ class Actor:
             acts = [(act, w) for act, w in acts if act != self.check_zoo]
             acts += [(self.check_zoo, self.scene.elsewhere.strict), (self.step, 1.5)]
             acts.append((self.trim, 0.3 * self.scene.elsewhere.strict))
-            if self.scene.engine.dialect.name == "postgresql":
+            # A bystander that waits for a lock would stop the event loop, and who holds the lock.
+            if self.scene.engine.dialect.name == "postgresql" and self.scene.threads:
                 acts += [(self.write_unseen, 0.3), (self.write_slices, 1), (self.read_slices, 1)]
         for _ in range(steps):
             if self.scene.stop:

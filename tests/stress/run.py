@@ -160,6 +160,7 @@ class Run:
                 kinds,
                 kills,
                 two_phase=dialect == "postgresql" and not kills and not self.asynchronous,
+                threads=not self.asynchronous,
                 elsewhere=elsewhere,
             )
             for view in views:
