@@ -314,6 +314,10 @@ class Consumer:
             todo |= sources
         return None
 
+    def distrust(self, table: CachedTable) -> str | None:
+        """Return why the last poll said that a view is not to be trusted. Emits no SQL."""
+        return self._known.reasons.get(table)
+
     def trusts(self, table: CachedTable) -> bool:
         """Whether the feed tells of all changes of a view, sooner or later."""
         return self._known.reasons.get(table, "") is None

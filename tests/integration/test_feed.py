@@ -498,6 +498,7 @@ def test_a_dropped_trigger_costs_the_trust_until_it_is_back(world: World) -> Non
     write(world, update(Flight).values(delay=1.0), delete(Flight).where(Flight.id == 6))
     world.cache.barrier()
     assert "changes of flights are not seen" in reading(world)
+    assert "changes of flights are not seen" in world.cache.explain(EVERYTHING).reason
     health = world.cache.health()
     assert health.feed.untrusted.keys() == {"flights"}
     assert any("flights" in reason for reason in health.reasons)
