@@ -5,6 +5,7 @@ become visible since the last one, as ``(table, operation, keys)``. A server of 
 where the test kills it or sets what rules for the whole server.
 """
 
+import os
 import random
 import shutil
 import socket
@@ -1292,22 +1293,31 @@ def test_the_changelog_is_found_by_the_dialect() -> None:
 
 
 class Server:
-    """A server that a test may kill, and whose settings it may change."""
+    """A server that a test may kill, and whose settings it may change.
+
+    It has a directory of its own for temporary files, also while it is installed: a server that
+    starts deletes those of all others that share it, and they crash.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.temporary = directory / "temporary"
+        self.temporary.mkdir()
+        self.environment = {**os.environ, "TMPDIR": str(self.temporary)}
         self.process: subprocess.Popen[bytes] | None = None
         subprocess.run(
             [
                 "mariadb-install-db",
                 "--no-defaults",
                 f"--datadir={directory / 'data'}",
+                f"--tmpdir={self.temporary}",
                 "--auth-root-authentication-method=normal",
                 "--skip-test-db",
                 *(["--user=root"] if directory.owner() == "root" else []),
             ],
             check=True,
             capture_output=True,
+            env=self.environment,
         )
 
     @property
@@ -1322,6 +1332,7 @@ class Server:
                 "mariadbd",
                 "--no-defaults",
                 f"--datadir={self.directory / 'data'}",
+                f"--tmpdir={self.temporary}",
                 f"--socket={self.directory / 'socket'}",
                 "--skip-networking",
                 "--innodb-buffer-pool-size=32M",
@@ -1330,6 +1341,7 @@ class Server:
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env=self.environment,
         )
         self.started = time.monotonic()
         while not self.answers():

@@ -15,12 +15,12 @@ import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.util import greenlet_spawn
 
-from sa_tablecache import AsyncTableCache, TableCache
+from sa_tablecache import AsyncTableCache, ReadThrough, TableCache
 from tests.integration.checking import counting
 from tests.integration.databases import Database
-from tests.integration.flights import World, flights_world, ids, insert_flights
+from tests.integration.flights import World, flights_world, hour, ids, insert_flights
+from tests.integration.pausing import Held, Running
 from tests.integration.test_feed import followed as followed_world
-from tests.integration.test_protocol import Held, Running
 from tests.zoo import OuterBoard, Plane
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no forks")
@@ -336,6 +336,34 @@ def test_what_other_threads_were_doing_ends_in_the_parent(
     world.cache.load(OuterBoard)
     assert read(world) == (everything, "hit")
     assert model_of(world)[0] == "B797"
+    world.cache._check()
+
+
+def test_a_child_does_not_wait_for_what_its_parent_was_reading(world: World) -> None:
+    """Ranges that reads fill, and who is about to fill one, are the child's own in the child."""
+    world.cache.clear(OuterBoard)
+    world.cache.add(OuterBoard, policy=ReadThrough(max_records=4))
+    early, late = OuterBoard.hour < hour(2), OuterBoard.hour >= hour(3)
+    assert world.ids(early) == [1, 2, 3]
+    held = Held(world.cache.table(OuterBoard), "loaded")
+    reading = Running(lambda: world.ids(OuterBoard.id == 5))
+    assert held.reached.wait(SOON)
+
+    def work(child: Child) -> Any:
+        as_a_child(world)
+        del world.cache.table(OuterBoard)._pause
+        reads = []
+        for _ in range(2):
+            with world.Session() as session:
+                found = ids(session.query(OuterBoard).filter(OuterBoard.id == 5))
+                reads.append((found, session.last_read.kind))
+        reads.append(world.ids(late, OuterBoard.hour < hour(9)))
+        world.cache._check()
+        return reads
+
+    assert Child(work).result() == [([5], "miss"), ([5], "hit"), [5, 6]]
+    held.let_go()
+    assert reading.result() == [5]
     world.cache._check()
 
 

@@ -189,7 +189,7 @@ def test_what_is_frozen_is_read_again_on_demand_alone(
     with world.Session() as session:
         assert models(session, Frozen) == {"A320"}
         assert models(session, OuterBoard, max_staleness(timedelta.max)) == {"A320"}
-        assert not any("frozen" in name for name in world.cache.health().jobs)
+        assert not any("Frozen" in name for name in world.cache.health().jobs)
         world.cache.refresh(Frozen)
         assert models(session, Frozen) == {"A380"}
     assert world.cache.health().ok == running  # eager views want an upkeep that runs
@@ -316,7 +316,7 @@ def test_an_eager_view_without_upkeep_is_lazy(world: World) -> None:
     with world.Session() as session:
         assert models(session, Eager) == {"A380"}
     (reason,) = world.cache.health().reasons
-    assert reason.startswith("nothing runs refresh eager")
+    assert reason.startswith("nothing runs refresh of Eager")
 
 
 def test_an_eager_view_survives_an_outage(

@@ -39,6 +39,8 @@ from sa_tablecache import (
     in_transaction,
     no_store,
 )
+from sa_tablecache.metrics import export
+from sa_tablecache.testing import Clock, assert_hits, assert_statements, bound, run_upkeep
 
 
 class Base(DeclarativeBase):
@@ -253,6 +255,20 @@ def a_cache_has_a_short_form(cache: TableCache) -> None:
         return session.range(FlightBoard.by_time, ge=since)
 
     assert_type(delays(since), list[FlightBoard])
+
+
+async def a_cache_is_tested_in_either_world(cache: TableCache, later: AsyncTableCache) -> None:
+    with cache.engine.connect() as connection, bound(cache, connection):
+        run_upkeep(cache)
+    async with later.engine.connect() as other:
+        with bound(later, other), assert_hits(FlightBoard), cache.disabled():
+            await run_upkeep(later)
+    with assert_statements(0, engine=later.engine) as statements:
+        assert_type(statements, list[str])
+    clock = Clock(since)
+    clock.advance(days=1)
+    cache.clock = later.clock = clock
+    export(later, name="later")
 
 
 def policies_are_given_with_their_views(cache: TableCache) -> None:
