@@ -227,7 +227,7 @@ class _Task:
             log.debug("upkeep: the event loop of %s is closed", self._job.name)
 
     async def _work(self) -> None:
-        while not self._ended:
+        while True:
             self._woken = False
             self._calls.clear()
             delay, heeds = await greenlet_spawn(self._job.step)
