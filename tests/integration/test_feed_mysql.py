@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from sa_tablecache import TableCacheError
@@ -32,6 +33,7 @@ from sa_tablecache.feed.dialects import changelog_for
 from sa_tablecache.feed.mysql import MySQLChangelog
 from sa_tablecache.feed.mysql_catalog import error_code
 from sa_tablecache.feed.mysql_positions import MySQLPosition
+from tests.conftest import asynchronous
 from tests.mariadb import Mariadb
 
 LOG = "sa_tablecache_changelog"
@@ -1281,6 +1283,38 @@ def test_tokens(stock: Feed) -> None:
             stock.log.parse(wrong)
     for character in "'\",; ":
         assert character not in str(token)
+
+
+async def test_an_asynchronous_driver(stock: Feed) -> None:
+    """It reads, takes ids, trims and installs as others do, and has nothing to warn of."""
+    engine = create_async_engine(asynchronous(stock.url), isolation_level="AUTOCOMMIT")
+    with stock.writer() as writer:
+        run(writer, "INSERT INTO stock VALUES (1, 1)")
+        writer.rollback()
+    stock.run("INSERT INTO stock SELECT seq, 0 FROM seq_2_to_1200")
+    async with engine.connect() as connection:
+
+        def read(connection: Connection) -> list[Any]:
+            poll = stock.log.poll(connection, stock.position, stock.relations)
+            stock.position = poll.position
+            return [change.keys for change in poll.changes]
+
+        assert await connection.run_sync(read) == [None]
+        assert len(stock.position.gaps) == 1
+        for _ in range(2):
+            assert await connection.run_sync(read) == []
+        assert stock.position.gaps == ()
+        assert await connection.run_sync(stock.log.position) == stock.position
+        assert await connection.run_sync(stock.log.trim, 0) > 1000
+        (relation,) = stock.relations
+        watch = await connection.run_sync(stock.log.propose, relation, ["amount"])
+        for statements in (stock.log.create(), stock.log.watch(watch), stock.log.watch(watch)):
+            await connection.run_sync(contract.run, statements)
+        installed = await connection.run_sync(stock.log.installed)
+        assert installed.watched == {relation: watch}
+        assert await connection.run_sync(read) == [None]
+        await connection.run_sync(contract.run, stock.log.drop([relation]))
+    await engine.dispose()
 
 
 def test_the_changelog_is_found_by_the_dialect() -> None:

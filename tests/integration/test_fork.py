@@ -9,19 +9,20 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import UTC, timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.util import greenlet_spawn
 
-from sa_tablecache import AsyncTableCache, ReadThrough, TableCache
+from sa_tablecache import AsyncTableCache, Everything, ReadThrough, SlidingWindow, TableCache
 from tests.integration.checking import counting
 from tests.integration.databases import Database
 from tests.integration.flights import World, flights_world, hour, ids, insert_flights
 from tests.integration.pausing import Held, Running
 from tests.integration.test_feed import followed as followed_world
-from tests.zoo import OuterBoard, Plane
+from tests.zoo import InnerBoard, OuterBoard, Plane
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no forks")
 
@@ -616,3 +617,53 @@ def test_the_inherited_position_may_be_trimmed_away(followed: World) -> None:
     child.go_on()
     model, _ = child.result()
     assert model == "A390"
+
+
+# --- policies -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("proven", [False, True])
+@pytest.mark.parametrize(
+    "policy",
+    [Everything(), ReadThrough(max_records=100), SlidingWindow("hour", past=timedelta(hours=9))],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_policies_go_on_in_a_child(database: Database, policy: Any, proven: bool) -> None:
+    """What a policy knows, and was in the middle of, is not taken over; what it does is."""
+    with flights_world(database, InnerBoard, memory_limit=2**30) as world:
+        world.cache.clock = lambda: hour(5).replace(tzinfo=UTC)
+        world.cache.upkeep.stop()
+        world.cache.add(OuterBoard, policy=policy)
+        read(world)
+        read(world)
+        table = world.cache.table(OuterBoard)
+        keeper, memory = table.keeper, world.cache.memory
+        assert memory is not None
+        if proven:
+            world.cache.__class__ = Proving
+        memory._lock.__enter__()
+        lock = getattr(keeper, "_lock", None)
+        if lock is not None:
+            lock.__enter__()
+
+        def work(child: Child) -> Any:
+            as_a_child(world)
+            world.cache.start()
+            while not world.cache.health().ok:
+                time.sleep(0.001)
+            reads = [read(world)[0], read(world)]
+            commit_model(world, "B797")
+            reads.append(model_of(world)[0])
+            world.cache._check()
+            world.cache.close()
+            return reads
+
+        try:
+            everything = [1, 2, 3, 4, 5, 6]
+            kind = "partial" if isinstance(policy, SlidingWindow) else "hit"
+            assert Child(work).result() == [everything, (everything, kind), "B797"]
+        finally:
+            memory._lock.__exit__(None, None, None)
+            if lock is not None:
+                lock.__exit__(None, None, None)
+        world.cache._check()
