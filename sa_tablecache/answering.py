@@ -16,46 +16,47 @@ from .comparison import Inexact
 from .criteria import And
 from .layout import Layout
 from .orders import NAN, Record
-from .planner import Candidate, Columns, Question
-from .scores import NULLS_FIRST, NULLS_LAST, Extreme, Interval, IntervalSet
+from .planner import Question
+from .prepared import Candidate, Columns
+from .scores import EVERYTHING, NULLS_FIRST, NULLS_LAST, Extreme, Interval, IntervalSet
 from .shapes import Ordering, Shape
 from .state import State
 
 
-def covered_candidate(layout: Layout, question: Question, state: State) -> Candidate | None:
+def covered_candidate(question: Question, state: State) -> Candidate | None:
     """Return the index with the fewest records in range, of those that are covered."""
-    best: Candidate | None = None
-    fewest = 0
-    for candidate in question.candidates:
-        if is_testable(layout, question, candidate) and state.coverage.covers(
-            candidate.index, candidate.intervals
-        ):
-            order = state.storage.orders[candidate.index]
-            size = sum(map(order.count, candidate.intervals))
+    coverage = state.coverage
+    usable = [
+        candidate
+        for candidate in question.candidates
+        if candidate.testable
+        and (coverage.everything or coverage.covers(candidate.index, candidate.intervals))
+    ]
+    if len(usable) > 1:
+        bounded = [candidate for candidate in usable if candidate.intervals is not EVERYTHING]
+        if not bounded:
+            return next((each for each in usable if each.direction is not None), usable[0])
+        usable = bounded
+    if len(usable) > 1:
+        orders = state.storage.orders
+
+        def cost(candidate: Candidate) -> tuple[int, int]:
             # Of two indexes with as many records, the one that leaves less to test is better.
-            if (
-                best is None
-                or size < fewest
-                or (size == fewest and len(candidate.residual) < len(best.residual))
-            ):
-                best, fewest = candidate, size
-    return best
+            size = sum(map(orders[candidate.index].count, candidate.intervals))
+            return size, len(candidate.residual)
+
+        return min(usable, key=cost)
+    return usable[0] if usable else None
 
 
-def is_testable(layout: Layout, question: Question, candidate: Candidate) -> bool:
-    """Whether what an index leaves to test is about columns that records have."""
-    about = question.shape.about
-    return all(about[number] <= layout.columns.public for number in candidate.residual)
-
-
-def limited_candidate(layout: Layout, question: Question, state: State) -> Candidate | None:
+def limited_candidate(question: Question, state: State) -> Candidate | None:
     """Return an index that covers the first records of its range, if the limit asks for no more."""
     if question.limit is None:
         return None
     for candidate in question.candidates:
         if candidate.residual or len(candidate.intervals) != 1:
             continue
-        direction = index_direction(candidate, question.shape.orderings, layout.columns)
+        direction = candidate.direction
         if direction is not None and holds_first(
             state,
             candidate.index,
@@ -94,11 +95,11 @@ def loadable_candidate(
     """
     best: tuple[Any, Candidate, int | None, bool | None] | None = None
     for candidate in question.candidates:
-        if not is_testable(layout, question, candidate) or not layout.is_expressible(
+        if not candidate.testable or not layout.is_expressible(
             candidate.index, candidate.intervals
         ):
             continue
-        direction = index_direction(candidate, question.shape.orderings, layout.columns)
+        direction = candidate.direction
         most = None
         if (
             question.limit is not None
@@ -140,7 +141,7 @@ def partial_candidate(
         if (
             not present
             or not layout.is_expressible(candidate.index, missing)
-            or not is_testable(layout, question, candidate)
+            or not candidate.testable
         ):
             continue
         order = state.storage.orders[candidate.index]
@@ -172,7 +173,7 @@ def from_state(
     if shape.count and not candidate.residual:
         order = state.storage.orders[candidate.index]
         return [(sum(map(order.count, candidate.intervals)),)]
-    direction = index_direction(candidate, shape.orderings, columns)
+    direction = candidate.direction
     if direction is None:
         check_sortable(shape.orderings, columns)
     if (
@@ -230,29 +231,6 @@ def finished(
 
 
 # -- order -------------------------------------------------------------------------------------
-
-
-def index_direction(
-    candidate: Candidate, orderings: Sequence[Ordering], columns: Columns
-) -> bool | None:
-    """Return whether the index gives the wanted order: ``False``, or ``True`` if read backwards.
-
-    ``None`` if the records have to be sorted.
-    """
-    wanted = [o for o in orderings if o.column not in candidate.fixed]
-    if not wanted:
-        return False
-    # A column that has one value throughout does not influence the order of the keys.
-    order = columns.orders[candidate.index]
-    parts = [part for part in order.parts if part.name not in candidate.fixed]
-    if len({o.descending for o in wanted}) > 1 or len(wanted) > len(parts):
-        return None
-    for part, ordering in zip(parts, wanted, strict=False):
-        if part.name != ordering.column or part.hashed:
-            return None
-        if not columns.comparisons[part.name].order:
-            return None
-    return wanted[0].descending
 
 
 def check_sortable(orderings: Sequence[Ordering], columns: Columns) -> None:

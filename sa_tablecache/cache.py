@@ -303,7 +303,7 @@ class BaseTableCache(Running):
             question = ask(shape, parameters, table.set_up().columns)
         except Inexact:
             return table.state.coverage.everything
-        return covered_candidate(table.set_up(), question, table.state) is not None
+        return covered_candidate(question, table.state) is not None
 
     def ready(self, view: type[CachedView]) -> bool:
         """Whether a load of the view has ended."""

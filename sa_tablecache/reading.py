@@ -34,7 +34,8 @@ from .figures import Reason, category_of
 from .modes import COMPARING
 from .options import BypassCache, NoStore
 from .orders import Record
-from .planner import Candidate, Question, ask
+from .planner import Question, ask
+from .prepared import Candidate
 from .redaction import shown_coverage, shown_intervals
 from .scopes import database_reason, flush_pending, in_own_scope
 from .scores import IntervalSet
@@ -201,14 +202,14 @@ def answer(
                     return None
                 layout = table.set_up()
                 question = ask(shape, parameters, layout.columns)
-                candidate = covered_candidate(layout, question, state)
+                candidate = covered_candidate(question, state)
                 lent = False
                 if candidate is None:
-                    candidate = limited_candidate(layout, question, state)
+                    candidate = limited_candidate(question, state)
                 if candidate is None and keeper is not None:
                     more = keeper.lent(state)
                     if more is not state:
-                        candidate = covered_candidate(layout, question, more)
+                        candidate = covered_candidate(question, more)
                         lent = candidate is not None
                 if candidate is None:
                     if not fetch:

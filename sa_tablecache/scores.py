@@ -120,6 +120,14 @@ class IntervalSet:
         self.intervals = tuple(merged)
         self._lowers = [i.lower for i in merged]
 
+    @classmethod
+    def of(cls, *intervals: Interval) -> IntervalSet:
+        """Return the set of intervals that are sorted and disjoint, and of which none is empty."""
+        result = cls.__new__(cls)
+        result.intervals = intervals
+        result._lowers = [interval[0] for interval in intervals]
+        return result
+
     def _spliced(self, other: IntervalSet, *, add: bool) -> IntervalSet:
         """Return the union or difference with a set that is much smaller."""
         merged, lowers = list(self.intervals), self._lowers.copy()

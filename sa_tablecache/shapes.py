@@ -35,7 +35,7 @@ class Ordering:
     descending: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
     """What a statement asks, its parameters left open."""
 

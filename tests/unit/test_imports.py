@@ -38,6 +38,7 @@ ORDER = """
     catalog
     loading
     shapes
+    prepared
     planner
     changes
     usage
