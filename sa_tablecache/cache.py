@@ -147,10 +147,11 @@ class BaseTableCache(Running):
     @property
     def engine(self) -> Engine:
         """The engine that the cache is bound to."""
-        self._check_open()
-        if self._engine is None:
+        engine = self._engine
+        if engine is None or self._closed:
+            self._check_open()
             raise Unbound("this cache is not bound to an engine yet: call cache.bind(engine)")
-        return self._engine
+        return engine
 
     @property
     def load_engine(self) -> Engine:
