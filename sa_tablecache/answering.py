@@ -26,17 +26,15 @@ from .state import State
 def covered_candidate(question: Question, state: State) -> Candidate | None:
     """Return the index with the fewest records in range, of those that are covered."""
     coverage = state.coverage
-    usable = [
-        candidate
-        for candidate in question.candidates
-        if candidate.testable
-        and (coverage.everything or coverage.covers(candidate.index, candidate.intervals))
-    ]
-    if len(usable) > 1:
-        bounded = [candidate for candidate in usable if candidate.intervals is not EVERYTHING]
-        if not bounded:
-            return next((each for each in usable if each.direction is not None), usable[0])
-        usable = bounded
+    usable: list[Candidate] = []
+    unbounded: list[Candidate] = []
+    for candidate in question.candidates:
+        if candidate.testable and (
+            coverage.everything or coverage.covers(candidate.index, candidate.intervals)
+        ):
+            (unbounded if candidate.intervals is EVERYTHING else usable).append(candidate)
+    if not usable and unbounded:
+        return next((each for each in unbounded if each.direction is not None), unbounded[0])
     if len(usable) > 1:
         orders = state.storage.orders
 
@@ -159,7 +157,7 @@ def records_in(
     result: list[Record] = []
     for interval in intervals:
         part = order.between(interval)
-        result = part if not result else result + part
+        result = result + part if result else part
     if descending:
         result.reverse()
     return result
@@ -189,9 +187,10 @@ def from_state(
         )
         return finished(layout, question, few, ordered=True)
     records: Sequence[Record] = records_in(
-        state, candidate.index, candidate.intervals, descending=bool(direction)
+        state, candidate.index, candidate.intervals.intervals, descending=bool(direction)
     )
-    records = filter_records(shape, candidate.residual, question, columns, records)
+    if candidate.residual:
+        records = filter_records(shape, candidate.residual, question, columns, records)
     return finished(layout, question, records, ordered=direction is not None)
 
 
@@ -208,7 +207,9 @@ def finished(
         records = records[question.offset : question.offset + question.limit]
     elif question.offset:
         records = records[question.offset :]
-    records = layout.given(records if isinstance(records, list) else list(records))
+    records = records if isinstance(records, list) else list(records)
+    if layout.loader.mutable:
+        records = layout.given(records)
     if shape.projection is None:
         return records
     values = attrgetter(*shape.projection)

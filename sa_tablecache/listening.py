@@ -68,7 +68,7 @@ def listen(
                 and "bind" not in state.bind_arguments
                 and _plain(state.local_execution_options)
             ):
-                answer = reading.answer(cache, state.session, statement)
+                answer = reading.answer(cache, state.session, statement, view=view)
                 if answer is not None:
                     return result_of(answer, statement)
                 table = cache.table(view)

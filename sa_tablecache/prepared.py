@@ -131,7 +131,7 @@ class Way:
 
     def candidate(self, bound: Sequence[Any]) -> Candidate | None:
         """Return the candidate for some values; ``None`` if the planner has to be asked."""
-        prefix = tuple([bound[at] for at in self.points])
+        prefix = tuple([bound[at] for at in self.points]) if self.points else ()
         if None in prefix:
             return None
         low = high = None

@@ -40,7 +40,7 @@ from .reading import (
     remember_hit,
 )
 from .scopes import database_reason, flush_pending
-from .scores import MAX, MIN, NULLS_FIRST, NULLS_LAST, Interval, IntervalSet
+from .scores import MAX, MIN, NULLS_FIRST, NULLS_LAST, Cut, Interval, IntervalSet
 from .staleness import tolerated
 from .state import State
 from .table import CachedTable
@@ -88,7 +88,7 @@ def range_from_cache(
                 stale = tolerated(table)
                 state = None if stale is None else table.state
             if state is not None:
-                if not state.coverage and not fills:
+                if not state.coverage.sets and not fills:
                     if fetch and missed(session, table, NOT_LOADED):
                         continue
                     return None
@@ -146,7 +146,7 @@ def range_from_cache(
                         note_kept(session, table, stale, loaded=loaded, lent=lent, again=refreshed)
                     if stale is not None:
                         cache.refreshing.behind(table)
-                    return layout.given(records)
+                    return layout.given(records) if layout.loader.mutable else records
             if not fetch or not freshen(session, cache, table):
                 return None
             refreshed = True
@@ -215,14 +215,14 @@ def _covered_otherwise(
         if position < at:
             inner = layout.orders[index].prefix((read.prefix[position],))
         else:
-            inner = _bounds(layout, read, position, ())
+            inner = Interval(*_bounds(layout, read, position, ()))
         if covered.covers(inner):
             return index, inner
     return None
 
 
-def _bounds(layout: Layout, read: RangeRead, position: int, prefix: tuple[Any, ...]) -> Interval:
-    """Return the interval of the bounds on one score, below a prefix of others."""
+def _bounds(layout: Layout, read: RangeRead, position: int, prefix: Cut) -> tuple[Cut, Cut]:
+    """Return the cuts of the bounds on one score, below a prefix of others."""
     part = layout.orders[read.by.name].parts[position]
     how = layout.columns.comparisons[part.name]
     bounded = not (read.ge is None and read.gt is None and read.le is None and read.lt is None)
@@ -249,7 +249,7 @@ def _bounds(layout: Layout, read: RangeRead, position: int, prefix: tuple[Any, .
     if upper is None:
         last = bounded and part.nullable and nulls_last
         upper = (*prefix, NULLS_LAST, MIN) if last else (*prefix, MAX)
-    return Interval(lower, upper)
+    return lower, upper
 
 
 def range_interval(layout: Layout, read: RangeRead, state: State) -> Interval:
@@ -273,7 +273,7 @@ def range_interval(layout: Layout, read: RangeRead, state: State) -> Interval:
         if part.hashed or not columns.comparisons[part.name].order:
             raise Inexact(f"{part.name}: {columns.comparisons[part.name].reason}")
     if len(prefix) == order.scores:
-        lower, upper = Interval((*prefix, MIN), (*prefix, MAX))
+        lower, upper = (*prefix, MIN), (*prefix, MAX)
     else:
         lower, upper = _bounds(layout, read, len(prefix), prefix)
     if read.after is not None:

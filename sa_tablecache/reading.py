@@ -150,16 +150,22 @@ ATTEMPTS = 3
 
 
 def answer(
-    cache: BaseTableCache, session: Session, statement: Select[Any], *, fetch: bool = True
+    cache: BaseTableCache,
+    session: Session,
+    statement: Select[Any],
+    *,
+    view: type[CachedView] | None = None,
+    fetch: bool = True,
 ) -> Answer | None:
     """Answer a SELECT of a view, or return ``None`` after noting why the database has to.
 
+    :param view: that of the statement, if it is known.
     :param fetch: whether refreshing and fetching gaps is allowed. Without it the caller tries
         whether the cache alone can answer, and nothing is noted if not.
     :raises CriteriaError: if the criteria use a table that the statement does not join.
     :raises UnscopedRead: if the view is read by scope, and the session has none.
     """
-    view = view_of(statement)
+    view = view or view_of(statement)
     assert view is not None
     table = cache.table(view)
     if view.__scope__ is not None:
@@ -190,7 +196,7 @@ def answer(
                 stale = tolerated(table, shape.options)
                 state = None if stale is None else table.state
             if state is not None:
-                if not state.coverage and not fills:
+                if not state.coverage.sets and not fills:
                     if fetch and missed(session, table, NOT_LOADED):
                         continue
                     return None

@@ -22,6 +22,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 Key: TypeAlias = tuple[Any, ...]
@@ -125,7 +126,7 @@ class IntervalSet:
         """Return the set of intervals that are sorted and disjoint, and of which none is empty."""
         result = cls.__new__(cls)
         result.intervals = intervals
-        result._lowers = [interval[0] for interval in intervals]
+        result._lowers = list(map(itemgetter(0), intervals))
         return result
 
     def _spliced(self, other: IntervalSet, *, add: bool) -> IntervalSet:

@@ -147,11 +147,12 @@ class CacheSession(Session):
 
     def _from_cache(self, statement: Any) -> Answer | None:
         """Answer a statement from memory alone; ``None`` sends it on its usual way."""
-        if type(statement) is not Select or view_of(statement) is None:
+        if type(statement) is not Select:
             return None
-        if is_filtered(self):
+        view = view_of(statement)
+        if view is None or is_filtered(self):
             return None
-        return reading.answer(_cache_of(self), self, statement, fetch=False)
+        return reading.answer(_cache_of(self), self, statement, view=view, fetch=False)
 
     if not TYPE_CHECKING:  # typed by Session
 
@@ -282,8 +283,10 @@ class CacheSession(Session):
 
         From memory in O(log n + records) and without SQL if the range is covered; else one SELECT.
         """
-        _check_range(index, len(prefix), (ge, gt, le, lt), limit)
-        read = RangeRead(index, prefix, ge, gt, le, lt, descending, limit, after)
+        if prefix or limit is not None or type(index) is not ViewIndex:
+            _check_range(index, len(prefix), (ge, gt, le, lt), limit)
+        # Not RangeRead(...), a function that would be called for each hit.
+        read = tuple.__new__(RangeRead, (index, prefix, ge, gt, le, lt, descending, limit, after))
         cache = _cache_of(self)
         if index.view.__scope__ is not None or overrides(self):  # both add to a SELECT
             statement = ranges.range_statement(self, cache.table(index.view), read)
