@@ -369,6 +369,9 @@ class AsyncCacheSession(AsyncSession):
         async def get(self, entity, ident, **kwargs):
             """Return a record or an instance by primary key; see :meth:`.CacheSession.get`."""
             if isinstance(entity, ViewMeta):
+                found = self.sync_session._get_stored(entity, ident, fetch=False)
+                if found is not None:
+                    return found
                 return await greenlet_spawn(self.sync_session.get, entity, ident)
             return await super().get(entity, ident, **kwargs)
 

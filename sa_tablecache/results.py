@@ -184,7 +184,10 @@ def without_row_order(statement: Select[Any]) -> Select[Any]:
 
 def selects_views(statement: Any) -> bool:
     """Whether a statement selects a whole view (and not only columns of it)."""
-    return isinstance(statement, Select) and any(
-        type(raw) is ViewTable or (isinstance(raw, Alias) and type(raw.element) is ViewTable)
-        for raw in statement._raw_columns
-    )
+    if isinstance(statement, Select):
+        for raw in statement._raw_columns:
+            if type(raw) is ViewTable or (
+                isinstance(raw, Alias) and type(raw.element) is ViewTable
+            ):
+                return True
+    return False

@@ -179,8 +179,11 @@ class CacheSession(Session):
         )
         return self.scalars(statement).first()
 
-    def _get_stored(self, view: Any, ident: Any) -> Any:
-        """Return a stored record, if the cache may be used: it was read whole by any index."""
+    def _get_stored(self, view: Any, ident: Any, *, fetch: bool = True) -> Any:
+        """Return a stored record, if the cache may be used: it was read whole by any index.
+
+        :param fetch: whether the database may be asked what that needs: to flush, or to poll.
+        """
         cache = _cache_of(self)
         table = cache.table(view)
         layout = table.layout
@@ -198,9 +201,10 @@ class CacheSession(Session):
                 exact.append(None if value is None else how.parameter(value))
         except Inexact:
             return None
-        if table.guards and table.guarded(self) is not None:
+        if table.guards and table.guarded(self, fetch=fetch) is not None:
             return None
-        flush_pending(self)
+        if not flush_pending(self, flush=fetch):
+            return None
         if database_reason(self, cache, table) is not None:
             return None
         state = table.current

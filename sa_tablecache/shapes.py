@@ -104,6 +104,8 @@ def view_of(statement: Any) -> type[CachedView] | None:
         if type(source) is ViewTable:
             return source.view
     for raw in statement._raw_columns:
+        if isinstance(raw, ColumnClause) and raw.table is not None:
+            continue  # looked at above
         for source in raw._from_objects:
             if type(source) is ViewTable:
                 return source.view
