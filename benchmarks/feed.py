@@ -48,9 +48,11 @@ def run(url: URL, *, quick: bool) -> list[Result]:
         for statement in (*LOG.drop(), *LOG.create()):
             connection.exec_driver_sql(statement)
         found = []
+        rows = ROWS // 20 if quick else ROWS
         for name, (script, goal) in WRITES.items():
             for clients in CLIENTS[:1] if quick else CLIENTS:
-                _fill(connection)
+                _fill(connection, rows)
+                script = script.replace(":rows", str(rows))
                 found += _writers(
                     f"{name}, {clients} clients", url, script, clients, None if quick else goal
                 )
@@ -66,7 +68,7 @@ def _drop(connection: Connection) -> None:
     connection.exec_driver_sql(f"DROP TABLE IF EXISTS {', '.join(TABLES)}")
 
 
-def _fill(connection: Connection) -> None:
+def _fill(connection: Connection, rows: int) -> None:
     _drop(connection)
     for name in TABLES:
         connection.exec_driver_sql(
@@ -74,10 +76,10 @@ def _fill(connection: Connection) -> None:
             " WITH (fillfactor = 50)"
         )
         connection.exec_driver_sql(
-            f"INSERT INTO {name} (v) SELECT 0 FROM generate_series(1, {ROWS})"
+            f"INSERT INTO {name} (v) SELECT 0 FROM generate_series(1, {rows})"
         )
     _watch(connection, "watched")
-    connection.exec_driver_sql("VACUUM ANALYZE")
+    connection.exec_driver_sql(f"VACUUM ANALYZE {', '.join(TABLES)}")
     connection.exec_driver_sql("CHECKPOINT")
 
 
@@ -112,7 +114,7 @@ def _transactions(
         file.write(script.replace(":table", table))
         file.flush()
         command = [pgbench, "-n", "-M", "prepared", "-c", str(clients), "-j", "2", *amount]
-        command += ["-D", f"rows={ROWS}", "-f", file.name, "-h", str(url.query["host"])]
+        command += ["-f", file.name, "-h", str(url.query["host"])]
         done = subprocess.run(
             [*command, "-U", url.username or "postgres", url.database or "postgres"],
             capture_output=True,

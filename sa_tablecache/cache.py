@@ -433,7 +433,11 @@ class BaseTableCache(Running):
         view = view_of(statement)
         if view is None:
             raise CriteriaError("this is not a SELECT of a cached view")
-        return explain(self.table(view), statement)
+        table = self.table(view)
+        distrust = None if self.consumer is None else self.consumer.distrust(table)
+        if distrust is not None:
+            return Explanation("bypass", view.__name__, distrust)
+        return explain(table, statement)
 
     # -- end ------------------------------------------------------------------------------------
 

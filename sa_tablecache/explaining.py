@@ -76,8 +76,10 @@ def _explained(
     if any(isinstance(option, BypassCache) for option in shape.options):
         raise Inexact("bypass_cache()")
     state = table.state
+    fills = table.keeper is not None and table.keeper.fills
+    loaded = "; ReadThrough loads what it can of what is missing" if fills else ""
     if not state.coverage:
-        return Explanation("miss", name, "nothing is loaded", coarse=coarse)
+        return Explanation("miss", name, f"nothing is loaded{loaded}", coarse=coarse)
     question = ask(shape, parameters, columns)
     reason = ""
     candidate, missing, kind = covered_candidate(question, state), NOTHING, "hit"
@@ -89,11 +91,11 @@ def _explained(
             return Explanation(
                 "miss",
                 name,
-                f"the coverage is {shown_coverage(table.plan, state.coverage)}",
+                f"the coverage is {shown_coverage(table.plan, state.coverage)}{loaded}",
                 coarse=coarse,
             )
         candidate, missing = partial
-        kind, reason = "partial", "the gaps are fetched and merged"
+        kind, reason = "partial", f"the gaps are fetched and merged{loaded}"
     marked = table.current is None or state.is_stale(candidate.index, candidate.intervals - missing)
     stale = None if missing or not marked else tolerated(table, shape.options)
     if stale is not None:

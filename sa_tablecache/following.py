@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 
 from .analysis import plan_of
 from .changes import ChangeSet
-from .exc import TableCacheError
+from .exc import TableCacheError, Unbound
 from .feed import ChangeFeed, Consumer
 from .feed.dialects import changelog_for
 from .feed.installing import install, uninstall
@@ -279,9 +279,7 @@ class Following(Invalidation):
     @property
     def _bound(self) -> Snapshots:
         if self._snapshots is None:
-            raise TableCacheError(
-                "this cache is not bound to an engine yet: call cache.bind(engine)"
-            )
+            raise Unbound("this cache is not bound to an engine yet: call cache.bind(engine)")
         return self._snapshots
 
     def feed_problems(self) -> dict[type[CachedView], str]:

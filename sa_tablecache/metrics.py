@@ -141,6 +141,10 @@ class Exporter(Collector):
         self.loaded = counter("records_loaded", "Records that loads have read.")
         self.expired = counter("records_expired", "Records that were given up.")
         self.marks = counter("marks", "Notes that records may be stale, by kind.", "kind")
+        self.comparisons = counter("comparisons", "Answers that were compared with the database's.")
+        self.skipped = counter(
+            "comparisons_skipped", "Answers that were to be compared, and could not."
+        )
         self.mismatches = counter("mismatches", "Answers that were not those of the database.")
         self.records = gauge("records", "Records in memory.", "livesum", "view")
         self.bytes = gauge("bytes", "Memory of the records, estimated.", "livesum", "view")
@@ -296,6 +300,8 @@ class _Source:
         yield exporter.evicted, (), counts.ranges_evicted
         yield exporter.loaded, (), counts.records_loaded
         yield exporter.expired, (), counts.records_expired
+        yield exporter.comparisons, (), counts.comparisons
+        yield exporter.skipped, (), counts.comparisons_skipped
         yield exporter.mismatches, (), counts.mismatches
 
     def _update_gauges(self, table: CachedTable) -> None:

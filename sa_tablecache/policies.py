@@ -210,8 +210,8 @@ class ReadThrough(Policy):
     Where there is no room, the ranges that were used least recently leave. A read of more than fits
     is answered by the database and not stored, and so is one that says :func:`.no_store`, one that
     no index serves, and one that has to be answered by the database anyway. While ranges leave
-    without ever being used again, only some misses are loaded. What a mark of the whole view
-    concerns is given up instead of being read again.
+    without ever being used again, only what is missed twice is loaded. What a mark of the whole
+    view concerns is given up instead of being read again.
 
     :param max_records: how many records to keep; as many ranges, too.
     :param max_bytes: how many bytes to keep, estimated; ``memory_limit`` of the cache holds, too.

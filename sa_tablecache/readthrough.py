@@ -37,6 +37,7 @@ from .scores import Interval, IntervalSet
 from .state import State
 from .table import CachedTable
 from .turns import Section, new_future, wait_for
+from .upkeep import describe
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,9 @@ REFUSED_SECONDS = 60.0
 WASTE = 64
 """Of so many ranges given up it is known whether they had been used at all."""
 WASTED = 58
-"""With more than this many of those in vain, only one miss in :data:`TRIED` is loaded."""
-TRIED = 8
+"""With more than this many of those in vain, only what is missed twice is loaded."""
+MOST_MISSED = 4_096
+"""So many misses are remembered then."""
 
 
 class TooLarge(Exception):
@@ -109,7 +111,7 @@ class ReadRanges(Keeper):
         """When the oldest range becomes too old."""
         self._wasted: deque[bool] = deque(maxlen=WASTE)
         self._thrashing = False
-        self._misses = 0
+        self._missed: OrderedDict[Any, None] = OrderedDict()
 
     # -- reads ----------------------------------------------------------------------------------
 
@@ -161,7 +163,7 @@ class ReadRanges(Keeper):
                     missing -= fill.intervals
             mine = None
             if missing:
-                if len(self._fills) >= MOST_FILLS or self._is_skipped():
+                if len(self._fills) >= MOST_FILLS or self._is_skipped(asked):
                     return False
                 mine = _Fill(index, missing, asked, whole=most is None)
                 self._fills.append(mine)
@@ -181,10 +183,17 @@ class ReadRanges(Keeper):
             until = self._refused.get(asked)
         return until is not None and time.monotonic() < until
 
-    def _is_skipped(self) -> bool:
+    def _is_skipped(self, asked: Any) -> bool:
         """Whether a miss is not loaded because it would be in vain, as the last ones were."""
-        self._misses += 1
-        return self._thrashing and self._misses % TRIED != 0
+        if not self._thrashing:
+            return False
+        if asked in self._missed:
+            del self._missed[asked]
+            return False
+        self._missed[asked] = None
+        if len(self._missed) > MOST_MISSED:
+            self._missed.popitem(last=False)
+        return True
 
     def _load(self, fill: _Fill, most: int | None, descending: bool) -> bool:
         """Load a fill and store it; say whether it is stored."""
@@ -215,7 +224,9 @@ class ReadRanges(Keeper):
             )  # fmt: skip
         except Exception as error:
             stored = False
-            log.warning("view %s: what a read missed was not loaded: %s", self._table.name, error)
+            log.warning(
+                "view %s: what a read missed was not loaded: %s", self._table.name, describe(error)
+            )
         finally:
             with self._lock:
                 self._fills.remove(fill)
@@ -291,9 +302,9 @@ class ReadRanges(Keeper):
         if thrashing and not self._thrashing:
             log.warning(
                 "view %s: of the last %d ranges that ReadThrough gave up, %d had never been used "
-                "again; until that changes, one miss in %d is loaded: raise max_records or "
-                "max_bytes, or have what is read only once say no_store()",
-                self._table.name, WASTE, sum(self._wasted), TRIED,
+                "again; until that changes, what is missed is loaded the second time: raise "
+                "max_records or max_bytes, or have what is read only once say no_store()",
+                self._table.name, WASTE, sum(self._wasted),
             )  # fmt: skip
         self._thrashing = thrashing
 

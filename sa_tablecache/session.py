@@ -366,6 +366,8 @@ class TableCache(BaseTableCache):
     :param views: views to :meth:`add`.
     :param load_engine: an engine for the cache's own reads, instead of a small pool of its own with
         the connection settings of ``engine``.
+    :param verify: the part of the reads, 0 to 1, that the database answers so that what the cache
+        would have said can be compared with it, see :meth:`set_mode`.
     :param memory_limit: how many bytes the records of all views may take, estimated. A load that
         would pass it is refused; :class:`.ReadThrough` gives up what was used least recently.
     :param load_slots: how many loads may run at a time, over all processes that load from this
@@ -383,6 +385,7 @@ class TableCache(BaseTableCache):
     a context manager that starts its upkeep and closes it.
 
     :raises UnsuitableEngine: if all connections of the engine's pool are one.
+    :raises TableCacheError: if ``SA_TABLECACHE_MODE`` names a mode that there is not.
     """
 
     def sessionmaker(

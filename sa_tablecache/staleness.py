@@ -44,6 +44,7 @@ class Refreshing:
 
     def __init__(self, upkeep: Upkeep) -> None:
         self._upkeep = upkeep
+        self._jobs: dict[CachedTable, str] = {}
 
     def watch(self, table: CachedTable) -> None:
         """Have the upkeep refresh a view whose marks are to be read at once."""
@@ -61,7 +62,12 @@ class Refreshing:
             self._upkeep.wake(self._ensure(table))
 
     def _ensure(self, table: CachedTable) -> str:
-        # The name in SQL, because two views may have the same name in Python.
-        name = f"refresh {table.view.__table__.name}"
+        name = self._jobs.get(table)
+        if name is None:
+            view = table.view
+            name = f"refresh of {view.__name__}"
+            if name in self._jobs.values():  # another view of that name, whose name in SQL differs
+                name = f"refresh of {view.__module__}.{view.__qualname__} ({view.__table__.name})"
+            self._jobs[table] = name
         self._upkeep.ensure(name, table.refresh)
         return name

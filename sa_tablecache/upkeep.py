@@ -193,7 +193,7 @@ class _Task:
         if _running_loop() is loop:
             self._begin()
         else:
-            loop.call_soon_threadsafe(self._begin)
+            self._call(self._begin)
 
     def _begin(self) -> None:
         if not self._ended:
@@ -214,8 +214,10 @@ class _Task:
 
     def end(self) -> None:
         self._ended = True
-        if self.task is not None:
-            self._call(self.task.cancel)
+        if self.task is None:
+            return
+        if _running_loop() is not self.loop or asyncio.current_task() is not self.task:
+            self._call(self.task.cancel)  # a step that closes its own cache is not cancelled in it
 
     def _call(self, what: Callable[[], object]) -> None:
         try:
@@ -225,10 +227,12 @@ class _Task:
             log.debug("upkeep: the event loop of %s is closed", self._job.name)
 
     async def _work(self) -> None:
-        while not self._ended:
+        while True:
             self._woken = False
             self._calls.clear()
             delay, heeds = await greenlet_spawn(self._job.step)
+            if self._ended:
+                return
             if heeds:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._calls.wait(), delay)
@@ -343,7 +347,8 @@ class Upkeep:
         """Begin to run the jobs, each in a daemon thread.
 
         :param in_task: in tasks of the running event loop instead.
-        :raises TableCacheError: if it runs already, or no event loop does.
+        :raises TableCacheError: if it runs already (tasks of a loop that is closed do not), or no
+            event loop does.
         """
         loop = _running_loop() if in_task else None
         if in_task and loop is None:
@@ -352,7 +357,7 @@ class Upkeep:
                 "with `async with cache:` or cache.start() in a coroutine"
             )
         with self._lock:
-            if self._started:
+            if self._started and not (self._loop is not None and self._loop.is_closed()):
                 raise TableCacheError(
                     "the upkeep of this cache is running already: start it once, by cache.start() "
                     "or by entering the cache, not both"

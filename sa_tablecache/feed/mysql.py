@@ -72,7 +72,12 @@ _NOTED_STEP: Final = 500
 """So many ids further somebody notes where it stands."""
 _TRIMMED_AT_ONCE: Final = 2_000
 
-_LOCKED, _DEADLOCK = 1205, 1213
+_EXPECTED: Final = (1062, 1205, 1213)
+"""Another reader was faster, or the id is in use by now."""
+
+_NOTES_OFF: Final = "SET @sa_tablecache_notes = @@SESSION.sql_notes, SESSION sql_notes = 0"
+"""Drivers may warn of each IF EXISTS that nothing was to be done."""
+_NOTES_BACK: Final = "SET SESSION sql_notes = @sa_tablecache_notes"
 
 _SQL_MODE: Final = (
     "SET @sa_tablecache_sql_mode = @@SESSION.sql_mode, "
@@ -95,7 +100,7 @@ class MySQLChangelog(Changelog):
 
     def create(self) -> Sequence[str]:
         """Return the statements of ``create.sql``."""
-        return statements("create", version=VERSION)
+        return [_NOTES_OFF, *statements("create", version=VERSION), _NOTES_BACK]
 
     def drop(self, watched: Iterable[Relation] = ()) -> Sequence[str]:
         """Return the statements that remove the changelog.
@@ -106,9 +111,11 @@ class MySQLChangelog(Changelog):
         relations = sorted(watched)
         schemas = sorted({relation.schema for relation in relations} - {""})
         return [
+            _NOTES_OFF,
             *(sql for relation in relations for sql in _drop_triggers(relation)),
             *(f"DROP VIEW IF EXISTS {full_name(Relation(schema, LOG))}" for schema in schemas),
             *statements("drop"),
+            _NOTES_BACK,
         ]
 
     def watch(self, watch: Watch) -> Sequence[str]:
@@ -128,7 +135,9 @@ class MySQLChangelog(Changelog):
         return [
             f"SELECT {columns} FROM {full_name(relation)} LIMIT 0",
             *elsewhere,
+            _NOTES_OFF,
             *_drop_triggers(relation),
+            _NOTES_BACK,
             (
                 f"REPLACE INTO {PREFIX}watched (table_schema, table_name, definition) "
                 f"VALUES ({schema}, {name}, {literal(dump(watch))})"
@@ -143,7 +152,9 @@ class MySQLChangelog(Changelog):
         """Return the statements that no longer watch a table."""
         schema, name = map(literal, relation)
         return [
+            _NOTES_OFF,
             *_drop_triggers(relation),
+            _NOTES_BACK,
             f"DELETE FROM {PREFIX}watched WHERE table_schema = {schema} AND table_name = {name}",
         ]
 
@@ -375,8 +386,7 @@ def _take(connection: Connection, gaps: Gaps) -> None:
         return
     values = ", ".join(f"({number}, UTC_TIMESTAMP(), 0, '', '', 'X')" for number in free)
     insert = (
-        f"INSERT IGNORE INTO {LOG} (id, at, writer, table_schema, table_name, operation) "
-        f"VALUES {values}"
+        f"INSERT INTO {LOG} (id, at, writer, table_schema, table_name, operation) VALUES {values}"
     )
     # One of them may be in use by now. Who waited for it would keep the others locked meanwhile.
     limit = "innodb_lock_wait_timeout"
@@ -391,7 +401,7 @@ def _take(connection: Connection, gaps: Gaps) -> None:
         connection.exec_driver_sql(before + insert)
         connection.exec_driver_sql("COMMIT")
     except DBAPIError as error:
-        if error_code(error) not in (_LOCKED, _DEADLOCK):
+        if error_code(error) not in _EXPECTED:
             raise
         connection.exec_driver_sql("ROLLBACK")  # they are tried again
     finally:

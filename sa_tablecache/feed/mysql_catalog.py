@@ -33,7 +33,7 @@ from .mysql_triggers import (
 )
 
 # Each table of the catalog is given the names of a database and of a table, as constants: then
-# MariaDB looks into that one. Else it opens all that the server has, and 10.11 may crash on a view.
+# MariaDB looks into that one. Otherwise it opens all that the server has.
 
 _ACCESS_DENIED: Final = (1044, 1045, 1142, 1143, 1227, 1370)
 

@@ -80,6 +80,8 @@ class Writer:
         }
         self.log: list[Logged] = []
         self.merges = connection.info.server_version >= 150_000
+        limit = connection.execute("SHOW max_prepared_transactions").fetchone()
+        self.prepares = limit is not None and limit[0] != "0"
         self.serial = 0
 
     def transaction(self) -> None:
@@ -96,6 +98,8 @@ class Writer:
             if self.rng.random() < 0.2:
                 self._execute("SELECT pg_sleep(0.002)")
         end = self.rng.choice(["COMMIT", "COMMIT", "COMMIT", "ROLLBACK", "PREPARE"])
+        if end == "PREPARE" and not self.prepares:
+            end = "COMMIT"
         if end == "PREPARE":
             self._execute(f"PREPARE TRANSACTION '{name}'")
             end = self.rng.choice(["COMMIT", "ROLLBACK"])

@@ -5,6 +5,7 @@ become visible since the last one, as ``(table, operation, keys)``. A server of 
 where the test kills it or sets what rules for the whole server.
 """
 
+import os
 import random
 import shutil
 import socket
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from sa_tablecache import TableCacheError
@@ -31,6 +33,7 @@ from sa_tablecache.feed.dialects import changelog_for
 from sa_tablecache.feed.mysql import MySQLChangelog
 from sa_tablecache.feed.mysql_catalog import error_code
 from sa_tablecache.feed.mysql_positions import MySQLPosition
+from tests.conftest import asynchronous
 from tests.mariadb import Mariadb
 
 LOG = "sa_tablecache_changelog"
@@ -1282,6 +1285,38 @@ def test_tokens(stock: Feed) -> None:
         assert character not in str(token)
 
 
+async def test_an_asynchronous_driver(stock: Feed) -> None:
+    """It reads, takes ids, trims and installs as others do, and has nothing to warn of."""
+    engine = create_async_engine(asynchronous(stock.url), isolation_level="AUTOCOMMIT")
+    with stock.writer() as writer:
+        run(writer, "INSERT INTO stock VALUES (1, 1)")
+        writer.rollback()
+    stock.run("INSERT INTO stock SELECT seq, 0 FROM seq_2_to_1200")
+    async with engine.connect() as connection:
+
+        def read(connection: Connection) -> list[Any]:
+            poll = stock.log.poll(connection, stock.position, stock.relations)
+            stock.position = poll.position
+            return [change.keys for change in poll.changes]
+
+        assert await connection.run_sync(read) == [None]
+        assert len(stock.position.gaps) == 1
+        for _ in range(2):
+            assert await connection.run_sync(read) == []
+        assert stock.position.gaps == ()
+        assert await connection.run_sync(stock.log.position) == stock.position
+        assert await connection.run_sync(stock.log.trim, 0) > 1000
+        (relation,) = stock.relations
+        watch = await connection.run_sync(stock.log.propose, relation, ["amount"])
+        for statements in (stock.log.create(), stock.log.watch(watch), stock.log.watch(watch)):
+            await connection.run_sync(contract.run, statements)
+        installed = await connection.run_sync(stock.log.installed)
+        assert installed.watched == {relation: watch}
+        assert await connection.run_sync(read) == [None]
+        await connection.run_sync(contract.run, stock.log.drop([relation]))
+    await engine.dispose()
+
+
 def test_the_changelog_is_found_by_the_dialect() -> None:
     """MariaDB and MySQL have the same one."""
     for name in ("mysql", "mariadb"):
@@ -1292,22 +1327,31 @@ def test_the_changelog_is_found_by_the_dialect() -> None:
 
 
 class Server:
-    """A server that a test may kill, and whose settings it may change."""
+    """A server that a test may kill, and whose settings it may change.
+
+    It has a directory of its own for temporary files, also while it is installed: a server that
+    starts deletes those of all others that share it, and they crash.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.temporary = directory / "temporary"
+        self.temporary.mkdir()
+        self.environment = {**os.environ, "TMPDIR": str(self.temporary)}
         self.process: subprocess.Popen[bytes] | None = None
         subprocess.run(
             [
                 "mariadb-install-db",
                 "--no-defaults",
                 f"--datadir={directory / 'data'}",
+                f"--tmpdir={self.temporary}",
                 "--auth-root-authentication-method=normal",
                 "--skip-test-db",
                 *(["--user=root"] if directory.owner() == "root" else []),
             ],
             check=True,
             capture_output=True,
+            env=self.environment,
         )
 
     @property
@@ -1322,6 +1366,7 @@ class Server:
                 "mariadbd",
                 "--no-defaults",
                 f"--datadir={self.directory / 'data'}",
+                f"--tmpdir={self.temporary}",
                 f"--socket={self.directory / 'socket'}",
                 "--skip-networking",
                 "--innodb-buffer-pool-size=32M",
@@ -1330,6 +1375,7 @@ class Server:
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env=self.environment,
         )
         self.started = time.monotonic()
         while not self.answers():

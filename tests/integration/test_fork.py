@@ -9,19 +9,20 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import UTC, timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.util import greenlet_spawn
 
-from sa_tablecache import AsyncTableCache, TableCache
+from sa_tablecache import AsyncTableCache, Everything, ReadThrough, SlidingWindow, TableCache
 from tests.integration.checking import counting
 from tests.integration.databases import Database
-from tests.integration.flights import World, flights_world, ids, insert_flights
+from tests.integration.flights import World, flights_world, hour, ids, insert_flights
+from tests.integration.pausing import Held, Running
 from tests.integration.test_feed import followed as followed_world
-from tests.integration.test_protocol import Held, Running
-from tests.zoo import OuterBoard, Plane
+from tests.zoo import InnerBoard, OuterBoard, Plane
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no forks")
 
@@ -339,6 +340,34 @@ def test_what_other_threads_were_doing_ends_in_the_parent(
     world.cache._check()
 
 
+def test_a_child_does_not_wait_for_what_its_parent_was_reading(world: World) -> None:
+    """Ranges that reads fill, and who is about to fill one, are the child's own in the child."""
+    world.cache.clear(OuterBoard)
+    world.cache.add(OuterBoard, policy=ReadThrough(max_records=4))
+    early, late = OuterBoard.hour < hour(2), OuterBoard.hour >= hour(3)
+    assert world.ids(early) == [1, 2, 3]
+    held = Held(world.cache.table(OuterBoard), "loaded")
+    reading = Running(lambda: world.ids(OuterBoard.id == 5))
+    assert held.reached.wait(SOON)
+
+    def work(child: Child) -> Any:
+        as_a_child(world)
+        del world.cache.table(OuterBoard)._pause
+        reads = []
+        for _ in range(2):
+            with world.Session() as session:
+                found = ids(session.query(OuterBoard).filter(OuterBoard.id == 5))
+                reads.append((found, session.last_read.kind))
+        reads.append(world.ids(late, OuterBoard.hour < hour(9)))
+        world.cache._check()
+        return reads
+
+    assert Child(work).result() == [([5], "miss"), ([5], "hit"), [5, 6]]
+    held.let_go()
+    assert reading.result() == [5]
+    world.cache._check()
+
+
 def test_what_is_proven_is_kept(world: World) -> None:
     """Records, marks and readiness are kept if something tells the child of later changes."""
     world.cache.__class__ = Proving
@@ -588,3 +617,53 @@ def test_the_inherited_position_may_be_trimmed_away(followed: World) -> None:
     child.go_on()
     model, _ = child.result()
     assert model == "A390"
+
+
+# --- policies -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("proven", [False, True])
+@pytest.mark.parametrize(
+    "policy",
+    [Everything(), ReadThrough(max_records=100), SlidingWindow("hour", past=timedelta(hours=9))],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_policies_go_on_in_a_child(database: Database, policy: Any, proven: bool) -> None:
+    """What a policy knows, and was in the middle of, is not taken over; what it does is."""
+    with flights_world(database, InnerBoard, memory_limit=2**30) as world:
+        world.cache.clock = lambda: hour(5).replace(tzinfo=UTC)
+        world.cache.upkeep.stop()
+        world.cache.add(OuterBoard, policy=policy)
+        read(world)
+        read(world)
+        table = world.cache.table(OuterBoard)
+        keeper, memory = table.keeper, world.cache.memory
+        assert memory is not None
+        if proven:
+            world.cache.__class__ = Proving
+        memory._lock.__enter__()
+        lock = getattr(keeper, "_lock", None)
+        if lock is not None:
+            lock.__enter__()
+
+        def work(child: Child) -> Any:
+            as_a_child(world)
+            world.cache.start()
+            while not world.cache.health().ok:
+                time.sleep(0.001)
+            reads = [read(world)[0], read(world)]
+            commit_model(world, "B797")
+            reads.append(model_of(world)[0])
+            world.cache._check()
+            world.cache.close()
+            return reads
+
+        try:
+            everything = [1, 2, 3, 4, 5, 6]
+            kind = "partial" if isinstance(policy, SlidingWindow) else "hit"
+            assert Child(work).result() == [everything, (everything, kind), "B797"]
+        finally:
+            memory._lock.__exit__(None, None, None)
+            if lock is not None:
+                lock.__exit__(None, None, None)
+        world.cache._check()

@@ -129,6 +129,44 @@ def test_loads_refreshes_marks_and_sizes_are_told(world: World, registry: Any):
     assert value(registry, "refresh_seconds_sum") == pytest.approx(stats.refresh_seconds)
 
 
+def test_answers_that_are_compared_are_counted(world: World, registry: Any):
+    """In shadow mode each read is compared, or skipped where the cache has no answer."""
+    world.cache.set_mode(OuterBoard, "shadow")
+    world.ids()
+    world.cache.load(OuterBoard)
+    world.ids()
+    assert reads(registry) == {("bypass", "shadow"): 2}
+    assert value(registry, "comparisons_total") == 1
+    assert value(registry, "comparisons_skipped_total") == 1
+    assert value(registry, "mismatches_total") == 0
+
+
+def test_all_that_is_counted_is_exported(world: World, registry: Any):
+    """A count that nobody exports would be missed by those who look at metrics alone."""
+    table = world.cache.table(OuterBoard)
+    before = samples(registry)
+    for name, count in vars(table.counts).items():
+        if name.endswith("_seconds"):
+            continue  # of which there are histograms
+        if isinstance(count, int):
+            setattr(table.counts, name, count + 1)
+        else:
+            count["kind" if name == "marks" else ("miss", "coverage")] += 1
+        now = samples(registry)
+        assert now != before, name
+        before = now
+
+
+def samples(registry: CollectorRegistry) -> dict[Any, float]:
+    """Return all counters."""
+    return {
+        (sample.name, *sample.labels.items()): sample.value
+        for metric in registry.collect()
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    }
+
+
 def test_threads_lose_no_count(world: World):
     """Reads of several threads at once, interrupted as often as the interpreter can, all count."""
     world.cache.load(OuterBoard)

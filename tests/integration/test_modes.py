@@ -1,8 +1,10 @@
 """Modes of a view, by day and by the environment; comparisons that give no false alarm."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -23,6 +25,7 @@ from sa_tablecache.exc import CriteriaError, TableCacheError, UnknownView
 from sa_tablecache.modes import COMPARE, COMPARING, wanted_modes
 from tests.integration.databases import Database
 from tests.integration.flights import World, flight, flights_world, hour, ids, insert_flights
+from tests.integration.test_protocol import Running
 from tests.integration.test_reading import READS
 from tests.zoo import Flight, InnerBoard, OuterBoard, Plane, Sample, Samples
 
@@ -257,8 +260,11 @@ def test_what_was_marked_is_refreshed_and_compared(shadow: World) -> None:
 class _Meddler:
     """Commits something each time the database is about to be asked for a view."""
 
-    def __init__(self, world: World, *, noticed: bool, times: int) -> None:
+    def __init__(
+        self, world: World, *, noticed: bool, times: int, name: str = "outer_board"
+    ) -> None:
         self._world = world
+        self._name = name
         self._noticed = noticed
         self._times = times
         self._busy = False
@@ -273,7 +279,7 @@ class _Meddler:
 
     def _meddle(self, connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
         ours = connection.engine.pool is self._world.cache.load_engine.pool
-        if self._busy or ours or "outer_board" not in statement or self.number >= self._times:
+        if self._busy or ours or self._name not in statement or self.number >= self._times:
             return
         self._busy = True
         try:
@@ -489,3 +495,89 @@ async def test_an_asynchronous_cache_has_modes(database: Database) -> None:
     cache.set_mode(OuterBoard, "on")
     await cache.close()
     await engine.dispose()
+
+
+# --- many at once ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feed", [False, True])
+def test_a_busy_view_gives_no_false_alarm(postgresql: Database, feed: bool) -> None:
+    """However fast the view changes, here or elsewhere, no two moments are compared."""
+    options: dict[str, Any] = {"feed": ChangeFeed(poll_interval=0.01)} if feed else {}
+    with postgresql.lent_engine(pool_size=10) as engine:
+        with engine.begin() as connection:
+            insert_flights(connection)
+        with TableCache(engine, views=[OuterBoard], **options) as cache:
+            world = World(postgresql, engine, cache, cache.sessionmaker())
+            if feed:
+                cache.install_feed()
+            cache.load(OuterBoard)
+            cache.set_mode(OuterBoard, "shadow")
+            writing = threading.Event()
+
+            def write(number: int) -> None:
+                rng = Random(number)
+                lent = world.outside() if feed and number % 2 else world.Session()
+                with lent as session:
+                    for step in range(60):
+                        model, plane = f"{number}.{step}", f"N{rng.randint(1, 3)}"
+                        session.execute(
+                            update(Plane).where(Plane.tailnum == plane).values(model=model)
+                        )
+                        session.execute(
+                            update(Flight)
+                            .where(Flight.id == 2 * number + 1)
+                            .values(hour=hour(rng.randint(0, 4)), tailnum=plane)
+                        )
+                        session.commit()
+
+            def read(number: int) -> None:
+                rng = Random(number)
+                while not writing.is_set():
+                    with world.Session() as session:
+                        session.scalars(select(OuterBoard).order_by(OuterBoard.hour)).all()
+                        session.rollback()
+                        session.range(OuterBoard.by_hour, ge=hour(rng.randint(0, 4)))
+
+            readers = [Running(partial(read, number)) for number in range(2)]
+            for writer in [Running(partial(write, number)) for number in range(3)]:
+                writer.result()
+            writing.set()
+            for reader in readers:
+                reader.result()
+            with world.Session() as session:
+                session.scalars(select(OuterBoard)).all()
+            comparisons, _, mismatches = figures(world)
+            assert (mismatches, comparisons > 0) == (0, True)
+            if feed:
+                cache.uninstall_feed()
+
+
+class Scoped(OuterBoard):
+    """The board of one airline."""
+
+    __scope__ = "airline"
+
+
+@pytest.mark.parametrize("meddle", [False, True])
+def test_each_scope_is_compared_with_its_own(database: Database, meddle: bool) -> None:
+    """Neither the session's answer nor that of the snapshot has rows of other scopes."""
+    if database.dialect == "sqlite" and meddle:
+        pytest.skip("its transactions are not answered from a view that changed since")
+    with flights_world(database, Scoped) as world:
+        world.cache.load(Scoped)
+        world.cache.set_mode(Scoped, "shadow")
+        factory = world.cache.sessionmaker(scope=lambda session: session.info["airline"])
+        with factory(info={"airline": "United"}) as session:
+            with _Meddler(world, noticed=True, times=1 if meddle else 0, name="scoped"):
+                records = session.scalars(select(Scoped)).all()
+                assert ids(records) == [3, 4, 6]
+            assert session.last_read.reason.endswith("the same")
+            assert ids(session.range(Scoped.by_hour)) == [3, 4, 6]
+            assert session.last_read.reason.endswith("the same")
+        spoil(world, "A1")
+        with factory(info={"airline": "American"}) as session:
+            session.scalars(select(Scoped)).all()
+            assert session.last_read.reason.endswith("something else")
+        stats = world.cache.stats(Scoped)
+        assert (stats.comparisons, stats.comparisons_skipped, stats.mismatches) == (3, 0, 1)

@@ -201,6 +201,18 @@ def test_all_of_a_view_is_only_loaded_where_there_is_a_limit(world: World) -> No
     assert world.cache.covers(OuterBoard)
 
 
+def test_explain_tells_that_misses_are_loaded(world: World) -> None:
+    """And that the first records are enough for a limit."""
+    statement = select(OuterBoard).where(*between(1, 3))
+    assert "ReadThrough loads" in world.cache.explain(statement).reason
+    world.ids(*between(1, 3))
+    assert world.cache.explain(statement).kind == "hit"
+    assert "ReadThrough loads" in str(world.cache.explain(select(OuterBoard).where(*between(2, 5))))
+    first = select(OuterBoard).where(OuterBoard.hour >= hour(1)).order_by(OuterBoard.hour)
+    assert world.cache.explain(first.limit(3)).kind == "hit"
+    assert world.cache.explain(first.limit(4)).kind == "partial"
+
+
 def test_what_no_index_serves_is_left_to_the_database(world: World) -> None:
     """A condition that no index begins with would load all of the view."""
     assert kind(world, OuterBoard.airline == "United") == "miss"
@@ -482,17 +494,21 @@ def test_a_mark_of_the_whole_view_gives_up_what_was_read(world: World) -> None:
     world.cache._check()
 
 
-def test_ranges_that_leave_unused_are_filled_less_often(
+def test_what_leaves_unused_is_filled_the_second_time(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where filling is in vain, most misses are left to the database; that is said once."""
+    """Where filling is in vain, only what is missed twice is loaded; that is said once."""
     keep(world, max_records=1)
     for key in range(1000, 1000 + WASTE + 2):
         world.ids(OuterBoard.id == key)
     fills = world.cache.stats(OuterBoard).fills
     for key in range(2000, 2016):
         world.ids(OuterBoard.id == key)
-    assert world.cache.stats(OuterBoard).fills == fills + 2
+    assert world.cache.stats(OuterBoard).fills == fills
+    for _ in range(3):
+        assert world.ids(OuterBoard.id == 2003) == []
+    assert world.cache.stats(OuterBoard).fills == fills + 1
+    assert kind(world, OuterBoard.id == 2003) == "hit"
     assert caplog.text.count("had never been used again") == 1
     world.cache._check()
 

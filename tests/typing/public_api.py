@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, assert_type
 
-from sqlalchemy import ForeignKey, create_engine, func, select
+from sqlalchemy import Engine, ForeignKey, create_engine, event, func, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -27,6 +27,7 @@ from sa_tablecache import (
     AsyncTableCache,
     CachedView,
     CacheSession,
+    ChangeFeed,
     Everything,
     Manual,
     ReadThrough,
@@ -36,8 +37,11 @@ from sa_tablecache import (
     Transaction,
     bypass_cache,
     in_transaction,
+    max_staleness,
     no_store,
 )
+from sa_tablecache.metrics import export
+from sa_tablecache.testing import Clock, assert_hits, assert_statements, bound, run_upkeep
 
 
 class Base(DeclarativeBase):
@@ -254,6 +258,20 @@ def a_cache_has_a_short_form(cache: TableCache) -> None:
     assert_type(delays(since), list[FlightBoard])
 
 
+async def a_cache_is_tested_in_either_world(cache: TableCache, later: AsyncTableCache) -> None:
+    with cache.engine.connect() as connection, bound(cache, connection):
+        run_upkeep(cache)
+    async with later.engine.connect() as other:
+        with bound(later, other), assert_hits(FlightBoard), cache.disabled():
+            await run_upkeep(later)
+    with assert_statements(0, engine=later.engine) as statements:
+        assert_type(statements, list[str])
+    clock = Clock(since)
+    clock.advance(days=1)
+    cache.clock = later.clock = clock
+    export(later, name="later")
+
+
 def policies_are_given_with_their_views(cache: TableCache) -> None:
     limited = TableCache(memory_limit=2**30, load_slots=2, slot_timeout=60.0)
     limited.add(FlightBoard, policy=Everything(chunk=10_000))
@@ -282,3 +300,59 @@ async def windows_are_stepped_in_tasks_too(cache: AsyncTableCache) -> None:
     await cache.step(FlightBoard)
     await cache.extend(FlightBoard, FlightBoard.time_hour >= datetime(2024, 1, 1), chunk=1_000)
     cache.clock = lambda: datetime(2024, 1, 1)
+
+
+class Lenient(FlightBoard):
+    __max_staleness__ = timedelta(seconds=5)
+    __refresh__ = "eager"
+    __on_miss__ = "wait"
+    __max_misses__ = 10
+    __redact__ = ("plane_model",)
+
+
+def a_view_says_how_old_how_eager_and_how_discreet(session: CacheSession) -> None:
+    assert_type(session.range(Lenient.by_time), list[Lenient])
+    statement = select(Lenient).options(max_staleness(timedelta.max))
+    assert_type(session.scalars(statement).all(), Sequence[Lenient])
+    max_staleness(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def a_cache_has_modes_and_tells(cache: TableCache, other: AsyncTableCache) -> None:
+    TableCache(views=[FlightBoard], verify=0.001)
+    cache.set_mode(FlightBoard, "shadow")
+    assert_type(cache.mode(FlightBoard), str)
+    assert_type(cache.why(FlightBoard, 1).marks, tuple[str, ...])
+    assert_type(other.why(FlightBoard, 1).loaded, datetime | None)
+    assert_type(cache.health().ok, bool)
+    assert_type(other.health().reasons, tuple[str, ...])
+    cache.start()
+    other.start()
+
+
+@event.listens_for(FlightBoard, "after_refresh")
+def a_function_listens(
+    view: type[FlightBoard],
+    added: list[FlightBoard],
+    changed: list[tuple[FlightBoard, FlightBoard]],
+    removed: list[FlightBoard],
+) -> None:
+    assert_type(added[0].id, int)
+
+
+def a_cache_follows_what_others_write(engine: Engine) -> None:
+    feed = ChangeFeed(poll_interval=0.2, max_lag=timedelta(seconds=2), keep=timedelta(hours=1))
+    cache = TableCache(engine, views=[FlightBoard], feed=feed)
+    assert_type(cache.install_feed(), int)
+    cache.barrier()
+    with cache.sessionmaker(freshness="barrier")() as session:
+        assert_type(session.commit_token, str | None)
+    assert_type(cache.wait_for(cache.commit_token(), timeout=1), bool)
+    cache.attach(engine, freshness=timedelta(seconds=10))
+    TableCache(engine, exclusive_writer=True)
+
+
+async def so_does_an_asynchronous_one(cache: AsyncTableCache) -> None:
+    await cache.barrier()
+    async with cache.sessionmaker(freshness=timedelta(0))() as session:
+        assert_type(await session.commit_token, str | None)
+    assert_type(await cache.wait_for(await cache.commit_token()), bool)

@@ -473,13 +473,15 @@ def test_a_loop_is_closed_under_the_upkeep(caplog: pytest.LogCaptureFixture) -> 
     upkeep.wake("job")
     (reason,) = health(upkeep).reasons
     assert reason.startswith("job is no longer run")
-    upkeep.stop()
+    upkeep.add("late", AsyncCounter())
     asyncio.run(main_again(upkeep))
+    upkeep.stop()
 
 
 async def main_again(upkeep: Upkeep) -> None:
-    """Start an upkeep in another loop."""
+    """Start an upkeep in another loop, which takes no stop: nothing runs."""
     upkeep.remove("job")
+    upkeep.remove("late")
     job = AsyncCounter()
     upkeep.add("job", job)
     upkeep.start(in_task=True)
@@ -506,3 +508,21 @@ async def test_a_task_does_not_run_in_the_context_of_who_started_it() -> None:
     await done.wait()
     await stop(upkeep)
     assert seen == ["none"]
+
+
+async def test_a_step_in_a_task_may_stop_its_own_upkeep() -> None:
+    """A step that closes the cache goes on to its end."""
+    upkeep = Upkeep()
+    ended = asyncio.Event()
+
+    def step() -> None:
+        upkeep.stop()
+        await_only(asyncio.sleep(0))
+        ended.set()
+
+    upkeep.add("job", step)
+    upkeep.start(in_task=True)
+    await asyncio.wait_for(ended.wait(), SOON)
+    await asyncio.sleep(0)
+    assert not upkeep.running
+    assert not [t for t in asyncio.all_tasks() if t.get_name().startswith("sa_tablecache")]

@@ -37,7 +37,8 @@ CREATE TABLE IF NOT EXISTS sa_tablecache_watched (
     PRIMARY KEY (table_schema, table_name)
 ) ENGINE = InnoDB CHARACTER SET utf8mb4 COLLATE utf8mb4_bin
 
-INSERT IGNORE INTO sa_tablecache_meta (one, version, incarnation, trimmed, last)
-VALUES (1, {version}, LEFT(MD5(CONCAT(UUID(), RAND())), 12), 0, 0)
+INSERT INTO sa_tablecache_meta (one, version, incarnation, trimmed, last)
+SELECT 1, {version}, LEFT(MD5(CONCAT(UUID(), RAND())), 12), 0, 0 FROM (SELECT 1 AS one) AS row_one
+WHERE NOT EXISTS (SELECT 1 FROM sa_tablecache_meta)
 
 UPDATE sa_tablecache_meta SET version = {version} WHERE version < {version}

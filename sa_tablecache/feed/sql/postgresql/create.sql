@@ -10,7 +10,8 @@ CREATE TABLE IF NOT EXISTS sa_tablecache.meta (
     version integer NOT NULL
 )
 
--- Which tables are watched, and how: {"key": [...], "ranges": [...], "limit": n, "version": n}.
+-- Which tables are watched, and how: {"key": [...], "ranges": [...], "limit": n, "version": n,
+-- "types": {"column": "type"}}.
 CREATE TABLE IF NOT EXISTS sa_tablecache.watched (
     schema text,
     name text,
@@ -58,6 +59,25 @@ FROM sa_tablecache.alive AS a
 WHERE a.started = pg_postmaster_start_time()
     AND a.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
     AND a.relation = a.tableoid
+
+-- What has become visible since a snapshot, to the statement that calls it (STABLE). By the index,
+-- whatever is known of a table that grows and shrinks all the time.
+CREATE OR REPLACE FUNCTION sa_tablecache.since(
+    of_incarnation text, after xid8, running xid8[]
+) RETURNS SETOF sa_tablecache.changelog
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $since$
+BEGIN
+    IF EXISTS (
+        SELECT FROM sa_tablecache.incarnation AS i WHERE i.incarnation = of_incarnation
+    ) THEN
+        RETURN QUERY
+        SELECT c.* FROM sa_tablecache.changelog AS c WHERE c.xid >= after
+        UNION ALL
+        SELECT c.* FROM sa_tablecache.changelog AS c WHERE c.xid = ANY (running);
+    END IF;
+END
+$since$
 
 -- Begins a new incarnation where there is none.
 CREATE OR REPLACE FUNCTION sa_tablecache.revive() RETURNS void
@@ -181,7 +201,7 @@ CREATE OR REPLACE FUNCTION sa_tablecache.watch(
     of_schema text, of_name text, key text[] DEFAULT NULL, ranges text[] DEFAULT NULL,
     most integer DEFAULT NULL
 ) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $watch$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET quote_all_identifiers = off AS $watch$
 #variable_conflict use_column
 DECLARE
     about CONSTANT text := concat(quote_ident(of_schema), '.', quote_ident(of_name));
@@ -196,6 +216,7 @@ DECLARE
     names text[] := '{}';
     bounds text[] := '{}';
     columns text[] := '{}';
+    types jsonb := '{}';
     plain boolean := false;
     volatile boolean := false;
     identity text;
@@ -240,8 +261,8 @@ BEGIN
             'cannot watch ', about, ': a limit is at least 1, and at most 32 columns are logged');
     END IF;
     FOR attribute IN
-        WITH RECURSIVE stored (column_name, ranged, place, number, type, base) AS (
-            SELECT u.name, u.ranged, u.place, a.attnum, a.atttypid, t.typbasetype
+        WITH RECURSIVE stored (column_name, ranged, place, number, declared, type, base) AS (
+            SELECT u.name, u.ranged, u.place, a.attnum, a.atttypid, a.atttypid, t.typbasetype
             FROM (
                 SELECT k.name, false AS ranged, k.place FROM unnest(key) WITH ORDINALITY AS k (name, place)
                 UNION ALL
@@ -251,11 +272,12 @@ BEGIN
                 AND a.attnum > 0 AND NOT a.attisdropped
             LEFT JOIN pg_type AS t ON t.oid = a.atttypid
             UNION ALL
-            SELECT s.column_name, s.ranged, s.place, s.number, t.oid, t.typbasetype
+            SELECT s.column_name, s.ranged, s.place, s.number, s.declared, t.oid, t.typbasetype
             FROM stored AS s JOIN pg_type AS t ON t.oid = s.base
         )
         SELECT s.* FROM stored AS s WHERE s.base IS NULL OR s.base = 0 ORDER BY s.ranged, s.place
     LOOP
+        types := types || jsonb_build_object(attribute.column_name, attribute.declared::regtype::text);
         IF attribute.number IS NULL THEN
             RAISE undefined_column USING MESSAGE = concat(
                 'cannot watch ', about, ': it has no column ', quote_ident(attribute.column_name));
@@ -280,7 +302,7 @@ BEGIN
             IF attribute.type IN ('text'::regtype, 'varchar'::regtype) THEN
                 bounded := concat(identity, ' COLLATE "C"');
             END IF;
-            columns := columns || quote_ident(attribute.column_name);
+            columns := columns || identity;
             bounds := bounds || concat(
                 quote_literal(attribute.column_name),
                 ', CASE WHEN count(', identity, ') IN (0, count(*)) THEN concat(''['', ',
@@ -294,16 +316,6 @@ BEGIN
                 ' can be logged, whose type is ', attribute.type::regtype);
         END IF;
     END LOOP;
-    -- Above the table there may be one that lacks a column: then nothing is logged of the rows.
-    IF EXISTS (
-        SELECT FROM sa_tablecache.members(relation.oid) AS f, unnest(key || ranges) AS u (name)
-        WHERE NOT EXISTS (
-            SELECT FROM pg_attribute AS a
-            WHERE a.attrelid = f.member AND a.attname = u.name AND a.attnum > 0 AND NOT a.attisdropped)
-    ) THEN
-        names := '{}';
-        bounds := '{}';
-    END IF;
     -- A single integer is quicker as it is. Of an UPDATE old and new rows come in the same order:
     -- the same keys are the same array, which costs less to find out than which keys are the same.
     -- Who reads does that.
@@ -322,11 +334,11 @@ BEGIN
     LOOP
         written := array_to_string(ARRAY(
             SELECT concat(
-                E'\n            (SELECT count(*) AS n, array_agg(q.k) AS keys FROM (SELECT ',
+                E'\n                (SELECT count(*) AS n, array_agg(q.k) AS keys FROM (SELECT ',
                 identity, ' AS k FROM ', r, ' AS q LIMIT ', most + 1, ') AS q) AS ', r)
             FROM unnest(event.rows) AS r), ',');
         spanned := concat('(SELECT ', bounded, ' FROM (', array_to_string(ARRAY(
-            SELECT concat('SELECT ', array_to_string(columns, ', '), ' FROM ', r)
+            SELECT concat('SELECT ', array_to_string(columns, ', '), ' FROM ', r, ' AS q')
             FROM unnest(event.rows) AS r), ' UNION ALL '), ') AS q)');
         counted := concat(event.rows[1], '.n');
         logged := concat(event.rows[1], '.keys');
@@ -339,21 +351,25 @@ BEGIN
             ELSE concat('concat(''['', array_to_string(', logged, ', '',''), '']'')') END;
         source := concat(source,
             CASE WHEN source IS NULL THEN 'IF' ELSE 'ELSIF' END, ' TG_OP = ', quote_literal(event.name),
-            E' THEN\n        INSERT INTO sa_tablecache.changelog (schema, name, operation, keys, ranges)',
-            E'\n        SELECT ', quote_literal(of_schema), ', ', quote_literal(of_name), ', ',
-            quote_literal(left(event.name, 1)), E',\n            ',
+            E' THEN\n            SELECT ', counted, E',\n                ',
             CASE WHEN names = '{}' THEN 'NULL'
                 ELSE concat('CASE WHEN ', counted, ' <= ', most, ' THEN ', logged, ' END') END,
-            E',\n            ',
+            E',\n                ',
             CASE WHEN bounds = '{}' THEN 'NULL' WHEN names = '{}' THEN spanned
                 ELSE concat('CASE WHEN ', counted, ' > ', most, ' THEN ', spanned, ' END') END,
-            E'\n        FROM', written, E'\n        WHERE ', counted, E' > 0;\n    ');
+            E'\n            INTO counted, logged, spanned FROM', written, E';\n        ');
     END LOOP;
+    -- Nothing may keep the application from writing: where columns have gone or are of another type
+    -- by now, as they are above a table that inherits, any row was written.
     source := concat(
-        E'\nBEGIN\n    ', source, E'ELSE\n',
-        E'        INSERT INTO sa_tablecache.changelog (schema, name, operation)\n        VALUES (',
-        quote_literal(of_schema), ', ', quote_literal(of_name), E', ''T'');\n    END IF;\n',
-        E'    RETURN NULL;\nEND\n');
+        E'\nDECLARE\n    counted bigint;\n    logged text;\n    spanned text;\n',
+        E'BEGIN\n    BEGIN\n        ', source, E'END IF;\n',
+        E'    EXCEPTION WHEN OTHERS THEN\n',
+        E'        counted := NULL; logged := NULL; spanned := NULL;\n    END;\n',
+        E'    IF counted IS DISTINCT FROM 0 THEN\n',
+        E'        INSERT INTO sa_tablecache.changelog (schema, name, operation, keys, ranges)\n',
+        '        VALUES (', quote_literal(of_schema), ', ', quote_literal(of_name),
+        E', left(TG_OP, 1), logged, spanned);\n    END IF;\n    RETURN NULL;\nEND\n');
     settings := concat(
         'SET search_path = pg_catalog, pg_temp',
         CASE WHEN volatile THEN
@@ -373,7 +389,7 @@ BEGIN
     END IF;
     INSERT INTO sa_tablecache.watched AS w (schema, name, logger, definition)
     VALUES (of_schema, of_name, logger, jsonb_build_object(
-        'key', to_jsonb(key), 'ranges', to_jsonb(ranges), 'limit', most,
+        'key', to_jsonb(key), 'ranges', to_jsonb(ranges), 'limit', most, 'types', types,
         'version', (SELECT m.version FROM sa_tablecache.meta AS m)))
     ON CONFLICT (schema, name) DO UPDATE SET logger = excluded.logger, definition = excluded.definition
     WHERE (w.logger, w.definition) IS DISTINCT FROM (excluded.logger, excluded.definition);
@@ -446,13 +462,13 @@ CREATE OR REPLACE FUNCTION sa_tablecache.inspect(relations jsonb)
 RETURNS TABLE (schema text, name text, fingerprint text, problem text)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
-AS $inspect$
+SET quote_all_identifiers = off AS $inspect$
 #variable_conflict use_column
 BEGIN
     RETURN QUERY
     WITH asked AS MATERIALIZED (
         SELECT r.value ->> 0 AS schema, r.value ->> 1 AS name, c.oid, c.relkind,
-            c.relpersistence, w.logger, p.oid AS function,
+            c.relpersistence, w.logger, w.definition, p.oid AS function,
             concat_ws(':', w.xmin, p.oid, p.xmin) AS registered
         FROM jsonb_array_elements(relations) AS r (value)
         LEFT JOIN pg_namespace AS n ON n.nspname = (r.value ->> 0)::name
@@ -470,6 +486,9 @@ BEGIN
                 THEN 'it is not an ordinary table'
             WHEN a.logger IS NULL THEN 'it is not watched'
             WHEN a.function IS NULL THEN 'its trigger function is gone; watch it again'
+            WHEN other.names IS NOT NULL THEN concat(
+                'columns have gone, or are of another type than when it was watched: ',
+                other.names, '; watch it again')
             WHEN tree.distant IS NOT NULL
                 THEN concat('nobody sees changes of the foreign table ', tree.distant)
             WHEN tree.subscribed IS NOT NULL THEN concat(
@@ -513,6 +532,13 @@ BEGIN
         ) AS e ON true
         WHERE c.attrelid = a.oid AND c.attnum > 0
     ) AS columns ON true
+    LEFT JOIN LATERAL (
+        SELECT string_agg(t.key, ', ' ORDER BY t.key) AS names
+        FROM jsonb_each_text(a.definition -> 'types') AS t
+        LEFT JOIN pg_attribute AS c
+            ON c.attrelid = a.oid AND c.attname = t.key::name AND NOT c.attisdropped
+        WHERE c.atttypid::regtype::text IS DISTINCT FROM t.value
+    ) AS other ON true
     LEFT JOIN LATERAL (
         SELECT string_agg(concat_ws(':', r.oid, r.xmin), ' ' ORDER BY r.oid) AS state
         FROM pg_rewrite AS r WHERE r.ev_class = a.oid

@@ -4,14 +4,10 @@ SELECT 0 AS kind, m.version::text AS a, pg_current_snapshot()::text AS b, i.inca
 FROM sa_tablecache.meta AS m LEFT JOIN sa_tablecache.incarnation AS i ON true
 UNION ALL
 SELECT 1, c.schema, c.name, c.operation, c.keys, c.ranges, c.xid::text
-FROM sa_tablecache.changelog AS c
-WHERE c.xid >= CAST(CAST(:xmax AS text) AS xid8)
-    AND EXISTS (SELECT FROM sa_tablecache.incarnation AS i WHERE i.incarnation = :incarnation)
-UNION ALL
-SELECT 1, c.schema, c.name, c.operation, c.keys, c.ranges, c.xid::text
-FROM sa_tablecache.changelog AS c
-WHERE c.xid = ANY (CAST(CAST(:running AS text) AS xid8[]))
-    AND EXISTS (SELECT FROM sa_tablecache.incarnation AS i WHERE i.incarnation = :incarnation)
+FROM sa_tablecache.since(
+    CAST(:incarnation AS text), CAST(CAST(:xmax AS text) AS xid8),
+    CAST(CAST(:running AS text) AS xid8[])
+) AS c
 UNION ALL
 SELECT 2, r.schema, r.name, r.fingerprint, r.problem, NULL, NULL
 FROM sa_tablecache.inspect(CAST(CAST(:relations AS text) AS jsonb)) AS r
