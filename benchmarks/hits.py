@@ -163,8 +163,8 @@ async def _awaited(url: URL, rounds: int, start: datetime, end: datetime) -> lis
                     coroutine: Any = read()
                     try:
                         coroutine.send(None)
-                    except StopIteration as end:
-                        return end.value
+                    except StopIteration as done:
+                        return done.value
                     raise AssertionError("no hit")
 
                 return step

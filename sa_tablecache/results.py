@@ -24,7 +24,7 @@ from .view import CachedView, ViewTable
 def result_of(answer: Answer, statement: Select[Any]) -> Result[Any]:
     """Wrap what the cache answered as SQLAlchemy wraps what the database answers."""
     shape = answer.shape
-    if shape.projection is None and not shape.count:
+    if shape.is_of_records:
         return _records_result(shape.view, iter(answer.rows))
     names = shape.projection or tuple(statement.selected_columns.keys())
     return IteratorResult(SimpleResultMetaData(names), iter(answer.rows))
@@ -33,7 +33,7 @@ def result_of(answer: Answer, statement: Select[Any]) -> Result[Any]:
 def scalars_of(answer: Answer, statement: Select[Any]) -> ScalarResult[Any]:
     """Wrap what the cache answered as the ``scalars()`` of its result."""
     shape = answer.shape
-    if shape.projection is None and not shape.count:
+    if shape.is_of_records:
         return RecordScalars(shape.view, answer.rows)
     return result_of(answer, statement).scalars()
 
