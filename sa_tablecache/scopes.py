@@ -26,6 +26,7 @@ from .exc import TableCacheError, UnscopedRead
 from .figures import Reason
 from .following import AnswerFreshness
 from .readers import in_scope
+from .shapes import HARMLESS_OPTIONS
 from .table import CachedTable
 from .view import CachedView
 
@@ -107,6 +108,19 @@ def in_own_scope(session: Session, statement: Select[Any], view: type[CachedView
     if view.__scope__ is None:
         return statement
     return statement.where(in_scope(view, view.__table__, value=scope_of(session, view)))
+
+
+def cache_of(session: Any) -> BaseTableCache:
+    """Return the cache that a session of :meth:`.TableCache.sessionmaker` belongs to.
+
+    :raises TableCacheError: if it was made by hand.
+    """
+    cache: BaseTableCache | None = getattr(session, "cache", None)
+    if cache is None:
+        raise TableCacheError(
+            "this CacheSession belongs to no cache: make it with cache.sessionmaker()"
+        )
+    return cache
 
 
 # -- the application's own listeners -----------------------------------------------------------
@@ -215,6 +229,11 @@ def database_reason(
             return reason
     if engine.__dict__.get(_ISOLATED) is not False and isolation_asked_for(engine):
         return _ASKED_ON_ENGINE
+    options = getattr(
+        session, "execution_options", None
+    )  # of all statements of the session: SQLAlchemy 2.1
+    if options and not HARMLESS_OPTIONS.issuperset(options):
+        return Reason("statement", "execution options of the session are left to the database")
     dispatch = engine.dispatch if bind is None else bind.dispatch
     for listeners in (session.dispatch.after_begin, dispatch.begin, dispatch.engine_connect):
         for listener in listeners:

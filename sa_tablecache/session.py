@@ -13,30 +13,30 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
-from sqlalchemy import Engine, Exists, Select, exists, func, literal, select
+from sqlalchemy import Engine, Select, select
 from sqlalchemy.exc import UnboundExecutionError
-from sqlalchemy.orm import Query, Session, sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.orm.scoping import scoped_session
 
 from . import ranges, reading
 from .cache import BaseTableCache
 from .comparison import Inexact
 from .exc import CriteriaError, TableCacheError
-from .explaining import Explanation
 from .figures import LastRead
 from .following import AnswerFreshness
 from .listening import COMMITTED, OTHER_LISTENERS, listen
 from .misses import is_wanting
+from .queries import CachedQuery
 from .ranges import RangeRead
 from .reading import Answer
 from .results import result_of, scalars_of
 from .scopes import (
     Scope,
+    cache_of,
     check_freshness,
     database_reason,
     flush_pending,
     freshness_of,
-    in_own_scope,
     is_filtered,
     overrides,
     scope_of,
@@ -44,76 +44,11 @@ from .scopes import (
 from .shadow import compared_range, is_to_compare
 from .shapes import view_of
 from .transactions import SyncDecorator, TransactionOptions, decorator
-from .view import CachedView, ViewIndex, ViewMeta, ViewTable
+from .view import CachedView, ViewIndex, ViewMeta
 
 V = TypeVar("V", bound=CachedView)
 
 # -- the session -------------------------------------------------------------------------------
-
-
-class CachedQuery(Query[Any]):
-    """A :class:`~sqlalchemy.orm.Query` that counts views in the cache and explains itself."""
-
-    def _iter(self) -> Any:
-        """Execute the query, without the way through the ORM if memory alone can answer.
-
-        All of ``all``, ``first``, ``one`` and iteration go through this method of SQLAlchemy, whose
-        own would make an event of it first, twice as long as all that a hit needs. Were it renamed,
-        queries would take that way again.
-        """
-        session: Any = self.session
-        if (
-            isinstance(session, CacheSession)
-            and not self._params
-            and "load_options" not in self.__dict__  # nothing was asked of the ORM
-            and not self.dispatch.before_compile
-            and not overrides(session)
-        ):
-            statement: Any = self._statement_20()
-            answer = session._from_cache(statement)
-            if answer is not None:
-                if answer.shape.is_of_records:
-                    return scalars_of(answer, statement)
-                return result_of(answer, statement)
-        return super()._iter()
-
-    def count(self) -> int:
-        """Return the number of rows; from the cache in O(log n) if no condition remains."""
-        statement = self.statement
-        if view_of(statement) is not None and isinstance(statement, Select):
-            simple = (
-                statement._limit_clause is None
-                and statement._offset_clause is None
-                and not statement._distinct
-                and not statement._group_by_clauses
-                and len(statement._raw_columns) == 1
-                and type(statement._raw_columns[0]) is ViewTable
-            )
-            if simple:
-                counted = (
-                    select(func.count())
-                    .select_from(statement._raw_columns[0])
-                    .where(*statement._where_criteria)
-                    .options(*statement._with_options)
-                )
-                return int(self.session.execute(counted).scalar_one())
-        return super().count()
-
-    def exists(self) -> Exists:
-        """Return ``EXISTS (SELECT 1 FROM ...)``, a clause."""
-        statement = self.statement
-        if view_of(statement) is None or not isinstance(statement, Select):
-            return super().exists()
-        # Of a query that selects no entity, SQLAlchemy would lose the FROM: always true.
-        return exists(statement.with_only_columns(literal(1), maintain_column_froms=True))
-
-    def explain(self) -> Explanation:
-        """Say how the query would be answered, and why; runs nothing."""
-        statement: Any = self.statement
-        view = view_of(statement)
-        if view is not None:
-            statement = in_own_scope(self.session, statement, view)
-        return _cache_of(self.session).explain(statement)
 
 
 class CacheSession(Session):
@@ -138,7 +73,7 @@ class CacheSession(Session):
         except UnboundExecutionError:
             if view_of(kwargs.get("clause")) is None:
                 raise
-            return _cache_of(self).engine
+            return cache_of(self).engine
 
     # The signatures are those of Session; what they return is typed there.
 
@@ -175,7 +110,7 @@ class CacheSession(Session):
         view = view_of(statement)
         if view is None or is_filtered(self):
             return None
-        return reading.answer(_cache_of(self), self, statement, view=view, fetch=False)
+        return reading.answer(cache_of(self), self, statement, view=view, fetch=False)
 
     if not TYPE_CHECKING:  # typed by Session
 
@@ -192,7 +127,7 @@ class CacheSession(Session):
 
     def _get_selected(self, view: Any, ident: Any) -> Any:
         """Return the record with a primary key, by a SELECT that the cache may answer."""
-        names = _cache_of(self).table(view).plan.key
+        names = cache_of(self).table(view).plan.key
         columns = view.__table__.c
         statement = select(view).where(
             *(
@@ -207,7 +142,7 @@ class CacheSession(Session):
 
         :param fetch: whether the database may be asked what that needs: to flush, or to poll.
         """
-        cache = _cache_of(self)
+        cache = cache_of(self)
         table = cache.table(view)
         layout = table.layout
         names = table.plan.key
@@ -273,7 +208,7 @@ class CacheSession(Session):
             return None
         token: str | None = self.info[COMMITTED]
         if token is None:
-            token = self.info[COMMITTED] = _cache_of(self).commit_token()
+            token = self.info[COMMITTED] = cache_of(self).commit_token()
         return token
 
     def range(
@@ -314,7 +249,7 @@ class CacheSession(Session):
             _check_range(index, len(prefix), (ge, gt, le, lt), limit)
         # Not RangeRead(...), a function that would be called for each hit.
         read = tuple.__new__(RangeRead, (index, prefix, ge, gt, le, lt, descending, limit, after))
-        cache = _cache_of(self)
+        cache = cache_of(self)
         if index.view.__scope__ is not None or overrides(self):  # both add to a SELECT
             statement = ranges.range_statement(self, cache.table(index.view), read)
             return list(self.execute(statement).scalars())
@@ -368,15 +303,6 @@ def _check_range(index: Any, prefix: int, bounds: tuple[Any, ...], limit: int | 
 
 
 _UNBOUNDED = (None, None, None, None)
-
-
-def _cache_of(session: Any) -> BaseTableCache:
-    cache: BaseTableCache | None = getattr(session, "cache", None)
-    if cache is None:
-        raise TableCacheError(
-            "this CacheSession belongs to no cache: make it with cache.sessionmaker()"
-        )
-    return cache
 
 
 # -- the cache, with its sessions ---------------------------------------------------------------

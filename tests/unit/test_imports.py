@@ -93,6 +93,7 @@ ORDER = """
     results
     shadow
     listening
+    queries
     session
     metrics
     asyncio
