@@ -12,10 +12,7 @@ from sqlalchemy import Connection
 from .analysis import TableName
 
 READS: Final[dict[str, Any]] = {"writes": []}
-"""Execution options: a statement of which that cannot be seen writes nothing.
-
-The engine that the cache loads with may be one of the application's, whose writes are watched.
-"""
+"""Execution options of what the cache asks by itself: it writes no table of a view."""
 
 
 def translated(connection: Connection, table: TableName) -> TableName:
