@@ -147,10 +147,11 @@ class BaseTableCache(Running):
     @property
     def engine(self) -> Engine:
         """The engine that the cache is bound to."""
-        self._check_open()
-        if self._engine is None:
+        engine = self._engine
+        if engine is None or self._closed:
+            self._check_open()
             raise Unbound("this cache is not bound to an engine yet: call cache.bind(engine)")
-        return self._engine
+        return engine
 
     @property
     def load_engine(self) -> Engine:
@@ -303,7 +304,7 @@ class BaseTableCache(Running):
             question = ask(shape, parameters, table.set_up().columns)
         except Inexact:
             return table.state.coverage.everything
-        return covered_candidate(table.set_up(), question, table.state) is not None
+        return covered_candidate(question, table.state) is not None
 
     def ready(self, view: type[CachedView]) -> bool:
         """Whether a load of the view has ended."""
@@ -407,7 +408,7 @@ class BaseTableCache(Running):
             problems += problems_of(table, self._side_effects)
         usable = [table.plan for table in tables if table.layout is not None]
         if usable:
-            with self.load_engine.connect() as connection:
+            with self.snapshots.connect() as connection:
                 lacking = indexes_lacking_in(connection, usable)
             problems += [Problem(index.view, str(index)) for index in lacking]
         return problems

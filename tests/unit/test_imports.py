@@ -29,6 +29,7 @@ ORDER = """
     groups
     keys
     analysis
+    asking
     actions
     orders
     storage
@@ -38,6 +39,7 @@ ORDER = """
     catalog
     loading
     shapes
+    prepared
     planner
     changes
     usage
@@ -92,6 +94,7 @@ ORDER = """
     results
     shadow
     listening
+    queries
     session
     metrics
     asyncio
