@@ -138,7 +138,7 @@ class Snapshots:
 
     @contextmanager
     def open(self) -> Iterator[Connection]:
-        """Open one snapshot. It emits BEGIN, a SET, and on a new PostgreSQL connection one SELECT.
+        """Open one snapshot. It emits BEGIN, on PostgreSQL a SET, on a new connection a SELECT.
 
         :raises UnsuitableEngine: if the server is a standby.
         """
@@ -199,11 +199,15 @@ def _bound_waits(connection: Connection) -> None:
 
     By the driver: a listener of the application is told of what is read.
     """
+    info = connection.info
     if connection.dialect.name == "postgresql":
         # Not for the session: behind a pooler that could be anybody's.
         statement = f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"
-    else:
+    elif READER in info and "sa_tablecache.waits" not in info:
         statement = f"SET SESSION lock_wait_timeout = {LOCK_SECONDS}"
+        info["sa_tablecache.waits"] = True
+    else:
+        return
     try:
         cursor = connection.connection.cursor()
         try:
