@@ -53,6 +53,7 @@ from .returning import (
     WRITES,
     Rows,
     ask_for_keys,
+    finish,
     hide_rows,
     read_rows,
     returning_suffix,
@@ -233,6 +234,8 @@ class Watcher:
             if connection.dialect.name == "sqlite" and not transaction.ending:
                 release(transaction)  # it did not
             return
+        if connection.dialect.name == "sqlite" and autocommits(connection):
+            finish(context, cursor)
         if executed.asks:
             return
         if executed.suffixed:

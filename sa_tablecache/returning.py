@@ -14,6 +14,7 @@ given back.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -228,3 +229,14 @@ def _callers_rows(writes: Writes, context: Any, result: Any) -> Rows | None:
 
 def _has_key(writes: Writes, mapping: Mapping[Any, Any]) -> bool:
     return all(column in mapping for column in writes.primary_key)
+
+
+def finish(context: Any, cursor: Any) -> None:
+    """Fetch all rows of a statement now: where SQLite commits by itself, it does so at the last.
+
+    Before that nobody else sees what it wrote, and a refresh would read what was before it.
+    """
+    if cursor.description is not None and context.cursor_fetch_strategy is cursors._DEFAULT_FETCH:
+        context.cursor_fetch_strategy = cursors.FullyBufferedCursorFetchStrategy(
+            cursor, initial_buffer=deque(cursor.fetchall())
+        )
