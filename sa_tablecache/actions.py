@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Table, text
 from sqlalchemy.sql import visitors
 
 from .analysis import TableName, ViewPlan
+from .asking import full_name, quoted, translated
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,25 +30,46 @@ class Action:
 
 _POSTGRESQL: Final = text(
     """
-    WITH RECURSIVE children (oid) AS (
+    WITH RECURSIVE action AS (
+        SELECT * FROM pg_constraint
+        WHERE contype = 'f' AND (confdeltype NOT IN ('a', 'r') OR confupdtype NOT IN ('a', 'r'))
+    ), change (follows, changed) AS (
+        SELECT conrelid, confrelid FROM action
+        UNION
+        SELECT inhparent, inhrelid FROM pg_inherits
+    ), children (oid) AS (
         SELECT to_regclass(:name)::oid
         UNION
-        SELECT c.confrelid FROM pg_constraint c JOIN children ON c.conrelid = children.oid
-        WHERE c.contype = 'f'
-        AND (c.confdeltype NOT IN ('a', 'r') OR c.confupdtype NOT IN ('a', 'r'))
+        SELECT changed FROM change JOIN children ON follows = children.oid
+    ), edge (written, reached) AS (
+        SELECT inhparent, inhrelid FROM pg_inherits
+        UNION
+        SELECT r.ev_class, d.refobjid
+        FROM pg_rewrite r
+        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+        WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid <> r.ev_class
+    ), parents (oid, written) AS (
+        SELECT confrelid, confrelid FROM action JOIN children ON conrelid = children.oid
+        UNION
+        SELECT parents.oid, edge.written FROM parents JOIN edge ON edge.reached = parents.written
     )
     SELECT cn.nspname AS child_schema, child.relname AS child,
            pn.nspname AS parent_schema, parent.relname AS parent,
            c.confdeltype NOT IN ('a', 'r') AS deletes, c.confupdtype NOT IN ('a', 'r') AS updates,
            (SELECT array_agg(a.attname::text) FROM pg_attribute a
             WHERE a.attrelid = c.confrelid AND a.attnum = ANY (c.confkey)) AS columns
-    FROM pg_constraint c
+    FROM action c
     JOIN children ON c.conrelid = children.oid
+    JOIN parents ON parents.oid = c.confrelid
     JOIN pg_class child ON child.oid = c.conrelid
     JOIN pg_namespace cn ON cn.oid = child.relnamespace
-    JOIN pg_class parent ON parent.oid = c.confrelid
+    JOIN pg_class parent ON parent.oid = parents.written
     JOIN pg_namespace pn ON pn.oid = parent.relnamespace
-    WHERE c.contype = 'f' AND (c.confdeltype NOT IN ('a', 'r') OR c.confupdtype NOT IN ('a', 'r'))
+    -- A key that a partition has from its parent does what the parent's does.
+    WHERE NOT EXISTS (
+        SELECT FROM action whole JOIN children ON whole.conrelid = children.oid
+        WHERE whole.oid = c.conparentid AND whole.conrelid <> c.conrelid
+    )
     """
 )
 _MYSQL: Final = text(
@@ -95,23 +117,15 @@ def _declared(plan: ViewPlan) -> set[tuple[str, str, bool]]:
     return declared
 
 
-def _translated(connection: Connection, table: TableName) -> TableName:
-    translate = connection.get_execution_options().get("schema_translate_map") or {}
-    return translate.get(table[0], table[0]), table[1]
-
-
 def _postgresql(connection: Connection, plan: ViewPlan) -> Iterator[Action]:
-    quote = connection.dialect.identifier_preparer.quote
     default = connection.dialect.default_schema_name
 
     def name(schema: str, table: str) -> TableName:
         return None if schema == default else schema, table
 
     for table in sorted(plan.tables, key=str):
-        parts = _translated(connection, table)
-        for row in connection.execute(
-            _POSTGRESQL, {"name": ".".join(quote(part) for part in parts if part)}
-        ):
+        parts = translated(connection, table)
+        for row in connection.execute(_POSTGRESQL, {"name": full_name(connection, table)}):
             child = name(row.child_schema, row.child)
             if (row.child_schema, row.child) == (parts[0] or default, parts[1]):
                 child = table  # as the view calls it
@@ -142,13 +156,12 @@ def _keys_of(
     connection: Connection, table: TableName
 ) -> Iterator[tuple[TableName, str, str, frozenset[str]]]:
     """Yield for each foreign key of a table what it refers to, and its actions."""
-    schema, name = _translated(connection, table)
+    schema, name = translated(connection, table)
     if connection.dialect.name == "sqlite":
-        quote = connection.dialect.identifier_preparer.quote
-        prefix = f"{quote(schema)}." if schema else ""
+        prefix = f"{quoted(connection, schema)}." if schema else ""
         keys: dict[int, list[tuple[str, ...]]] = {}
         for number, _, *key in connection.exec_driver_sql(
-            f"PRAGMA {prefix}foreign_key_list({quote(name)})"
+            f"PRAGMA {prefix}foreign_key_list({quoted(connection, name)})"
         ):
             keys.setdefault(number, []).append(tuple(key))
         for columns in keys.values():

@@ -408,7 +408,7 @@ class BaseTableCache(Running):
             problems += problems_of(table, self._side_effects)
         usable = [table.plan for table in tables if table.layout is not None]
         if usable:
-            with self.load_engine.connect() as connection:
+            with self.snapshots.connect() as connection:
                 lacking = indexes_lacking_in(connection, usable)
             problems += [Problem(index.view, str(index)) for index in lacking]
         return problems

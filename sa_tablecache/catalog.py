@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, String, false, func, literal, select, sql, text
 
 from .actions import Action, undeclared_actions
 from .analysis import TableName, ViewPlan, table_label, table_name
+from .asking import full_name, quoted, translated
 from .comparison import Comparison, StoredColumn, comparison
 from .exc import ViewDefinitionError
 from .readers import EveryScope
@@ -31,7 +33,8 @@ class Catalog:
     """What is known of the view's columns that are no columns of a table."""
 
     related: dict[TableName, TableName] = field(default_factory=dict)
-    """Partitions, inheritance children and database views, by name, and a table behind each."""
+    """Partitions, inheritance children, the parents of both, and database views, by name: whatever
+    else a statement may name to write rows of a table; and which table that is."""
 
     at_once: frozenset[TableName] = frozenset()
     """Tables whose rows are visible when they are written, and stay: they have no transactions."""
@@ -89,17 +92,21 @@ _PG_TYPE = sql.table("pg_type", sql.column("oid"), sql.column("typname"), schema
 
 _POSTGRESQL_RELATED = text(
     """
-    WITH RECURSIVE edge (parent, child) AS (
+    WITH RECURSIVE below (oid) AS (
+        SELECT to_regclass(:name)::oid
+        UNION
+        SELECT inhrelid FROM pg_inherits JOIN below ON inhparent = below.oid
+    ), edge (written, reached) AS (
         SELECT inhparent, inhrelid FROM pg_inherits
         UNION
-        SELECT d.refobjid, r.ev_class
+        SELECT r.ev_class, d.refobjid
         FROM pg_rewrite r
         JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
         WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid <> r.ev_class
     ), related (oid) AS (
-        SELECT to_regclass(:name)::oid
+        SELECT oid FROM below
         UNION
-        SELECT edge.child FROM edge JOIN related ON edge.parent = related.oid
+        SELECT edge.written FROM edge JOIN related ON edge.reached = related.oid
     )
     SELECT n.nspname AS schema, c.relname AS name
     FROM related
@@ -162,7 +169,7 @@ def probe(connection: Connection, plan: ViewPlan) -> Catalog:
         for table in sorted(plan.tables, key=table_label):
             columns.update(_probe_postgresql(connection, plan, table))
             for row in connection.execute(
-                _POSTGRESQL_RELATED, {"name": _postgresql_name(connection, table)}
+                _POSTGRESQL_RELATED, {"name": full_name(connection, table)}
             ):
                 related[row.schema, row.name] = table
     elif dialect == "sqlite":
@@ -192,12 +199,6 @@ def probe(connection: Connection, plan: ViewPlan) -> Catalog:
     return Catalog(columns, computed, related, frozenset(at_once), unfollowed, actions)
 
 
-def _translated(connection: Connection, table: TableName) -> TableName:
-    """Return a table's name after ``schema_translate_map``."""
-    translate = connection.get_execution_options().get("schema_translate_map") or {}
-    return translate.get(table[0], table[0]), table[1]
-
-
 def _not_a_table(plan: ViewPlan, table: TableName, kind: str) -> ViewDefinitionError:
     return ViewDefinitionError(
         f"view {plan.name}: {table_label(table)} is a {kind}, so that changes of what feeds it "
@@ -205,15 +206,10 @@ def _not_a_table(plan: ViewPlan, table: TableName, kind: str) -> ViewDefinitionE
     )
 
 
-def _postgresql_name(connection: Connection, table: TableName) -> str:
-    quote = connection.dialect.identifier_preparer.quote
-    return ".".join(quote(part) for part in _translated(connection, table) if part)
-
-
 def _probe_postgresql(
     connection: Connection, plan: ViewPlan, table: TableName
 ) -> Iterator[tuple[tuple[TableName, str], StoredColumn]]:
-    name = _postgresql_name(connection, table)
+    name = full_name(connection, table)
     kinds = {"v": "view", "m": "materialized view", "f": "foreign table"}
     for row in connection.execute(_POSTGRESQL_COLUMNS, {"name": name}):
         if row.kind in kinds:
@@ -250,7 +246,7 @@ def _probe_mysql(
     columns: dict[tuple[TableName, str], StoredColumn],
 ) -> str:
     """Add the columns of a table, and return the name of its storage engine."""
-    schema, name = _translated(connection, table)
+    schema, name = translated(connection, table)
     rows = connection.execute(_MYSQL_COLUMNS, {"name": name, "schema": schema}).all()
     # Where names are told apart by case, information_schema may not do so.
     rows = [row for row in rows if row.table_name == name] or rows
@@ -272,10 +268,10 @@ def _probe_mysql(
 def _mysql_views(connection: Connection, plan: ViewPlan) -> dict[TableName, TableName]:
     """Return the database views through which the tables of a view can be written."""
     default = str(connection.dialect.default_schema_name)
-    quote = connection.dialect.identifier_preparer.quote_identifier
+    quote = partial(quoted, connection, always=True)
     behind: dict[str, TableName] = {}
     for table in plan.tables:
-        schema, name = _translated(connection, table)
+        schema, name = translated(connection, table)
         behind[f"{quote(schema or default)}.{quote(name)}"] = table
     views = list(connection.execute(_MYSQL_VIEWS))
     found: dict[TableName, TableName] = {}
@@ -306,9 +302,8 @@ def _sources(plan: ViewPlan, table: TableName) -> list[Any]:
 def _probe_sqlite(
     connection: Connection, plan: ViewPlan, table: TableName
 ) -> Iterator[tuple[tuple[TableName, str], StoredColumn]]:
-    schema, name = _translated(connection, table)
-    quote = connection.dialect.identifier_preparer.quote
-    master = f"{quote(schema)}.sqlite_master" if schema else "sqlite_master"
+    schema, name = translated(connection, table)
+    master = f"{quoted(connection, schema)}.sqlite_master" if schema else "sqlite_master"
     row = connection.exec_driver_sql(
         f"SELECT type, sql FROM {master} WHERE lower(name) = lower(?)",
         (name,),

@@ -42,6 +42,7 @@ from sqlalchemy.sql import ColumnElement
 from sqlalchemy.types import NullType
 
 from .analysis import ViewPlan
+from .asking import READS
 from .comparison import Comparison, to_utc
 from .exc import TableCacheError, UnsuitableEngine
 from .forks import abandon
@@ -123,8 +124,10 @@ class Snapshots:
     def connect(self) -> Iterator[Connection]:
         """Lend a connection of the pool. It emits nothing."""
         with self.engine.connect() as connection:
-            if self._owned:  # a pool given to the cache may be the application's
+            if self._owned:
                 connection.info[READER] = True
+            else:  # the pool may be the application's, whose writes are watched
+                connection.execution_options(**READS)
             yield connection
 
     @contextmanager
@@ -160,7 +163,7 @@ class Snapshots:
 
     def nobody_writes(self) -> bool:
         """Whether no connection to an SQLite file has a writing transaction; does not wait."""
-        with self.engine.connect() as connection:
+        with self.connect() as connection:
             timeout = connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
             connection.exec_driver_sql("PRAGMA busy_timeout = 0")
             try:

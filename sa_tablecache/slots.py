@@ -120,34 +120,30 @@ def _shown(engine: Engine) -> str:
 Release = Callable[[], object]
 
 
-_READS: Final[dict[str, Any]] = {"writes": []}
-"""Says of an opaque statement that it writes nothing: the load engine may be the application's."""
-
-
 def _nothing() -> None:
     """Do nothing: the end of the transaction releases the lock."""
 
 
 def _postgresql(connection: Connection, slot: int) -> Release | None:
     lock = select(func.pg_try_advisory_xact_lock(CLASS, slot))
-    taken = connection.scalar(lock, execution_options=_READS)
+    taken = connection.scalar(lock)
     return _nothing if taken else None
 
 
 def _mysql(connection: Connection, slot: int) -> Release | None:
     # The names of locks are those of the whole server, and short.
-    database = str(connection.scalar(text("SELECT database()"), execution_options=_READS))
+    database = str(connection.scalar(text("SELECT database()")))
     name = f"sa_tablecache.{hashlib.sha1(database.encode()).hexdigest()}.{slot}"  # noqa: S324
     names = {"name": name}
     take = text("SELECT GET_LOCK(:name, 0)")
-    if not connection.scalar(take, names, execution_options=_READS):
+    if not connection.scalar(take, names):
         return None
 
     def release() -> None:
         # A connection that is broken has lost its locks already.
         with suppress(DBAPIError):
             give = text("SELECT RELEASE_LOCK(:name)")
-            connection.scalar(give, names, execution_options=_READS)
+            connection.scalar(give, names)
 
     return release
 

@@ -14,6 +14,7 @@ from typing import Final
 from sqlalchemy import Connection, text
 
 from .analysis import TableName, ViewPlan, table_label
+from .asking import full_name, quoted, translated
 
 OURS: Final = "sa_tablecache"
 """What the names of triggers of this package begin with: they change no row of a table."""
@@ -81,26 +82,26 @@ def automatic(connection: Connection, plan: ViewPlan) -> dict[TableName, Automat
 
 
 def _automatic(connection: Connection, table: TableName) -> Automatic:
-    translate = connection.get_execution_options().get("schema_translate_map") or {}
-    schema, name = translate.get(table[0], table[0]), table[1]
-    quote = connection.dialect.identifier_preparer.quote
+    schema, name = translated(connection, table)
     rows: list[tuple[str, bool | None]] = []
     match connection.dialect.name:
         case "postgresql":
-            label = ".".join(quote(part) for part in (schema, name) if part)
-            rows = [(r.name, r.acts) for r in connection.execute(_POSTGRESQL, {"name": label})]
+            label = {"name": full_name(connection, table)}
+            rows = [(r.name, r.acts) for r in connection.execute(_POSTGRESQL, label)]
         case "mysql" | "mariadb":
             given = {"table": name, "schema": schema}
             rows = [(r.name, bool(r.acts)) for r in connection.execute(_MYSQL, given)]
         case "sqlite":
-            prefix = f"{quote(schema)}." if schema else ""
+            prefix = f"{quoted(connection, schema)}." if schema else ""
             for (trigger,) in connection.exec_driver_sql(
                 f"SELECT name FROM {prefix}sqlite_master "
                 "WHERE type = 'trigger' AND lower(tbl_name) = lower(?)",
                 (name,),
             ):
                 rows.append((trigger, True))
-            for column in connection.exec_driver_sql(f"PRAGMA {prefix}table_xinfo({quote(name)})"):
+            for column in connection.exec_driver_sql(
+                f"PRAGMA {prefix}table_xinfo({quoted(connection, name)})"
+            ):
                 if column[6] in (2, 3):
                     rows.append((column[1], False))
     return Automatic(

@@ -25,9 +25,11 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sa_tablecache import CachedView, ScoreIndex, TableCache
+from sa_tablecache import AsyncTableCache, CachedView, ScoreIndex, TableCache
+from tests.conftest import asynchronous
 
 
 class Base(DeclarativeBase):
@@ -236,6 +238,209 @@ def test_a_partition_is_written(postgres_url: URL) -> None:
                 connection.execute(update(table).values(x=table.c.x + 1))
             agrees(cache, Partitioned)
     engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "INSERT INTO whole VALUES (11, 1)",
+        "UPDATE whole SET x = x + 1",
+        "DELETE FROM whole WHERE id = 1",
+        "TRUNCATE whole",
+        "INSERT INTO middle VALUES (12, 1)",
+        "UPDATE window_on SET x = 7",
+        "UPDATE apart.base SET x = 8",
+        "DELETE FROM apart.base",
+        "INSERT INTO apart.ruled VALUES (13)",
+    ],
+)
+def test_a_partition_is_written_by_its_parents(postgres_module_url: URL, written: str) -> None:
+    """What is written by way of a parent of any depth, or a view of one, is in the part."""
+    engine = create_engine(postgres_module_url)
+    with engine.begin() as connection:
+        for statement in (
+            "DROP SCHEMA IF EXISTS apart CASCADE",
+            "DROP TABLE IF EXISTS whole, child CASCADE",
+            "CREATE SCHEMA apart",
+            "CREATE TABLE whole (id int PRIMARY KEY, x int) PARTITION BY RANGE (id)",
+            (
+                "CREATE TABLE middle PARTITION OF whole FOR VALUES FROM (0) TO (100) "
+                "PARTITION BY RANGE (id)"
+            ),
+            'CREATE TABLE apart."a%b" PARTITION OF middle FOR VALUES FROM (0) TO (50)',
+            "CREATE VIEW window_on AS SELECT id, x FROM whole",
+            "CREATE TABLE apart.ruled (id int)",
+            (
+                "CREATE RULE r AS ON INSERT TO apart.ruled "
+                "DO INSTEAD INSERT INTO whole VALUES (NEW.id, 0)"
+            ),
+            "CREATE TABLE apart.base (x int)",
+            "CREATE TABLE apart.other (id int PRIMARY KEY, x int)",
+            "CREATE TABLE child () INHERITS (apart.other, apart.base)",
+            "INSERT INTO whole VALUES (1, 1), (2, 2)",
+            "INSERT INTO child VALUES (1, 1), (2, 2)",
+        ):
+            connection.execute(text(statement))
+    metadata = MetaData(schema="apart")
+    part, other = (
+        Table(name, metadata, Column("id", Integer, primary_key=True), Column("x", Integer))
+        for name in ("a%b", "other")
+    )
+
+    class Part(CachedView):
+        __select__ = select(part.c.id, part.c.x)
+
+    class Other(CachedView):
+        __select__ = select(other.c.id, other.c.x)
+
+    with TableCache(engine, views=[Part, Other]) as cache:
+        cache.load(Part)
+        cache.load(Other)
+        with engine.begin() as connection:
+            connection.execute(text(written))
+        agrees(cache, Part)
+        agrees(cache, Other)
+        models = MetaData()
+        words = written.split()
+        name = next(w for w in words if w.startswith(("whole", "middle", "window", "apart.")))
+        schema, _, name = name.rpartition(".")
+        columns = [Column("id" if name == "ruled" else "x", Integer)]
+        table = Table(name, models, *columns, schema=schema or None)
+        if name != "ruled":
+            with engine.begin() as connection:
+                connection.execute(update(table).values(x=table.c.x + 100))
+            agrees(cache, Part)
+            agrees(cache, Other)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("written", ["whole", "part", "base", "shown"])
+def test_a_foreign_key_to_a_part_is_set_off_by_its_parents(
+    postgres_module_url: URL, written: str
+) -> None:
+    """A key that no model declares acts when a parent of what it refers to is written."""
+    engine = create_engine(postgres_module_url)
+    with engine.begin() as connection:
+        for statement in (
+            "DROP TABLE IF EXISTS whole, base, keeper CASCADE",
+            "CREATE TABLE whole (id int PRIMARY KEY) PARTITION BY RANGE (id)",
+            "CREATE TABLE part PARTITION OF whole FOR VALUES FROM (0) TO (100)",
+            "CREATE TABLE base (id int)",
+            "CREATE TABLE derived (PRIMARY KEY (id)) INHERITS (base)",
+            "CREATE VIEW shown AS SELECT * FROM base",
+            "CREATE TABLE keeper (id int PRIMARY KEY)",
+            (
+                "CREATE TABLE kept (PRIMARY KEY (id), "
+                "part_id int REFERENCES part ON DELETE CASCADE, "
+                "base_id int REFERENCES derived ON DELETE CASCADE) INHERITS (keeper)"
+            ),
+            "INSERT INTO whole VALUES (1)",
+            "INSERT INTO derived VALUES (1)",
+            "INSERT INTO kept VALUES (1, 1, 1)",
+        ):
+            connection.exec_driver_sql(statement)
+    metadata = MetaData()
+    keeper, source = (
+        Table(name, metadata, Column("id", Integer, primary_key=True))
+        for name in ("keeper", written)
+    )
+
+    class Keeper(CachedView):
+        __select__ = select(keeper.c.id)
+
+    with TableCache(engine, views=[Keeper]) as cache:
+        cache.load(Keeper)
+        with engine.begin() as connection:
+            connection.execute(delete(source))
+        agrees(cache, Keeper)
+    engine.dispose()
+
+
+@pytest.fixture
+def percents(database_url: URL) -> Iterator[tuple[URL, Table, Table | None]]:
+    """A table whose name has a percent sign, with a trigger; and a database view of it."""
+    engine = create_engine(database_url)
+    metadata = MetaData()
+    columns = ("x", "y")
+    table, window = (
+        Table(name, metadata, Column("id", Integer, primary_key=True),
+              *(Column(c, Integer) for c in columns))
+        for name in ("a%b", "c%d")
+    )  # fmt: skip
+    body = {
+        "sqlite": 'CREATE TRIGGER "p%q" AFTER UPDATE OF x ON "a%b" '
+        'BEGIN UPDATE "a%b" SET y = NEW.x WHERE id = NEW.id; END',
+        "postgresql": 'CREATE TRIGGER "p%q" BEFORE UPDATE OF x ON "a%b" '
+        "FOR EACH ROW EXECUTE FUNCTION follow()",
+        "mysql": "CREATE TRIGGER `p%q` BEFORE UPDATE ON `a%b` FOR EACH ROW SET NEW.y = NEW.x",
+    }
+    dialect = engine.dialect.name
+    with engine.begin() as connection:
+        table.create(connection)
+        connection.execute(insert(table), [{"id": 1, "x": 1, "y": 1}, {"id": 2, "x": 2, "y": 2}])
+        if dialect == "postgresql":
+            connection.execute(
+                text(
+                    "CREATE FUNCTION follow() RETURNS trigger LANGUAGE plpgsql "
+                    "AS 'BEGIN NEW.y = NEW.x; RETURN NEW; END'"
+                )
+            )
+        connection.execute(text(body[dialect]))
+        if dialect != "sqlite":
+            quote = '"' if dialect == "postgresql" else "`"
+            shown = "CREATE VIEW 'c%d' AS SELECT id, x, y FROM 'a%b'".replace("'", quote)
+            connection.execute(text(shown))
+    yield database_url, table, None if dialect == "sqlite" else window
+    engine.dispose()
+
+
+def percent_view(table: Table) -> type[CachedView]:
+    """A view that does not show what statements set."""
+
+    class Percent(CachedView):
+        __select__ = select(table.c.id, table.c.y)
+        by_y = ScoreIndex("y")
+
+    return Percent
+
+
+@pytest.mark.every_database
+def test_a_percent_sign_in_a_name(percents: tuple[URL, Table, Table | None]) -> None:
+    """Triggers and database views of such a table are found in the catalog."""
+    url, table, window = percents
+    engine = create_engine(url)
+    view = percent_view(table)
+    with TableCache(engine, views=[view]) as cache:
+        cache.load(view)
+        for written in filter(lambda t: t is not None, (table, window)):
+            assert written is not None
+            with engine.begin() as connection:
+                connection.execute(update(written).values(x=written.c.x + 100))
+            agrees(cache, view)
+        assert any("p%q" in str(problem) for problem in cache.check())
+    engine.dispose()
+
+
+@pytest.mark.every_database
+async def test_a_percent_sign_in_a_name_by_asynchronous_drivers(
+    percents: tuple[URL, Table, Table | None],
+) -> None:
+    """Drivers differ in whether they format statements."""
+    url, table, window = percents
+    engine = create_async_engine(asynchronous(url))
+    view = percent_view(table)
+    cache = AsyncTableCache(engine, views=[view])
+    await cache.load(view)
+    for written in (table, window):
+        if written is not None:
+            async with engine.begin() as connection:
+                await connection.execute(update(written).values(x=written.c.x + 100))
+            async with cache.sessionmaker()() as session, engine.connect() as connection:
+                said = sorted((r.id, r.y) for r in await session.scalars(select(view)))
+                truth = await connection.execute(select(table.c.id, table.c.y))
+                assert said == sorted(map(tuple, truth))
+    await cache.close()
+    await engine.dispose()
 
 
 def test_text_that_is_equal_and_not_the_same(sqlite_url: URL) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event, insert, update
+from sqlalchemy import Engine, event, insert, literal, select, update
 from sqlalchemy.exc import OperationalError
 
 from sa_tablecache import (
@@ -376,21 +376,28 @@ def test_a_slot_is_given_back_after_each_load(slots: World) -> None:
     assert slots.cache.stats(OuterBoard).records == 6
 
 
-def test_taking_a_slot_marks_nothing(database: Database) -> None:
-    """Where the application's engine loads, asking for the lock is not taken for a write."""
+@pytest.mark.every_database
+def test_what_the_cache_asks_marks_nothing(database: Database) -> None:
+    """Where the application's engine loads, the cache's own questions are not taken for writes."""
     with (
-        database.lent_engine() as engine,
-        flights_world(database, load_engine=engine) as world,
+        database.lent_engine(pool_size=1, max_overflow=0) as engine,
+        flights_world(database, load_engine=engine, load_slots=1) as world,
     ):
-        world.cache.attach(engine)
-        world.cache.load(OuterBoard)  # which asks the catalog first
-        world.cache.refresh(OuterBoard)
-        before = world.cache.stats(OuterBoard).marks
-        snapshots = world.cache.table(OuterBoard)._snapshots
-        with LoadSlots(1).open(snapshots, in_task=False) as connection:
-            assert connection.engine is engine
-        stats = world.cache.stats(OuterBoard)
-        assert (stats.pending_marks, stats.marks) == (0, before)
+        cache = world.cache
+        cache.attach(engine)
+        cache.add(InnerBoard)
+        cache.load(OuterBoard)
+        cache.load(InnerBoard)  # whose catalog is asked when the other view has its records
+        cache.refresh(OuterBoard)
+        cache.estimate(OuterBoard)
+        cache.check()
+        for view in (OuterBoard, InnerBoard):
+            stats = cache.stats(view)
+            assert (stats.pending_marks, stats.marks) == (0, {}), view
+        with cache.sessionmaker()() as session:
+            session.execute(select(literal(1)))  # on the connection that the cache has used
+            assert len(session.scalars(select(OuterBoard)).all()) == 6
+            assert session.last_read.kind == "hit", session.last_read
 
 
 async def test_tasks_wait_without_holding_up_the_loop(database: Database, other: Process) -> None:

@@ -29,6 +29,7 @@ ORDER = """
     groups
     keys
     analysis
+    asking
     actions
     orders
     storage
