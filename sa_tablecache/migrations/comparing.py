@@ -9,7 +9,8 @@ In: the context of autogenerate and the operations that it found so far. Out: fu
 * A table that no view needs any more: workers of the release before may need it as long as they
   run. It is told of, and goes on being watched, unless ``sa_tablecache_cleanup`` is set.
 
-Where nothing is to be done nothing is added, so that ``alembic check`` passes.
+Where nothing is to be done nothing is added, so that ``alembic check`` passes. What keeps changes
+of a watched table from being seen, and what watching it again does not end, is a warning.
 """
 
 from __future__ import annotations
@@ -288,6 +289,13 @@ class _Comparison:
         elif self._statements(have) != self._statements(wanted):
             log.info("Detected table '%s' that is watched otherwise", wanted.relation)
         else:
+            if wanted.relation in self.installed.hindered:
+                log.warning(
+                    "%s is watched, and changes of it are not seen all the same, so that the "
+                    "database answers for its views: %s",
+                    wanted.relation,
+                    self.installed.hindered[wanted.relation],
+                )
             return
         added = self._added(wanted.relation)
         ask = not added.isdisjoint((*wanted.key, *wanted.ranges))
