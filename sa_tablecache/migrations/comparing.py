@@ -242,7 +242,12 @@ class _Comparison:
                     "before is left, op.unwatch_table() (or sa_tablecache_cleanup) ends that",
                     relation,
                 )
-                self._watch(name, self._wanted(relation, None, have), have)
+                try:
+                    wanted = self._wanted(relation, None, have)
+                except TableCacheError as error:
+                    log.warning("%s", error)
+                else:
+                    self._watch(name, wanted, have)
 
     # -- one table ------------------------------------------------------------------------------
 
@@ -259,7 +264,7 @@ class _Comparison:
         removed = self._removed(relation)
         key = tuple(column for column in dict.fromkeys(key) if column not in removed)
         ranges = tuple(column for column in dict.fromkeys(ranges) if column not in removed)
-        if need is None and have is not None:
+        if need is None and have is not None and (not key or relation not in self.outdated):
             return replace(have, key=key, ranges=ranges)
         # Columns that the migration adds are not there yet.
         added = self._added(relation)
