@@ -15,10 +15,10 @@ from pathlib import Path
 
 import sqlalchemy
 
-from benchmarks import database, feed, loading, memory, peers, ranges, transactions
+from benchmarks import database, feed, hits, loading, memory, peers, ranges, transactions
 from benchmarks.harness import Result
 
-PARTS = ("ranges", "peers", "loading", "memory", "transactions", "feed")
+PARTS = ("ranges", "hits", "peers", "loading", "memory", "transactions", "feed")
 QUICK_DAYS = 14
 
 
@@ -37,9 +37,12 @@ def measure(parts: Sequence[str], *, quick: bool) -> Iterator[list[Result]]:
                 yield memory.run(url, quick=quick)
             if "loading" in parts:
                 yield asyncio.run(loading.run(url, quick=quick))
-    if "ranges" in parts:
+    if {"ranges", "hits"} & set(parts):
         with database.sqlite(days) as url:
-            yield ranges.run(url, quick=quick)
+            if "ranges" in parts:
+                yield ranges.run(url, quick=quick)
+            if "hits" in parts:
+                yield hits.run(url, quick=quick)
 
 
 def show(results: Sequence[Result]) -> None:

@@ -21,11 +21,10 @@ from .exc import (
 )
 from .explaining import Explanation
 from .feed import ChangeFeed, FeedHealth
-from .figures import Estimate, Stats
+from .figures import Estimate, LastRead, Stats
 from .options import bypass_cache, max_staleness, no_store
 from .policies import Everything, Manual, ReadThrough, SlidingWindow
 from .problems import Problem
-from .reading import LastRead
 from .scopes import harmless
 from .session import CacheSession, TableCache
 from .transactions import Transaction, in_transaction

@@ -16,46 +16,45 @@ from .comparison import Inexact
 from .criteria import And
 from .layout import Layout
 from .orders import NAN, Record
-from .planner import Candidate, Columns, Question
-from .scores import NULLS_FIRST, NULLS_LAST, Extreme, Interval, IntervalSet
+from .planner import Question
+from .prepared import Candidate, Columns
+from .scores import EVERYTHING, NULLS_FIRST, NULLS_LAST, Extreme, Interval, IntervalSet
 from .shapes import Ordering, Shape
 from .state import State
 
 
-def covered_candidate(layout: Layout, question: Question, state: State) -> Candidate | None:
+def covered_candidate(question: Question, state: State) -> Candidate | None:
     """Return the index with the fewest records in range, of those that are covered."""
-    best: Candidate | None = None
-    fewest = 0
+    coverage = state.coverage
+    usable: list[Candidate] = []
+    unbounded: list[Candidate] = []
     for candidate in question.candidates:
-        if is_testable(layout, question, candidate) and state.coverage.covers(
-            candidate.index, candidate.intervals
+        if candidate.testable and (
+            coverage.everything or coverage.covers(candidate.index, candidate.intervals)
         ):
-            order = state.storage.orders[candidate.index]
-            size = sum(map(order.count, candidate.intervals))
+            (unbounded if candidate.intervals is EVERYTHING else usable).append(candidate)
+    if not usable and unbounded:
+        return next((each for each in unbounded if each.direction is not None), unbounded[0])
+    if len(usable) > 1:
+        orders = state.storage.orders
+
+        def cost(candidate: Candidate) -> tuple[int, int]:
             # Of two indexes with as many records, the one that leaves less to test is better.
-            if (
-                best is None
-                or size < fewest
-                or (size == fewest and len(candidate.residual) < len(best.residual))
-            ):
-                best, fewest = candidate, size
-    return best
+            size = sum(map(orders[candidate.index].count, candidate.intervals))
+            return size, len(candidate.residual)
+
+        return min(usable, key=cost)
+    return usable[0] if usable else None
 
 
-def is_testable(layout: Layout, question: Question, candidate: Candidate) -> bool:
-    """Whether what an index leaves to test is about columns that records have."""
-    about = question.shape.about
-    return all(about[number] <= layout.columns.public for number in candidate.residual)
-
-
-def limited_candidate(layout: Layout, question: Question, state: State) -> Candidate | None:
+def limited_candidate(question: Question, state: State) -> Candidate | None:
     """Return an index that covers the first records of its range, if the limit asks for no more."""
     if question.limit is None:
         return None
     for candidate in question.candidates:
         if candidate.residual or len(candidate.intervals) != 1:
             continue
-        direction = index_direction(candidate, question.shape.orderings, layout.columns)
+        direction = candidate.direction
         if direction is not None and holds_first(
             state,
             candidate.index,
@@ -94,11 +93,11 @@ def loadable_candidate(
     """
     best: tuple[Any, Candidate, int | None, bool | None] | None = None
     for candidate in question.candidates:
-        if not is_testable(layout, question, candidate) or not layout.is_expressible(
+        if not candidate.testable or not layout.is_expressible(
             candidate.index, candidate.intervals
         ):
             continue
-        direction = index_direction(candidate, question.shape.orderings, layout.columns)
+        direction = candidate.direction
         most = None
         if (
             question.limit is not None
@@ -140,7 +139,7 @@ def partial_candidate(
         if (
             not present
             or not layout.is_expressible(candidate.index, missing)
-            or not is_testable(layout, question, candidate)
+            or not candidate.testable
         ):
             continue
         order = state.storage.orders[candidate.index]
@@ -158,7 +157,7 @@ def records_in(
     result: list[Record] = []
     for interval in intervals:
         part = order.between(interval)
-        result = part if not result else result + part
+        result = result + part if result else part
     if descending:
         result.reverse()
     return result
@@ -172,7 +171,7 @@ def from_state(
     if shape.count and not candidate.residual:
         order = state.storage.orders[candidate.index]
         return [(sum(map(order.count, candidate.intervals)),)]
-    direction = index_direction(candidate, shape.orderings, columns)
+    direction = candidate.direction
     if direction is None:
         check_sortable(shape.orderings, columns)
     if (
@@ -188,9 +187,10 @@ def from_state(
         )
         return finished(layout, question, few, ordered=True)
     records: Sequence[Record] = records_in(
-        state, candidate.index, candidate.intervals, descending=bool(direction)
+        state, candidate.index, candidate.intervals.intervals, descending=bool(direction)
     )
-    records = filter_records(shape, candidate.residual, question, columns, records)
+    if candidate.residual:
+        records = filter_records(shape, candidate.residual, question, columns, records)
     return finished(layout, question, records, ordered=direction is not None)
 
 
@@ -207,7 +207,9 @@ def finished(
         records = records[question.offset : question.offset + question.limit]
     elif question.offset:
         records = records[question.offset :]
-    records = layout.given(records if isinstance(records, list) else list(records))
+    records = records if isinstance(records, list) else list(records)
+    if layout.loader.mutable:
+        records = layout.given(records)
     if shape.projection is None:
         return records
     values = attrgetter(*shape.projection)
@@ -230,29 +232,6 @@ def finished(
 
 
 # -- order -------------------------------------------------------------------------------------
-
-
-def index_direction(
-    candidate: Candidate, orderings: Sequence[Ordering], columns: Columns
-) -> bool | None:
-    """Return whether the index gives the wanted order: ``False``, or ``True`` if read backwards.
-
-    ``None`` if the records have to be sorted.
-    """
-    wanted = [o for o in orderings if o.column not in candidate.fixed]
-    if not wanted:
-        return False
-    # A column that has one value throughout does not influence the order of the keys.
-    order = columns.orders[candidate.index]
-    parts = [part for part in order.parts if part.name not in candidate.fixed]
-    if len({o.descending for o in wanted}) > 1 or len(wanted) > len(parts):
-        return None
-    for part, ordering in zip(parts, wanted, strict=False):
-        if part.name != ordering.column or part.hashed:
-            return None
-        if not columns.comparisons[part.name].order:
-            return None
-    return wanted[0].descending
 
 
 def check_sortable(orderings: Sequence[Ordering], columns: Columns) -> None:

@@ -21,7 +21,7 @@ from . import ranges
 from .exc import TableCacheError, Unbound
 from .explaining import Explanation
 from .feed import ChangeFeed
-from .figures import Estimate, Stats
+from .figures import Estimate, LastRead, Stats
 from .following import AnswerFreshness
 from .health import Health
 from .keeping import Clock
@@ -29,9 +29,9 @@ from .loading import Progress
 from .policies import Policy
 from .problems import Problem
 from .ranges import RangeRead
-from .reading import Answer, LastRead
-from .results import result_of
-from .scopes import Scope, overrides
+from .reading import Answer
+from .results import result_of, scalars_of
+from .scopes import Scope, is_filtered, overrides
 from .session import CacheSession, TableCache, _check_range
 from .transactions import AsyncDecorator, TransactionOptions, decorator
 from .view import CachedView, ViewIndex, ViewMeta
@@ -355,7 +355,7 @@ class AsyncCacheSession(AsyncSession):
             if params is None and not kwargs and not self._executes_otherwise():
                 answer = self._at_once(statement)
                 if answer is not None:
-                    return result_of(answer, statement).scalars()
+                    return scalars_of(answer, statement)
             return await super().scalars(statement, params, **kwargs)
 
         async def scalar(self, statement, params=None, **kwargs):
@@ -369,6 +369,9 @@ class AsyncCacheSession(AsyncSession):
         async def get(self, entity, ident, **kwargs):
             """Return a record or an instance by primary key; see :meth:`.CacheSession.get`."""
             if isinstance(entity, ViewMeta):
+                found = self.sync_session._get_stored(entity, ident, fetch=False)
+                if found is not None:
+                    return found
                 return await greenlet_spawn(self.sync_session.get, entity, ident)
             return await super().get(entity, ident, **kwargs)
 
@@ -388,14 +391,15 @@ class AsyncCacheSession(AsyncSession):
         _check_range(index, len(prefix), (ge, gt, le, lt), limit)
         read = RangeRead(index, prefix, ge, gt, le, lt, descending, limit, after)
         session = self.sync_session
-        if session._reads_by_statement(index.view) or self._executes_otherwise():
+        scoped = index.view.__scope__ is not None
+        if scoped or overrides(session) or self._executes_otherwise():
             table = session.cache.table(index.view)
             if after is None:
                 statement = ranges.range_statement(session, table, read)
             else:  # where the page begins may have to be asked
                 statement = await greenlet_spawn(ranges.range_statement, session, table, read)
             return list((await self.execute(statement)).scalars())
-        if not session._is_filtered():
+        if not is_filtered(session):
             records = ranges.range_from_cache(session.cache, session, read, fetch=False)
             if records is not None:
                 return records

@@ -147,10 +147,11 @@ class BaseTableCache(Running):
     @property
     def engine(self) -> Engine:
         """The engine that the cache is bound to."""
-        self._check_open()
-        if self._engine is None:
+        engine = self._engine
+        if engine is None or self._closed:
+            self._check_open()
             raise Unbound("this cache is not bound to an engine yet: call cache.bind(engine)")
-        return self._engine
+        return engine
 
     @property
     def load_engine(self) -> Engine:
@@ -303,7 +304,7 @@ class BaseTableCache(Running):
             question = ask(shape, parameters, table.set_up().columns)
         except Inexact:
             return table.state.coverage.everything
-        return covered_candidate(table.set_up(), question, table.state) is not None
+        return covered_candidate(question, table.state) is not None
 
     def ready(self, view: type[CachedView]) -> bool:
         """Whether a load of the view has ended."""
@@ -432,7 +433,11 @@ class BaseTableCache(Running):
         view = view_of(statement)
         if view is None:
             raise CriteriaError("this is not a SELECT of a cached view")
-        return explain(self.table(view), statement)
+        table = self.table(view)
+        distrust = None if self.consumer is None else self.consumer.distrust(table)
+        if distrust is not None:
+            return Explanation("bypass", view.__name__, distrust)
+        return explain(table, statement)
 
     # -- end ------------------------------------------------------------------------------------
 

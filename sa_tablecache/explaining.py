@@ -10,7 +10,6 @@ from .answering import (
     check_residual,
     check_sortable,
     covered_candidate,
-    index_direction,
     limited_candidate,
     partial_candidate,
 )
@@ -83,9 +82,9 @@ def _explained(
         return Explanation("miss", name, f"nothing is loaded{loaded}", coarse=coarse)
     question = ask(shape, parameters, columns)
     reason = ""
-    candidate, missing, kind = covered_candidate(layout, question, state), NOTHING, "hit"
+    candidate, missing, kind = covered_candidate(question, state), NOTHING, "hit"
     if candidate is None:
-        candidate = limited_candidate(layout, question, state)
+        candidate = limited_candidate(question, state)
     if candidate is None:
         partial = partial_candidate(layout, question, state)
         if partial is None:
@@ -105,7 +104,7 @@ def _explained(
         if not table.refresh_needed:
             raise Inexact("a commit is under way")
         reason = reason or "after a refresh of what is marked"
-    direction = index_direction(candidate, shape.orderings, columns)
+    direction = candidate.direction
     if direction is None or missing:
         check_sortable(shape.orderings, columns)
     check_residual(shape, candidate.residual, columns)

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 from sqlalchemy import Connection, func, select
 
@@ -16,6 +16,7 @@ from .loading import Rows
 from .readers import EveryScope
 from .scores import IntervalSet
 from .storage import Storage
+from .view import CachedView
 
 SAMPLE = 1_000
 """Rows that an estimate looks at."""
@@ -77,6 +78,18 @@ class Reason(str):
 def category_of(reason: object) -> str:
     """Return the category of a reason; of words that came with none, that of the statement."""
     return getattr(reason, "category", "statement")
+
+
+class LastRead(NamedTuple):
+    """How the last read of a view was answered.
+
+    ``kind`` is ``hit`` (from the cache), ``partial`` (gaps fetched and merged), ``miss`` (by the
+    database, coverage lacking) or ``bypass`` (by the database, by rule); ``reason`` says why.
+    """
+
+    kind: str
+    reason: str
+    view: type[CachedView]
 
 
 @dataclass(frozen=True, slots=True)

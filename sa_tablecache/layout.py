@@ -31,7 +31,7 @@ from .exc import ViewDefinitionError
 from .groups import GroupPath
 from .loading import Loader, Rows
 from .orders import Hidden, Order, Part, Record
-from .planner import Columns
+from .prepared import Columns
 from .scores import MAX, MIN, Cut, Extreme, Interval, IntervalSet
 from .storage import Storage
 from .triggers import Automatic

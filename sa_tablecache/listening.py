@@ -51,14 +51,16 @@ def listen(
             return state.invoke_statement() if result is None else result
 
     def answered(state: ORMExecuteState) -> Result[Any] | None:
-        if state.local_execution_options.get(SKIP):
-            return None
-        if cache.closed and not _is_cached(state.session):
-            return None
         statement = state.statement
         if not isinstance(statement, Select):
             return None
         view = view_of(statement)
+        if view is None and not selects_views(statement):
+            return None
+        if state.local_execution_options.get(SKIP):
+            return None
+        if cache.closed and not _is_cached(state.session):
+            return None
         run = partial(database_answers, state)
         if view is not None and (view in cache.views or _is_cached(state.session)):
             if _others_follow(state.session, do_orm_execute):
@@ -68,7 +70,7 @@ def listen(
                 and "bind" not in state.bind_arguments
                 and _plain(state.local_execution_options)
             ):
-                answer = reading.answer(cache, state.session, statement)
+                answer = reading.answer(cache, state.session, statement, view=view)
                 if answer is not None:
                     return result_of(answer, statement)
                 table = cache.table(view)

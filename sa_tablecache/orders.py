@@ -89,10 +89,10 @@ class Order:
     def cut_values(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """Return a prefix of values as it stands in keys, ``None`` for NULL."""
         null = NULLS_FIRST if self.nulls_first else NULLS_LAST
-        return tuple(
-            null if value is None else hash(value) if part.hashed else value
-            for part, value in zip(self.parts, values, strict=False)
-        )
+        cut = []
+        for part, value in zip(self.parts, values, strict=False):
+            cut.append(null if value is None else hash(value) if part.hashed else value)
+        return tuple(cut)
 
     def prefix(self, values: Sequence[Any]) -> Interval:
         """Return the interval of all keys that start with the values."""

@@ -10,20 +10,19 @@ does raises :class:`.Inexact`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy.sql.elements import BindParameter
 from sqlalchemy.types import TypeDecorator
 
 from . import criteria
 from .analysis import ViewPlan
-from .comparison import Comparison, Inexact
+from .comparison import Inexact
 from .criteria import And, Compare, Const, In, IsNull, Node, Or, RowCompare, Truth, columns_of
 from .exc import NotExpressible
 from .orders import Order
+from .prepared import Candidate, Columns, Way, prepared_for
 from .scores import (
     EVERYTHING,
     MAX,
@@ -40,35 +39,7 @@ MOST_POINTS: Final = 1_000
 """So many intervals at most are made from IN lists; longer ones are filtered."""
 
 
-@dataclass(frozen=True, eq=False)
-class Columns:
-    """What is known, for one database, of the columns and indexes of a view."""
-
-    plan: ViewPlan
-    comparisons: Mapping[str, Comparison]
-    orders: Mapping[str, Order]
-    nulls_first: bool
-
-    @cached_property
-    def public(self) -> frozenset[str]:
-        """The columns that records have."""
-        return frozenset(c.name for c in self.plan.columns)
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One index and the intervals of it that contain the answer."""
-
-    index: str
-    intervals: IntervalSet
-    residual: tuple[int, ...]
-    """The conditions, by number, that the intervals do not express."""
-    fixed: frozenset[str]
-    """The columns that have one value throughout."""
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """A shape with its parameters."""
 
     shape: Shape
@@ -88,25 +59,30 @@ def ask(shape: Shape, parameters: Sequence[BindParameter[Any]], columns: Columns
 
     :raises Inexact: if Python would not give the database's answer.
     """
-    raw = [parameter.effective_value for parameter in parameters]
+    prepared = columns.prepared.get(shape) or prepared_for(shape, columns)
+    raw = []
     for parameter in parameters:
         if parameter.required:
             raise Inexact("a parameter without a value")
         if isinstance(parameter.type, TypeDecorator):
             raise Inexact("a parameter that its type changes")
+        raw.append(parameter.value if parameter.callable is None else parameter.effective_value)
     bound: list[Any] = [False] * len(raw)
-    types = [parameter.type for parameter in parameters]
-    criteria.bind(shape.where, raw, bound, columns.comparisons, types)
-    limit = offset = None
-    if shape.limit is not None:
-        limit = _row_count(raw[shape.limit])
-    if shape.offset is not None:
-        offset = _row_count(raw[shape.offset])
-    candidates = tuple(
-        candidate_of(order, shape, bound, columns) for order in columns.orders.values()
-    )
-    lists = tuple(v[1:] for v in bound if type(v) is tuple)
-    return Question(shape, tuple(bound), lists, limit, offset or 0, candidates)
+    lists: tuple[Any, ...] = ()
+    if prepared.compared is not None:
+        for at, how in prepared.compared:
+            bound[at] = how.parameter(raw[at], parameters[at].type)
+    else:
+        types = [parameter.type for parameter in parameters]
+        criteria.bind(shape.where, raw, bound, columns.comparisons, types)
+        lists = tuple(v[1:] for v in bound if type(v) is tuple)
+    limit = None if shape.limit is None else _row_count(raw[shape.limit])
+    offset = 0 if shape.offset is None else _row_count(raw[shape.offset])
+    candidates: list[Candidate] = []
+    for order, way in prepared.ways:
+        candidate = way.candidate(bound) if isinstance(way, Way) else way
+        candidates.append(candidate or candidate_of(order, shape, bound, columns))
+    return Question(shape, tuple(bound), lists, limit, offset, tuple(candidates))
 
 
 def _row_count(value: Any) -> int:
@@ -118,8 +94,6 @@ def _row_count(value: Any) -> int:
 def candidate_of(order: Order, shape: Shape, bound: Sequence[Any], columns: Columns) -> Candidate:
     """Return the intervals of one index that contain all records meeting the conditions."""
     conjuncts, about = shape.conjuncts, shape.about
-    if order.parts[0].name not in shape.used:
-        return Candidate(order.name, EVERYTHING, tuple(range(len(conjuncts))), frozenset())
     prefixes: list[tuple[Any, ...]] = [()]
     used: set[int] = set()
     fixed: set[str] = set()
@@ -155,7 +129,7 @@ def candidate_of(order: Order, shape: Shape, bound: Sequence[Any], columns: Colu
     if intervals is None:
         intervals = IntervalSet(Interval((*p, MIN), (*p, MAX)) for p in prefixes)
     residual = tuple(number for number in range(len(conjuncts)) if number not in used)
-    return Candidate(order.name, intervals, residual, frozenset(fixed))
+    return columns.candidate(order, shape, intervals, residual, frozenset(fixed))
 
 
 def _points(values: IntervalSet) -> list[Any] | None:

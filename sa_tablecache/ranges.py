@@ -37,9 +37,10 @@ from .reading import (
     missed,
     note_kept,
     remember,
+    remember_hit,
 )
 from .scopes import database_reason, flush_pending
-from .scores import MAX, MIN, NULLS_LAST, Interval, IntervalSet
+from .scores import MAX, MIN, NULLS_FIRST, NULLS_LAST, Cut, Interval, IntervalSet
 from .staleness import tolerated
 from .state import State
 from .table import CachedTable
@@ -66,9 +67,7 @@ def range_from_cache(
     """Answer a range read from storage, or return ``None`` after noting why not."""
     table = cache.table(read.by.view)
     try:
-        if fetch:
-            flush_pending(session)
-        elif not session._is_clean():
+        if not flush_pending(session, flush=fetch):
             return None
         refreshed = loaded = False
         keeper = table.keeper
@@ -89,11 +88,11 @@ def range_from_cache(
                 stale = tolerated(table)
                 state = None if stale is None else table.state
             if state is not None:
-                if not state.coverage and not fills:
+                if not state.coverage.sets and not fills:
                     if fetch and missed(session, table, NOT_LOADED):
                         continue
                     return None
-                layout, name = table.set_up(), read.by.name
+                layout, name = table.layout or table.set_up(), read.by.name
                 interval = range_interval(layout, read, state)
                 elsewhere = None
                 covered = (
@@ -120,7 +119,9 @@ def range_from_cache(
                 ):
                     loaded = True
                     continue
-                marked = stale is not None or state.is_stale(name, (interval,))
+                marked = stale is not None or (
+                    state.stale is not None and state.is_stale(name, (interval,))
+                )
                 if not marked and not covered:
                     return _partial_range(session, table, read, state, interval)
                 if covered and marked:
@@ -134,7 +135,10 @@ def range_from_cache(
                     else:
                         records = order.some(interval, read.limit, from_end=read.descending)
                     if keeper is None:
-                        remember(session, table, "hit", stale or (REFRESHED if refreshed else ""))
+                        if stale is None and not refreshed:
+                            remember_hit(session, table)
+                        else:
+                            remember(session, table, "hit", stale or REFRESHED)
                     else:
                         if not loaded:
                             where, inner = elsewhere or (name, interval)
@@ -142,7 +146,7 @@ def range_from_cache(
                         note_kept(session, table, stale, loaded=loaded, lent=lent, again=refreshed)
                     if stale is not None:
                         cache.refreshing.behind(table)
-                    return layout.given(records)
+                    return layout.given(records) if layout.loader.mutable else records
             if not fetch or not freshen(session, cache, table):
                 return None
             refreshed = True
@@ -211,36 +215,41 @@ def _covered_otherwise(
         if position < at:
             inner = layout.orders[index].prefix((read.prefix[position],))
         else:
-            inner = _bounds(layout, read, position, ())
+            inner = Interval(*_bounds(layout, read, position, ()))
         if covered.covers(inner):
             return index, inner
     return None
 
 
-def _bounds(layout: Layout, read: RangeRead, position: int, prefix: tuple[Any, ...]) -> Interval:
-    """Return the interval of the bounds on one score, below a prefix of others."""
+def _bounds(layout: Layout, read: RangeRead, position: int, prefix: Cut) -> tuple[Cut, Cut]:
+    """Return the cuts of the bounds on one score, below a prefix of others."""
     part = layout.orders[read.by.name].parts[position]
     how = layout.columns.comparisons[part.name]
     bounded = not (read.ge is None and read.gt is None and read.le is None and read.lt is None)
     if bounded and not how.order:
         raise Inexact(f"{part.name}: {how.reason or 'no order that Python knows'}")
-    lower: tuple[Any, ...] = (*prefix, MIN)
-    upper: tuple[Any, ...] = (*prefix, MAX)
-    if bounded and part.nullable:
-        null = layout.orders[read.by.name].cut_values((None,) * (position + 1))[position]
-        if null is NULLS_LAST:
-            upper = (*prefix, null, MIN)
-        else:
-            lower = (*prefix, null, MAX)
+    # Without min() and max(), which would compare cuts that are known to be the outer ones.
+    lower: tuple[Any, ...] | None = None
+    upper: tuple[Any, ...] | None = None
     if read.ge is not None:
-        lower = max(lower, (*prefix, how.parameter(read.ge), MIN))
+        lower = (*prefix, how.parameter(read.ge), MIN)
     if read.gt is not None:
-        lower = max(lower, (*prefix, how.parameter(read.gt), MAX))
+        cut = (*prefix, how.parameter(read.gt), MAX)
+        lower = cut if lower is None else max(lower, cut)
     if read.le is not None:
-        upper = min(upper, (*prefix, how.parameter(read.le), MAX))
+        upper = (*prefix, how.parameter(read.le), MAX)
     if read.lt is not None:
-        upper = min(upper, (*prefix, how.parameter(read.lt), MIN))
-    return Interval(lower, upper)
+        cut = (*prefix, how.parameter(read.lt), MIN)
+        upper = cut if upper is None else min(upper, cut)
+    nulls_last = not layout.columns.nulls_first
+    if lower is None:
+        # A bound leaves out NULL, wherever it sorts.
+        first = bounded and part.nullable and not nulls_last
+        lower = (*prefix, NULLS_FIRST, MAX) if first else (*prefix, MIN)
+    if upper is None:
+        last = bounded and part.nullable and nulls_last
+        upper = (*prefix, NULLS_LAST, MIN) if last else (*prefix, MAX)
+    return lower, upper
 
 
 def range_interval(layout: Layout, read: RangeRead, state: State) -> Interval:
@@ -250,19 +259,21 @@ def range_interval(layout: Layout, read: RangeRead, state: State) -> Interval:
     """
     columns = layout.columns
     order = layout.orders[read.by.name]
-    values = []
-    for value, part in zip(read.prefix, order.parts, strict=False):
-        how = columns.comparisons[part.name]
-        if not how.equality:
-            raise Inexact(f"{part.name}: {how.reason}")
-        values.append(None if value is None else how.parameter(value))
-    prefix = order.cut_values(values)
+    prefix: tuple[Any, ...] = ()
+    if read.prefix:
+        values = []
+        for value, part in zip(read.prefix, order.parts, strict=False):
+            how = columns.comparisons[part.name]
+            if not how.equality:
+                raise Inexact(f"{part.name}: {how.reason}")
+            values.append(None if value is None else how.parameter(value))
+        prefix = order.cut_values(values)
     paged = read.limit is not None or read.after is not None
     for part in order.parts[len(prefix) : None if paged else order.scores]:
         if part.hashed or not columns.comparisons[part.name].order:
             raise Inexact(f"{part.name}: {columns.comparisons[part.name].reason}")
     if len(prefix) == order.scores:
-        lower, upper = Interval((*prefix, MIN), (*prefix, MAX))
+        lower, upper = (*prefix, MIN), (*prefix, MAX)
     else:
         lower, upper = _bounds(layout, read, len(prefix), prefix)
     if read.after is not None:

@@ -30,11 +30,12 @@ from .answering import (
 from .cache import BaseTableCache
 from .clauses import intervals_clause
 from .comparison import Inexact, to_utc
-from .figures import Reason, category_of
+from .figures import LastRead, Reason, category_of
 from .modes import COMPARING
 from .options import BypassCache, NoStore
 from .orders import Record
-from .planner import Candidate, Question, ask
+from .planner import Question, ask
+from .prepared import Candidate
 from .redaction import shown_coverage, shown_intervals
 from .scopes import database_reason, flush_pending, in_own_scope
 from .scores import IntervalSet
@@ -51,18 +52,6 @@ log = logging.getLogger(__name__)
 SKIP = "sa_tablecache_skip"
 
 
-class LastRead(NamedTuple):
-    """How the last read of a view was answered.
-
-    ``kind`` is ``hit`` (from the cache), ``partial`` (gaps fetched and merged), ``miss`` (by the
-    database, coverage lacking) or ``bypass`` (by the database, by rule); ``reason`` says why.
-    """
-
-    kind: str
-    reason: str
-    view: type[CachedView]
-
-
 class Answer(NamedTuple):
     """What the cache answered: records, tuples of columns, or one count."""
 
@@ -72,16 +61,23 @@ class Answer(NamedTuple):
 
 def remember(session: Any, table: CachedTable, kind: str, reason: str = "") -> None:
     """Note how a read was answered."""
+    if kind == "hit" and not reason:
+        remember_hit(session, table)
+        return
     if table.shadowed and COMPARING in session.info:
         session.last_read = LastRead(kind, reason, table.view)
         return
     session.last_read = read = LastRead(kind, reason, table.view)
-    if kind == "hit" and not reason:
+    table.count_read(kind, category_of(reason))
+    table.recent.append(read)
+    log.debug("view %s: %s (%s)", table.plan.name, kind, reason)
+
+
+def remember_hit(session: Any, table: CachedTable) -> None:
+    """Note that a read was answered from storage, as it was."""
+    session.last_read = table.hit
+    if not (table.shadowed and COMPARING in session.info):
         table.counts.hits += 1
-    else:
-        table.count_read(kind, category_of(reason))
-        table.recent.append(read)
-        log.debug("view %s: %s (%s)", table.plan.name, kind, reason)
 
 
 # -- what the cache can say --------------------------------------------------------------------
@@ -154,27 +150,32 @@ ATTEMPTS = 3
 
 
 def answer(
-    cache: BaseTableCache, session: Session, statement: Select[Any], *, fetch: bool = True
+    cache: BaseTableCache,
+    session: Session,
+    statement: Select[Any],
+    *,
+    view: type[CachedView] | None = None,
+    fetch: bool = True,
 ) -> Answer | None:
     """Answer a SELECT of a view, or return ``None`` after noting why the database has to.
 
+    :param view: that of the statement, if it is known.
     :param fetch: whether refreshing and fetching gaps is allowed. Without it the caller tries
         whether the cache alone can answer, and nothing is noted if not.
     :raises CriteriaError: if the criteria use a table that the statement does not join.
     :raises UnscopedRead: if the view is read by scope, and the session has none.
     """
-    view = view_of(statement)
+    view = view or view_of(statement)
     assert view is not None
     table = cache.table(view)
-    statement = in_own_scope(session, statement, view)
+    if view.__scope__ is not None:
+        statement = in_own_scope(session, statement, view)
     try:
         shape, parameters = shape_of(statement)
         for option in shape.options:
             if isinstance(option, BypassCache):
                 raise Inexact(Reason("requested", "bypass_cache()"))
-        if fetch:
-            flush_pending(session)
-        elif not session._is_clean():
+        if not flush_pending(session, flush=fetch):
             return None
         refreshed = loaded = False
         keeper = table.keeper
@@ -195,20 +196,20 @@ def answer(
                 stale = tolerated(table, shape.options)
                 state = None if stale is None else table.state
             if state is not None:
-                if not state.coverage and not fills:
+                if not state.coverage.sets and not fills:
                     if fetch and missed(session, table, NOT_LOADED):
                         continue
                     return None
-                layout = table.set_up()
+                layout = table.layout or table.set_up()
                 question = ask(shape, parameters, layout.columns)
-                candidate = covered_candidate(layout, question, state)
+                candidate = covered_candidate(question, state)
                 lent = False
                 if candidate is None:
-                    candidate = limited_candidate(layout, question, state)
+                    candidate = limited_candidate(question, state)
                 if candidate is None and keeper is not None:
                     more = keeper.lent(state)
                     if more is not state:
-                        candidate = covered_candidate(layout, question, more)
+                        candidate = covered_candidate(question, more)
                         lent = candidate is not None
                 if candidate is None:
                     if not fetch:
@@ -232,12 +233,16 @@ def answer(
                         return _partial(session, table, statement, question, state, *partial)
                 elif (
                     stale is not None
+                    or state.stale is None
                     or not state.is_stale(candidate.index, candidate.intervals)
                     or (stale := tolerated(table, shape.options)) is not None
                 ):
                     rows = from_state(layout, question, state, candidate)
                     if keeper is None:
-                        remember(session, table, "hit", stale or (REFRESHED if refreshed else ""))
+                        if stale is None and not refreshed:
+                            remember_hit(session, table)
+                        else:
+                            remember(session, table, "hit", stale or REFRESHED)
                     else:
                         if not loaded:
                             keeper.used(candidate.index, candidate.intervals)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
-from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, Select, select
 from sqlalchemy.orm import Session
@@ -27,6 +26,7 @@ from .exc import TableCacheError, UnscopedRead
 from .figures import Reason
 from .following import AnswerFreshness
 from .readers import in_scope
+from .shapes import HARMLESS_OPTIONS
 from .table import CachedTable
 from .view import CachedView
 
@@ -110,6 +110,19 @@ def in_own_scope(session: Session, statement: Select[Any], view: type[CachedView
     return statement.where(in_scope(view, view.__table__, value=scope_of(session, view)))
 
 
+def cache_of(session: Any) -> BaseTableCache:
+    """Return the cache that a session of :meth:`.TableCache.sessionmaker` belongs to.
+
+    :raises TableCacheError: if it was made by hand.
+    """
+    cache: BaseTableCache | None = getattr(session, "cache", None)
+    if cache is None:
+        raise TableCacheError(
+            "this CacheSession belongs to no cache: make it with cache.sessionmaker()"
+        )
+    return cache
+
+
 # -- the application's own listeners -----------------------------------------------------------
 
 L = TypeVar("L", bound=Callable[..., Any])
@@ -137,6 +150,15 @@ def may_change_reads(listener: Any) -> bool:
     return not getattr(listener, "_sa_tablecache_harmless", False)
 
 
+def is_filtered(session: Session) -> bool:
+    """Whether the application listens to what is executed, and may add criteria to it."""
+    # A loop where any(map()) would read better: each call counts for a hit.
+    for listener in session.dispatch.do_orm_execute:
+        if not getattr(listener, "_sa_tablecache_harmless", False):
+            return True
+    return False
+
+
 harmless(Watcher.begin)
 harmless(Watcher.engine_connect)
 
@@ -145,9 +167,8 @@ def _is_sqlalchemys(thing: Any) -> bool:
     return str(getattr(thing, "__module__", "")).partition(".")[0] == "sqlalchemy"
 
 
-def _listening_reason(session: Session, bind: Any) -> str | None:
+def _listening_reason(session: Session, dispatch: Any) -> str | None:
     """Return where the application could SET what its SQL depends on, when a transaction begins."""
-    dispatch = bind.dispatch
     for listeners in (session.dispatch.after_begin, dispatch.begin, dispatch.engine_connect):
         for listener in listeners:
             # SQLAlchemy itself sets isolation levels in one; those are looked at by themselves.
@@ -162,15 +183,22 @@ def _listening_reason(session: Session, bind: Any) -> str | None:
 # -- the session and its connections -----------------------------------------------------------
 
 
-def flush_pending(session: Session) -> None:
+def flush_pending(session: Session, *, flush: bool = True) -> bool:
     """Flush as any query would, so that the session's own changes count as written.
 
     That comes before the state of a view is looked at, because it may change the state: where each
     statement commits, for instance.
+
+    :param flush: whether it may; else the answer says whether nothing had to be.
     """
-    # The public way, new/dirty/deleted, builds three sets for each read.
-    if session.autoflush and not session._flushing and not session._is_clean():
-        session.flush()
+    # The public way, new/dirty/deleted, builds three sets for each read, and _is_clean(), which
+    # is as private as these, is two calls. Were they renamed, all tests would fail.
+    if session._new or session._deleted or session.identity_map._modified:
+        if not flush:
+            return False
+        if session.autoflush and not session._flushing:
+            session.flush()
+    return True
 
 
 def database_reason(
@@ -188,17 +216,32 @@ def database_reason(
         )
     engine = cache.engine
     bind = session.bind
-    if bind is not engine or _has_binds(session) or overrides(session):
+    own = session.__dict__
+    if (
+        bind is not engine
+        or own.get("binds")  # of mappers and tables: SQLAlchemy 2.1
+        or own.get("_Session__binds")  # 2.0
+        or (type(session).__dict__.get(_OVERRIDES) is not False and overrides(session))
+    ):
         clause = select(table.view) if statement is None else statement
         reason = _foreign_bind(session, engine, clause)
         if reason is not None:
             return reason
-    if isolation_asked_for(engine):
+    if engine.__dict__.get(_ISOLATED) is not False and isolation_asked_for(engine):
         return _ASKED_ON_ENGINE
-    reason = _listening_reason(session, bind or engine)
-    if reason is not None:
-        return reason
-    if not isinstance(bind, Connection) and not session.in_transaction():
+    options = getattr(
+        session, "execution_options", None
+    )  # of all statements of the session: SQLAlchemy 2.1
+    if options and not HARMLESS_OPTIONS.issuperset(options):
+        return Reason("statement", "execution options of the session are left to the database")
+    dispatch = engine.dispatch if bind is None else bind.dispatch
+    for listeners in (session.dispatch.after_begin, dispatch.begin, dispatch.engine_connect):
+        for listener in listeners:
+            if not getattr(listener, "_sa_tablecache_harmless", False):
+                reason = _listening_reason(session, dispatch)
+                if reason is not None:
+                    return reason
+    if session._transaction is None and not isinstance(bind, Connection):
         return None
     connections = list(session.info.get(CONNECTIONS, ()))
     if isinstance(bind, Connection):
@@ -212,25 +255,23 @@ def database_reason(
     return None
 
 
-def _has_binds(session: Session) -> bool:
-    """Whether mappers or tables have binds of their own."""
-    own = session.__dict__
-    return bool(own.get("binds") or own.get("_Session__binds"))  # SQLAlchemy 2.1, 2.0
-
-
-_overrides: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+#: Where is remembered what a class of sessions and an engine are like: on themselves, where it is
+#: found without a call, and goes with them.
+_OVERRIDES: Final = "_sa_tablecache_overrides"
+_ISOLATED: Final = "_sa_tablecache_isolated"
 
 
 def overrides(session: Session) -> bool:
     """Whether the application's own class of sessions chooses binds or changes what is executed."""
     class_ = type(session)
-    known = _overrides.get(class_)
+    known: bool | None = class_.__dict__.get(_OVERRIDES)  # not that of a base class
     if known is None:
         modules = {
             str(getattr(getattr(class_, name), "__module__", "")).partition(".")[0]
             for name in ("get_bind", "execute", "scalars", "scalar")
         }
-        known = _overrides[class_] = not modules <= {"sqlalchemy", "sa_tablecache"}
+        known = not modules <= {"sqlalchemy", "sa_tablecache"}
+        setattr(class_, _OVERRIDES, known)
     return known
 
 
@@ -248,12 +289,9 @@ def _foreign_bind(session: Session, engine: Engine, clause: Any) -> str | None:
     return _ASKED_ON_ENGINE if isolation_asked_for(other) else None
 
 
-_isolation: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
-
-
 def isolation_asked_for(engine: Engine) -> bool:
     """Whether all transactions of an engine are to be REPEATABLE READ or SERIALIZABLE."""
-    known = _isolation.get(engine)
+    known: bool | None = engine.__dict__.get(_ISOLATED)
     if known is not None:
         return known
     dialect = engine.dialect
@@ -273,7 +311,7 @@ def isolation_asked_for(engine: Engine) -> bool:
             return True
         asked = None if default == "REPEATABLE READ" else default
     result = asked in _ASKED
-    _isolation[engine] = result
+    setattr(engine, _ISOLATED, result)
     return result
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 Key: TypeAlias = tuple[Any, ...]
@@ -119,6 +120,14 @@ class IntervalSet:
                 merged.append(interval)
         self.intervals = tuple(merged)
         self._lowers = [i.lower for i in merged]
+
+    @classmethod
+    def of(cls, *intervals: Interval) -> IntervalSet:
+        """Return the set of intervals that are sorted and disjoint, and of which none is empty."""
+        result = cls.__new__(cls)
+        result.intervals = intervals
+        result._lowers = list(map(itemgetter(0), intervals))
+        return result
 
     def _spliced(self, other: IntervalSet, *, add: bool) -> IntervalSet:
         """Return the union or difference with a set that is much smaller."""

@@ -13,83 +13,42 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
-from sqlalchemy import Engine, Exists, Select, exists, func, literal, select
+from sqlalchemy import Engine, Select, select
 from sqlalchemy.exc import UnboundExecutionError
-from sqlalchemy.orm import Query, Session, sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.orm.scoping import scoped_session
 
 from . import ranges, reading
 from .cache import BaseTableCache
 from .comparison import Inexact
 from .exc import CriteriaError, TableCacheError
-from .explaining import Explanation
+from .figures import LastRead
 from .following import AnswerFreshness
 from .listening import COMMITTED, OTHER_LISTENERS, listen
 from .misses import is_wanting
+from .queries import CachedQuery
 from .ranges import RangeRead
-from .reading import Answer, LastRead
-from .results import result_of
+from .reading import Answer
+from .results import result_of, scalars_of
 from .scopes import (
     Scope,
+    cache_of,
     check_freshness,
     database_reason,
     flush_pending,
     freshness_of,
-    in_own_scope,
-    may_change_reads,
+    is_filtered,
     overrides,
     scope_of,
 )
 from .shadow import compared_range, is_to_compare
 from .shapes import view_of
 from .transactions import SyncDecorator, TransactionOptions, decorator
-from .view import CachedView, ViewIndex, ViewMeta, ViewTable
+from .view import CachedView, ViewIndex, ViewMeta
 
 V = TypeVar("V", bound=CachedView)
 
 # -- the session -------------------------------------------------------------------------------
-
-
-class CachedQuery(Query[Any]):
-    """A :class:`~sqlalchemy.orm.Query` that counts views in the cache and explains itself."""
-
-    def count(self) -> int:
-        """Return the number of rows; from the cache in O(log n) if no condition remains."""
-        statement = self.statement
-        if view_of(statement) is not None and isinstance(statement, Select):
-            simple = (
-                statement._limit_clause is None
-                and statement._offset_clause is None
-                and not statement._distinct
-                and not statement._group_by_clauses
-                and len(statement._raw_columns) == 1
-                and type(statement._raw_columns[0]) is ViewTable
-            )
-            if simple:
-                counted = (
-                    select(func.count())
-                    .select_from(statement._raw_columns[0])
-                    .where(*statement._where_criteria)
-                    .options(*statement._with_options)
-                )
-                return int(self.session.execute(counted).scalar_one())
-        return super().count()
-
-    def exists(self) -> Exists:
-        """Return ``EXISTS (SELECT 1 FROM ...)``, a clause."""
-        statement = self.statement
-        if view_of(statement) is None or not isinstance(statement, Select):
-            return super().exists()
-        # Of a query that selects no entity, SQLAlchemy would lose the FROM: always true.
-        return exists(statement.with_only_columns(literal(1), maintain_column_froms=True))
-
-    def explain(self) -> Explanation:
-        """Say how the query would be answered, and why; runs nothing."""
-        statement: Any = self.statement
-        view = view_of(statement)
-        if view is not None:
-            statement = in_own_scope(self.session, statement, view)
-        return _cache_of(self.session).explain(statement)
 
 
 class CacheSession(Session):
@@ -114,7 +73,7 @@ class CacheSession(Session):
         except UnboundExecutionError:
             if view_of(kwargs.get("clause")) is None:
                 raise
-            return _cache_of(self).engine
+            return cache_of(self).engine
 
     # The signatures are those of Session; what they return is typed there.
 
@@ -133,7 +92,7 @@ class CacheSession(Session):
             if params is None and not kwargs:
                 answer = self._from_cache(statement)
                 if answer is not None:
-                    return result_of(answer, statement).scalars()
+                    return scalars_of(answer, statement)
             return super().scalars(statement, params, **kwargs)
 
         def scalar(self, statement, params=None, **kwargs):
@@ -144,21 +103,14 @@ class CacheSession(Session):
                     return result_of(answer, statement).scalar()
             return super().scalar(statement, params, **kwargs)
 
-    def _is_filtered(self) -> bool:
-        """Whether the application listens to what is executed, and may add criteria to it."""
-        return any(map(may_change_reads, self.dispatch.do_orm_execute))
-
-    def _reads_by_statement(self, view: type[CachedView]) -> bool:
-        """Whether a read has to be a SELECT: the session's class or the scope adds to it."""
-        return view.__scope__ is not None or overrides(self)
-
     def _from_cache(self, statement: Any) -> Answer | None:
         """Answer a statement from memory alone; ``None`` sends it on its usual way."""
-        if type(statement) is not Select or view_of(statement) is None:
+        if type(statement) is not Select:
             return None
-        if self._is_filtered():
+        view = view_of(statement)
+        if view is None or is_filtered(self):
             return None
-        return reading.answer(_cache_of(self), self, statement, fetch=False)
+        return reading.answer(cache_of(self), self, statement, view=view, fetch=False)
 
     if not TYPE_CHECKING:  # typed by Session
 
@@ -169,59 +121,59 @@ class CacheSession(Session):
             :meth:`sqlalchemy.orm.Session.get`.
             """
             if isinstance(entity, ViewMeta):
-                return self._get_record(entity, ident)
+                found = self._get_stored(entity, ident)
+                return self._get_selected(entity, ident) if found is None else found
             return super().get(entity, ident, **kwargs)
 
-    def _get_record(self, view: Any, ident: Any) -> Any:
-        table = _cache_of(self).table(view)
-        names = table.plan.key
-        key = ident if isinstance(ident, tuple) and len(names) > 1 else (ident,)
-        if len(key) != len(names):
-            raise CriteriaError(
-                f"a key of {len(key)} value(s) is no primary key of {view.__name__}, which is "
-                f"({', '.join(names)})"
-            )
-        found = self._get_stored(table, key)
-        if found is not None:
-            return found
+    def _get_selected(self, view: Any, ident: Any) -> Any:
+        """Return the record with a primary key, by a SELECT that the cache may answer."""
+        names = cache_of(self).table(view).plan.key
         columns = view.__table__.c
         statement = select(view).where(
             *(
                 columns[name].is_(None) if value is None else columns[name] == value
-                for name, value in zip(names, key, strict=True)
+                for name, value in zip(names, _key(view, names, ident), strict=True)
             )
         )
         return self.scalars(statement).first()
 
-    def _get_stored(self, table: Any, key: tuple[Any, ...]) -> Any:
-        """Return a stored record, if the cache may be used: it was read whole by any index."""
+    def _get_stored(self, view: Any, ident: Any, *, fetch: bool = True) -> Any:
+        """Return a stored record, if the cache may be used: it was read whole by any index.
+
+        :param fetch: whether the database may be asked what that needs: to flush, or to poll.
+        """
+        cache = cache_of(self)
+        table = cache.table(view)
         layout = table.layout
-        if table.current is None or layout is None or self._is_filtered() or overrides(self):
+        names = table.plan.key
+        key = (ident,) if len(names) == 1 else _key(view, names, ident)
+        if layout is None or is_filtered(self) or overrides(self):
             return None
         comparisons = layout.columns.comparisons
+        exact = []
         try:
-            exact = tuple(
-                value if value is None else comparisons[name].parameter(value)
-                for name, value in zip(table.plan.key, key, strict=True)
-            )
+            for name, value in zip(names, key, strict=True):
+                how = comparisons[name]
+                if not how.equality:
+                    return None
+                exact.append(None if value is None else how.parameter(value))
         except Inexact:
             return None
-        if not all(comparisons[name].equality for name in table.plan.key):
+        if table.guards and table.guarded(self, fetch=fetch) is not None:
             return None
-        if table.guards and table.guarded(self) is not None:
+        if not flush_pending(self, flush=fetch):
             return None
-        flush_pending(self)
-        if database_reason(self, _cache_of(self), table) is not None:
+        if database_reason(self, cache, table) is not None:
             return None
         state = table.current
         if state is None:
             return None
-        found = state.storage.get(exact)
-        if found is None or not self._may_see(table, found[0]):
+        found = state.storage.get(tuple(exact))
+        if found is None or not (view.__scope__ is None or self._may_see(table, found[0])):
             return None
-        if state.is_stale("", (layout.orders[""].prefix(exact),)):
+        if state.stale is not None and state.is_stale("", (layout.orders[""].prefix(exact),)):
             return None
-        reading.remember(self, table, "hit")
+        reading.remember_hit(self, table)
         if table.keeper is not None:
             table.keeper.used("", (layout.orders[""].prefix(exact),))
         return layout.given([found[0]])[0]
@@ -256,7 +208,7 @@ class CacheSession(Session):
             return None
         token: str | None = self.info[COMMITTED]
         if token is None:
-            token = self.info[COMMITTED] = _cache_of(self).commit_token()
+            token = self.info[COMMITTED] = cache_of(self).commit_token()
         return token
 
     def range(
@@ -293,14 +245,16 @@ class CacheSession(Session):
 
         From memory in O(log n + records) and without SQL if the range is covered; else one SELECT.
         """
-        _check_range(index, len(prefix), (ge, gt, le, lt), limit)
-        read = RangeRead(index, prefix, ge, gt, le, lt, descending, limit, after)
-        cache = _cache_of(self)
-        if self._reads_by_statement(index.view):
+        if prefix or limit is not None or type(index) is not ViewIndex:
+            _check_range(index, len(prefix), (ge, gt, le, lt), limit)
+        # Not RangeRead(...), a function that would be called for each hit.
+        read = tuple.__new__(RangeRead, (index, prefix, ge, gt, le, lt, descending, limit, after))
+        cache = cache_of(self)
+        if index.view.__scope__ is not None or overrides(self):  # both add to a SELECT
             statement = ranges.range_statement(self, cache.table(index.view), read)
             return list(self.execute(statement).scalars())
         records = None
-        if self._is_filtered():
+        if is_filtered(self):
             reading.remember(self, cache.table(index.view), "bypass", OTHER_LISTENERS)
         else:
             records = ranges.range_from_cache(cache, self, read)
@@ -318,6 +272,16 @@ class CacheSession(Session):
             with table.misses.slot():
                 return run()
         return records
+
+
+def _key(view: Any, names: tuple[str, ...], ident: Any) -> tuple[Any, ...]:
+    """Return what is given as a primary key as the tuple of its values."""
+    key = ident if isinstance(ident, tuple) and len(names) > 1 else (ident,)
+    if len(key) != len(names):
+        raise CriteriaError(
+            f"{ident!r} is no primary key of {view.__name__}, which is ({', '.join(names)})"
+        )
+    return key
 
 
 def _check_range(index: Any, prefix: int, bounds: tuple[Any, ...], limit: int | None) -> None:
@@ -339,15 +303,6 @@ def _check_range(index: Any, prefix: int, bounds: tuple[Any, ...], limit: int | 
 
 
 _UNBOUNDED = (None, None, None, None)
-
-
-def _cache_of(session: Any) -> BaseTableCache:
-    cache: BaseTableCache | None = getattr(session, "cache", None)
-    if cache is None:
-        raise TableCacheError(
-            "this CacheSession belongs to no cache: make it with cache.sessionmaker()"
-        )
-    return cache
 
 
 # -- the cache, with its sessions ---------------------------------------------------------------

@@ -31,12 +31,12 @@ from sqlalchemy.orm import Session
 from . import ranges, reading
 from .cache import BaseTableCache
 from .exc import CacheUnavailable, TableCacheError
-from .figures import Reason, category_of
+from .figures import LastRead, Reason, category_of
 from .modes import COMPARE, COMPARING
 from .orders import Record
 from .ranges import RangeRead
 from .readers import reading_as
-from .reading import LastRead, record_maker
+from .reading import record_maker
 from .scopes import in_own_scope, scope_of
 from .settings import REDACTED
 from .shapes import view_of

@@ -35,7 +35,7 @@ class Ordering:
     descending: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
     """What a statement asks, its parameters left open."""
 
@@ -49,6 +49,8 @@ class Shape:
     """The selected columns; ``None`` for whole records."""
     count: bool
     options: tuple[CacheOption, ...]
+    is_of_records: bool = field(init=False)
+    """Whether it asks for whole records."""
     conjuncts: tuple[Node, ...] = field(init=False)
     """The conditions that all have to be true."""
     about: tuple[frozenset[str], ...] = field(init=False)
@@ -63,6 +65,7 @@ class Shape:
     def __post_init__(self) -> None:
         conjuncts = tuple(criteria.conjuncts(self.where))
         about = tuple(map(criteria.columns_of, conjuncts))
+        object.__setattr__(self, "is_of_records", self.projection is None and not self.count)
         object.__setattr__(self, "conjuncts", conjuncts)
         object.__setattr__(self, "about", about)
         object.__setattr__(self, "used", frozenset().union(*about))
@@ -104,6 +107,8 @@ def view_of(statement: Any) -> type[CachedView] | None:
         if type(source) is ViewTable:
             return source.view
     for raw in statement._raw_columns:
+        if isinstance(raw, ColumnClause) and raw.table is not None:
+            continue  # looked at above
         for source in raw._from_objects:
             if type(source) is ViewTable:
                 return source.view

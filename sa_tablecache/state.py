@@ -48,7 +48,8 @@ class ViewState:
         """How records lie in memory; ``None`` until the database was asked."""
         self._lock = Section()
         self._state = State(Storage({}, {}), Coverage())
-        self._current: State | None = self._state
+        self.current: State | None = self._state
+        """What readers may be answered from, beside its stale records; ``None`` for none."""
         self.changed_at = 0
         """When records, marks or leases changed last, as an :func:`.events.tick`."""
         self._freshness = Freshness()
@@ -78,7 +79,7 @@ class ViewState:
         if stale is None and layout is not None and not (blocked or freshness.clean):
             stale = StaleRecords(layout, state.storage, freshness.in_place())
         self._state = State(state.storage, state.coverage, stale)
-        self._current = None if blocked else self._state
+        self.current = None if blocked else self._state
         self.changed_at = tick()
 
     def _is_still(self, state: State) -> bool:
@@ -88,13 +89,8 @@ class ViewState:
 
     def still_answers(self, state: State, index: str, intervals: Iterable[Interval]) -> bool:
         """Whether what an earlier state holds in intervals is still what readers may be given."""
-        now = self._current
+        now = self.current
         return now is not None and self._is_still(state) and not now.is_stale(index, intervals)
-
-    @property
-    def current(self) -> State | None:
-        """What readers may be answered from, beside its stale records; ``None`` for none."""
-        return self._current
 
     @property
     def state(self) -> State:

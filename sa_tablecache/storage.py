@@ -359,15 +359,31 @@ class Storage:
     def get(self, key: tuple[Any, ...]) -> tuple[Record, Hidden | None] | None:
         """Return the record with a primary key, with its hidden values."""
         primary = self.orders[""]
+        parts = primary.order.parts
+        if len(parts) == 1 and not parts[0].hashed and key[0] is not None:
+            # The usual case by itself, because nothing is read more often: one bisection.
+            chunk, at = primary.find((key[0], MIN))
+            if chunk < len(primary.chunks) and at == len(primary.chunks[chunk]):
+                chunk, at = chunk + 1, 0
+            if chunk == len(primary.chunks):
+                return None
+            record = primary.chunks[chunk][at]
+            if getattr(record, parts[0].name) != key[0]:
+                return None
+            return record, None if primary.beside is None else primary.beside[chunk][at]
         interval = primary.order.prefix(key)
-        found = primary.between(interval)
-        if not found:
-            return None
-        beside = primary.beside_between(interval) or [None] * len(found)
-        names = [part.name for part in primary.order.parts]
-        for record, hidden in zip(found, beside, strict=True):
-            if all(getattr(record, n) == v for n, v in zip(names, key, strict=True)):
-                return record, hidden
+        chunk, start = primary.find(interval[0])
+        last, stop = primary.find(interval[1])
+        while (chunk, start) < (last, stop):
+            items = primary.chunks[chunk]
+            for at in range(start, stop if chunk == last else len(items)):
+                record = items[at]
+                for part, value in zip(parts, key, strict=True):
+                    if getattr(record, part.name) != value:
+                        break  # only a hash was equal
+                else:
+                    return record, None if primary.beside is None else primary.beside[chunk][at]
+            chunk, start = chunk + 1, 0
         return None
 
     def with_hidden(self, records: Sequence[Record]) -> list[tuple[Record, Hidden | None]]:

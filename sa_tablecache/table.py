@@ -1,7 +1,7 @@
 """One view's records in one cache: load, mark, refresh.
 
 The stages meet here. What readers see is one immutable :class:`State` (records and coverage
-together), replaced as a whole; they take no lock. ``_current`` is that state, with the records that
+together), replaced as a whole; they take no lock. ``current`` is that state, with the records that
 may be stale if there are some, and ``None`` while marks or leases could concern any answer, so that
 one attribute read decides whether the cache may answer.
 
@@ -42,7 +42,7 @@ from .analysis import ViewPlan, table_label
 from .changes import UNREAD, VIEW, AnyMark, Mark
 from .coverage import Coverage
 from .deltas import Delta, read_coverage, read_touched
-from .figures import Stats
+from .figures import LastRead, Stats
 from .layout import Layout
 from .loading import Snapshots
 from .loads import Loads
@@ -84,6 +84,8 @@ class CachedTable(Loads):
         super().__init__(plan, snapshots)
         self.view = plan.view
         self.base_tables = base_tables(plan)
+        self.hit = LastRead("hit", "", plan.view)
+        """What sessions remember of plain hits."""
         self.recent: deque[Any] = deque(maxlen=RECENT)
         """The last reads that were no plain hits, as sessions remember them."""
         self.guards: tuple[Guard, ...] = ()
@@ -266,12 +268,12 @@ class CachedTable(Loads):
             state = self._state
             freshness = self._freshness
             freshness._check()
-            assert (self._current is None) == (
+            assert (self.current is None) == (
                 freshness.blocked or (self.layout is None and not freshness.clean)
             )
-            assert self._current is None or self._current is state
+            assert self.current is None or self.current is state
             stale = frozenset[Mark]() if state.stale is None else state.stale.marks
-            assert self._current is None or stale == freshness.in_place()
+            assert self.current is None or stale == freshness.in_place()
         layout = self.layout
         if layout is None:
             return

@@ -54,7 +54,9 @@ class _Known:
 
     position: Position | None = None
     began: float = 0.0
-    """When the poll began, by the monotonic clock."""
+    """When the poll began, by the clock of :func:`now`."""
+    monotonic: float | None = None
+    """The same, by the monotonic clock."""
     names: Mapping[TableName, Relation] = field(default_factory=dict)
     """The tables of the views, as the models name them."""
     renamed: bool = False
@@ -67,11 +69,21 @@ class _Known:
     """For each view, why it is not to be trusted; ``None`` if it is."""
 
 
+_CLOCK: Final[int | None] = getattr(time, "CLOCK_BOOTTIME", None)
+
+
+def now() -> float:
+    """Return the seconds since some moment, those included in which the machine was asleep."""
+    return time.monotonic() if _CLOCK is None else time.clock_gettime(_CLOCK)
+
+
 class _Before(NamedTuple):
     """What is noted before a poll."""
 
     at: float
-    """The time, by the monotonic clock."""
+    """The time, by the clock of :func:`now`."""
+    monotonic: float
+    """The same, by the monotonic clock."""
     until: Mapping[CachedTable, int]
     """The number of the last mark of each view."""
 
@@ -159,7 +171,8 @@ class Consumer:
 
     def _before(self) -> _Before:
         """Return what has to be noted before a poll opens its snapshot."""
-        return _Before(time.monotonic(), {table: table.sequence for table in self._tables()})
+        until = {table: table.sequence for table in self._tables()}
+        return _Before(now(), time.monotonic(), until)
 
     @contextmanager
     def _numbered(self) -> Iterator[None]:
@@ -217,6 +230,7 @@ class Consumer:
         self._known = _Known(
             poll.position,
             start.at,
+            start.monotonic,
             names,
             bool(moved),
             logged,
@@ -283,7 +297,7 @@ class Consumer:
             if unknown or wholly.touches(table.plan.tables):
                 table.doubtful = True
             reader = reading[1] if reading is not None and reading[0] is table else None
-            table.deliver(marks, until.get(table, -1), self._known.began or None, reader)
+            table.deliver(marks, until.get(table, -1), self._known.monotonic, reader)
         self.counts["polls"] += 1
         self.counts["changes"] += len(news)
         if found.everything:
@@ -314,6 +328,10 @@ class Consumer:
             todo |= sources
         return None
 
+    def distrust(self, table: CachedTable) -> str | None:
+        """Return why the last poll said that a view is not to be trusted. Emits no SQL."""
+        return self._known.reasons.get(table)
+
     def trusts(self, table: CachedTable) -> bool:
         """Whether the feed tells of all changes of a view, sooner or later."""
         return self._known.reasons.get(table, "") is None
@@ -333,7 +351,7 @@ class Consumer:
     def lag(self) -> float | None:
         """How many seconds ago the last poll began that succeeded."""
         known = self._known
-        return None if known.position is None else time.monotonic() - known.began
+        return None if known.position is None else now() - known.began
 
     def reason(
         self, table: CachedTable, *, bound: float | None = None, fetch: bool = True
@@ -346,12 +364,11 @@ class Consumer:
         """
         bound = self._max_lag if bound is None else bound
         known = self._known
-        now = time.monotonic()
-        if table not in known.reasons or now - known.began > bound or known.began < self._owed:
+        if table not in known.reasons or now() - known.began > bound or known.began < self._owed:
             if not fetch:
                 return Reason("feed", "the change feed has to be read first")
             failed = self._failed
-            if failed is not None and now - failed[1] < RETRY_SECONDS:
+            if failed is not None and time.monotonic() - failed[1] < RETRY_SECONDS:
                 return Reason("feed", f"the change feed cannot be read: {failed[2]}")
             try:
                 self.catch_up()
@@ -391,7 +408,7 @@ class Consumer:
                 left = until - time.monotonic()
                 if left <= 0:
                     # Who waited reads next: by the database, until a poll succeeds again.
-                    self._owed = time.monotonic()
+                    self._owed = now()
                     return False
                 wait_for(new_future(), min(left, RETRY_SECONDS), in_task=self._in_task)
             else:

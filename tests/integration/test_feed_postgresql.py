@@ -1256,6 +1256,22 @@ def test_watching_again_locks_nothing(feed: Feed, t: Relation) -> None:
         writer.rollback()
 
 
+def test_installing_again_keeps_nobody_waiting(feed: Feed, t: Relation) -> None:
+    """A migration that installs it again, and goes on for long, stops neither writers nor polls.
+
+    A session that polled meanwhile would wait for the migration, which may wait for a table that
+    the session has read: for ever, and no database could see it.
+    """
+    feed.sql("SET lock_timeout = '1s'")
+    feed.reader.exec_driver_sql("SET lock_timeout = '1s'")
+    plain = feed.engine.execution_options(isolation_level="READ COMMITTED")
+    with plain.connect() as migration:
+        for statement in (*LOG.create(), *LOG.watch(Watch(t, ("id",)))):
+            migration.exec_driver_sql(statement, execution_options={"no_parameters": True})
+        assert feed.written("INSERT INTO t VALUES (1)") == [("t", "I", [1])]
+        migration.rollback()
+
+
 def test_names_are_those_of_the_connection(feed: Feed, t: Relation) -> None:
     """A name without a schema is looked up on the search path."""
     feed.sql("CREATE SCHEMA s", "CREATE TABLE s.t (id integer)", "CREATE TABLE s.x (id integer)")

@@ -349,7 +349,7 @@ def test_a_mistake_of_the_cache_is_a_mismatch_beside_a_feed(followed: World) -> 
     spoil(followed)
     followed.cache.barrier()
     followed.cache.refresh(OuterBoard)
-    table._state = table._current = before
+    table._state = table.current = before
     with followed.Session() as session:
         assert session.get(OuterBoard, 1).model == "A999"
         assert session.last_read.reason.endswith(": the cache would have said something else")

@@ -148,6 +148,13 @@ def test_a_schema_translate_map_leads_elsewhere(postgres_world: World):
             assert [r.id for r in session.scalars(select(LocalCrates))] == [7]
             assert session.get(LocalCrates, 1) is None
             assert [r.id for r in session.range(LocalCrates.by_weight)] == [7]
+        if hasattr(Session, "execution_options"):  # SQLAlchemy 2.1
+            with postgres_world.cache.sessionmaker(execution_options=translated)() as session:
+                assert [r.id for r in session.scalars(select(LocalCrates))] == [7]
+                assert [r.id for r in session.query(LocalCrates)] == [7]
+                assert session.get(LocalCrates, 1) is None
+                assert [r.id for r in session.range(LocalCrates.by_weight)] == [7]
+                assert session.last_read.kind == "bypass"
         tenant_engine = postgres_world.engine.execution_options(**translated)
         with postgres_world.cache.sessionmaker(bind=tenant_engine)() as session:
             assert [r.id for r in session.range(LocalCrates.by_weight)] == [7]

@@ -51,9 +51,11 @@ def main() -> int:
                 arguments.threads,
                 arguments.steps,
                 asynchronous=asynchronous,
+                feed=feed,
                 counts=counts,
             )
             for database in databases
+            for feed in _feeds(arguments.feed)
             for asynchronous in _modes(arguments.mode)
             if not (asynchronous and database.dialect in ("mysql", "mariadb"))
         ]
@@ -112,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=30, help="of each thread in a round")
     parser.add_argument("--database", action="append", choices=list(_DATABASES))
     parser.add_argument("--mode", choices=["threads", "asyncio", "both"], default="both")
+    parser.add_argument(
+        "--feed", choices=["no", "yes", "both"], default="both", help="caches with a change feed"
+    )
     parser.add_argument("--failures", type=int, default=1, help="stop after so many")
     parser.set_defaults(database=None)
     parse = parser.parse_args
@@ -129,8 +134,13 @@ def _modes(mode: str) -> list[bool]:
     return {"threads": [False], "asyncio": [True], "both": [False, True]}[mode]
 
 
+def _feeds(feed: str) -> list[bool]:
+    return {"no": [False], "yes": [True], "both": [False, True]}[feed]
+
+
 def _name(run: Run) -> str:
-    return f"{run.database.dialect} in {'tasks' if run.asynchronous else 'threads'}"
+    feed = ", with a change feed" if run.feed else ""
+    return f"{run.database.dialect} in {'tasks' if run.asynchronous else 'threads'}{feed}"
 
 
 @contextmanager

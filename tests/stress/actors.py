@@ -6,7 +6,7 @@ same operations again; what they meet depends on who is faster, as far as the op
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -20,8 +20,9 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from tests.integration.checking import Checker
 from tests.integration.writer import Writer
-from tests.stress import writes
+from tests.stress import partitions, writes
 from tests.stress.conductors import Conductor
+from tests.stress.elsewhere import KEEP, Elsewhere, SecondProcess, untriggered
 from tests.stress.ledger import NEVER, Entity, Impossible, Ledger, Transaction
 from tests.stress.world import (
     ACCOUNTS,
@@ -80,8 +81,16 @@ class Scene:
     kinds: list[Any]
     kills: bool
     two_phase: bool
+    threads: bool = True
+    elsewhere: Elsewhere | None = None
+    """Those who write beside the cache, if it has a change feed."""
     stop: bool = False
     pids: set[int] = field(default_factory=set)
+
+    @property
+    def fresh(self) -> Callable[..., Session]:
+        """What makes sessions that see everything that was committed."""
+        return self.factory if self.elsewhere is None else self.elsewhere.fresh
 
 
 class Actor:
@@ -100,8 +109,16 @@ class Actor:
         self.writer = Writer(
             scene.engine, scene.factory, scene.family, self.rng.randrange(10**9), self._look
         )
+        self.writers = [self.writer]
+        if scene.elsewhere is not None:
+            engine, factory = scene.elsewhere.engine, scene.elsewhere.factory
+            others = Writer(engine, factory, scene.family, self.rng.randrange(10**9))
+            others.log = self.writer.log
+            self.writers.append(others)
+        self.since: int | None = None
+        """Up to when answers have to have what was committed elsewhere."""
         self.checkers = [
-            Checker(kind, scene.factory, bystander, Random(self.rng.randrange(10**9)))
+            Checker(kind, scene.fresh, bystander, Random(self.rng.randrange(10**9)))
             for kind in scene.kinds
         ]
         self.driver_errors: Any = scene.engine.dialect.loaded_dbapi.Error  # type: ignore[union-attr]
@@ -119,6 +136,14 @@ class Actor:
         ]
         if self.scene.kills:
             acts.append((self.kill, 0.4))
+        if self.scene.elsewhere is not None:
+            # Checks in the zoo have the feed read all the time, after which nothing is unseen.
+            acts = [(act, w) for act, w in acts if act != self.check_zoo]
+            acts += [(self.check_zoo, self.scene.elsewhere.strict), (self.step, 1.5)]
+            acts.append((self.trim, 0.3 * self.scene.elsewhere.strict))
+            # A bystander that waits for a lock would stop the event loop, and who holds the lock.
+            if self.scene.engine.dialect.name == "postgresql" and self.scene.threads:
+                acts += [(self.write_unseen, 0.3), (self.write_slices, 1), (self.read_slices, 1)]
         for _ in range(steps):
             if self.scene.stop:
                 return
@@ -133,8 +158,11 @@ class Actor:
 
     # -- writing accounts -----------------------------------------------------------------------
 
-    def write(self) -> None:
-        """Write some accounts and owners in one transaction, and read them back."""
+    def write(self, *, unseen: bool = False) -> None:
+        """Write some accounts and owners in one transaction, and read them back.
+
+        :param unseen: whether to have triggers switched off meanwhile, and write elsewhere.
+        """
         rng = self.rng
         if rng.random() < 0.15:
             names, owners = [], [rng.randint(1, OWNERS)]
@@ -158,16 +186,30 @@ class Actor:
                 shells = (*shells, writes.two_phase)
             shell = rng.choice(shells)
             transaction.quiet = shell is writes.raw_connection
-            self.log.append(f"    {shell.__name__} {[(o[0], o[2], o[3]) for o in operations]}")
-            done = self.scene.conductor.attempt(
-                partial(self._transact, shell, job, transaction, pids), rng
+            others = self.scene.elsewhere
+            if others is not None and (unseen or rng.random() < 0.6):
+                transaction.elsewhere, transaction.quiet = True, False
+                job.engine, job.factory = others.engine, others.factory
+                if others.process is not None and rng.random() < 0.3:
+                    shell = partial(_by_process, others.process)
+            self.log.append(
+                f"    {_name(shell)}{' elsewhere' if transaction.elsewhere else ''}"
+                f" {[(o[0], o[2], o[3]) for o in operations]}"
             )
+            with untriggered(self.bystander) if unseen else nullcontext():
+                done = self.scene.conductor.attempt(
+                    partial(self._transact, shell, job, transaction, pids), rng
+                )
             if not done:
                 self.log.append("    cancelled")
                 self.scene.counts["cancelled"] += 1
             if not transaction.dead:
                 self.scene.counts["transactions"] += 1
-                self._attempt_read(partial(self._read_back, names))
+                if transaction.elsewhere and others is not None:
+                    if rng.random() < others.strict:
+                        self._attempt_read(partial(self._read_back, names, self.scene.fresh))
+                else:
+                    self._attempt_read(partial(self._read_back, names, self.scene.factory))
 
     def _transact(
         self, shell: writes.Shell, job: writes.Job, transaction: Transaction, pids: set[int]
@@ -399,16 +441,38 @@ class Actor:
             self._page,
             self._by_key,
         ]
-        with self.scene.factory() as session:
+        factory, seen = self._reader()
+        with factory() as session:
             began = None
             for _ in range(self.rng.choice([1, 1, 2])):
                 # Where a transaction reads one snapshot, the second answer may be as old.
                 if began is None or session.get_bind().dialect.name == "postgresql":
                     began = self.scene.ledger.now()
+                    self.since = began if seen is None else max(seen, began - self._lag)
                 question = self.rng.choice(questions)
                 self.log.append(f"    {question.__name__}")
                 question(session, began)
                 self._count(session)
+
+    @property
+    def _lag(self) -> int:
+        return 0 if self.scene.elsewhere is None else self.scene.elsewhere.lag
+
+    def _reader(self) -> tuple[Callable[..., Session], int | None]:
+        """Return what makes a session, and until when it has to see what was written elsewhere.
+
+        All until its reads, if that is not said.
+        """
+        others = self.scene.elsewhere
+        if others is None:
+            return self.scene.factory, None
+        if self.rng.random() >= others.strict:
+            return self.scene.factory, 0
+        if self.rng.random() < 0.5:
+            return self.scene.fresh, None
+        seen = self.scene.ledger.now()
+        self.scene.cache.wait_for(self.scene.cache.commit_token())
+        return self.scene.factory, seen
 
     def _count(self, session: Any) -> None:
         self.scene.counts["reads"] += 1
@@ -420,7 +484,9 @@ class Actor:
     ) -> None:
         records = list(records)
         try:
-            judge(self.scene.ledger, began, view, records, shown, whole=whole)
+            judge(
+                self.scene.ledger, began, view, records, shown, whole=whole, since=self.since
+            )
         except Impossible as error:
             error.add_note(f"{view.__name__} answered {records}")
             raise
@@ -507,12 +573,14 @@ class Actor:
         records = [] if record is None else [record]
         self._judge(began, Board, records, lambda state: state.id == key)
 
-    def _read_back(self, names: list[int]) -> None:
+    def _read_back(self, names: list[int], factory: Callable[..., Session]) -> None:
         """Read what was just committed, and what nobody else can have written since."""
-        began = self.scene.ledger.now()
+        began = self.since = self.scene.ledger.now()
+        if factory is not self.scene.fresh:
+            self.since = began - self._lag
         states = [self.scene.ledger.latest(account(name)).state for name in names]
         alive = [state for state in states if state is not None]
-        with self.scene.factory() as session:
+        with factory() as session:
             for view in self.rng.sample([Board, Peers, Watched], k=2):
                 records = session.scalars(select(view).where(view.name.in_(names))).all()
                 self._judge(began, view, records, lambda state: state.name in names)
@@ -569,7 +637,7 @@ class Actor:
         """Write in the zoo, by any path that there is."""
         with self.scene.gates[self.number]:
             try:
-                self.writer.step()
+                self.rng.choice(self.writers).step()
             except (SQLAlchemyError, self.driver_errors) as error:
                 # Others write the same rows: deadlocks, and rows that are gone, are in the game.
                 self.writer.log.append(f"  -> {type(error).__name__}: {str(error)[:100]}")
@@ -602,6 +670,51 @@ class Actor:
         act = self.rng.choice([self.scene.cache.load] * 4 + [self.scene.cache.clear])
         self._attempt_read(partial(act, kind.view))
 
+    # -- a cache with a change feed -------------------------------------------------------------
+
+    def step(self) -> None:
+        """Let time go by, and have a policy do a step."""
+        others = self.scene.elsewhere
+        assert others is not None
+        if self.rng.random() < 0.5:
+            others.now = max(0, min(SCORES, others.now + self.rng.choice([-1, 1, 2])))
+        self._attempt_read(partial(self.scene.cache.step, self.rng.choice(VIEWS)))
+
+    def trim(self) -> None:
+        """Trim the changelog, perhaps past what the cache has read."""
+        changelog = self.scene.cache.consumer.changelog
+        with suppress(*READ_ERRORS):
+            self.scene.counts["trimmed"] += changelog.trim(self.bystander, KEEP.total_seconds())
+
+    def write_unseen(self) -> None:
+        """Write while the triggers of accounts are switched off."""
+        self.write(unseen=True)
+
+    def write_slices(self) -> None:
+        """Write in a partitioned table, or move its partitions, and compare."""
+        others, connection = self.scene.elsewhere, self.bystander
+        assert others is not None
+        with others.slices:
+            factory = self.rng.choice([others.factory, self.scene.factory])
+            with suppress(*READ_ERRORS):  # a deadlock with a load
+                self.log.append(f"    {partitions.write(connection, factory, self.rng)}")
+            if self.rng.random() < 0.2:  # a partition that was detached then has lost its triggers
+                self._attempt_read(self.scene.cache.install_feed)
+            self._attempt_read(
+                partial(partitions.check, connection, others.fresh, Random(self.rng.random()))
+            )
+            self.scene.counts["reads"] += 1
+
+    def read_slices(self) -> None:
+        """Read or load the view of a partitioned table."""
+        cache, view = self.scene.cache, partitions.Slices
+        act = self.rng.choice([cache.load, cache.clear, cache.refresh, self._read_slices])
+        self._attempt_read(partial(act, view))
+
+    def _read_slices(self, view: Any) -> None:
+        with self.scene.factory() as session:
+            session.scalars(select(view)).all()
+
     # -- violence -------------------------------------------------------------------------------
 
     def kill(self) -> None:
@@ -613,6 +726,16 @@ class Actor:
                 " AND xact_start IS NOT NULL ORDER BY random() LIMIT 1) AS victim"
             )
         )
+
+
+def _by_process(process: SecondProcess, job: writes.Job) -> None:
+    """Have the second process write it."""
+    job.commits()
+    process.write(job.sql())
+
+
+def _name(shell: Any) -> str:
+    return str(getattr(shell, "func", shell).__name__)
 
 
 def _indexes(view: Any) -> list[Any]:

@@ -19,7 +19,7 @@ Pure: no SQL, and no waiting. Lists only grow while others read them.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import count
+from time import monotonic_ns
 from typing import Any, TypeAlias
 
 Entity: TypeAlias = tuple[str, int]
@@ -43,6 +43,8 @@ class Transaction:
     dead: bool = False
     quiet: bool = False
     """Whether the cache only hears of it when it is acknowledged, so that it may be seen before."""
+    elsewhere: bool = False
+    """Whether the cache only hears of it by its change feed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,15 +71,14 @@ class Ledger:
     """
 
     def __init__(self, states: Mapping[Entity, tuple[int, State]]) -> None:
-        self._ticks = count(1)
         origin = Transaction(committing=0, acknowledged=0)
         for entity, (number, state) in states.items():
             origin.writes[entity] = Version(number, state, origin)
         self._versions = {entity: [version] for entity, version in origin.writes.items()}
 
     def now(self) -> int:
-        """Return a moment that is later than all before."""
-        return next(self._ticks)
+        """Return a moment that is later than all before: nanoseconds."""
+        return monotonic_ns()
 
     # -- writing --------------------------------------------------------------------------------
 
@@ -119,6 +120,8 @@ class Ledger:
         began: int,
         seen: Iterable[tuple[Entity, Seen]],
         unseen: Mapping[Entity, Callable[[State], bool]],
+        *,
+        since: int | None = None,
     ) -> None:
         """Check an answer.
 
@@ -126,9 +129,11 @@ class Ledger:
         :param seen: the versions that the answer shows; one may occur several times.
         :param unseen: entities that the answer does not show, and in which states it would have
             shown them.
+        :param since: up to when the answer has to have what was committed elsewhere; all by default.
         :raises Impossible: if the database cannot have given this answer.
         """
         ended = self.now()
+        since = began if since is None else since
         shown: dict[Entity, Version] = {}
         for entity, what in seen:
             version = self._version(entity, what.number)
@@ -145,22 +150,24 @@ class Ledger:
         for entity, would_show in unseen.items():
             candidates = [
                 version
-                for version in self._possible(entity, began)
+                for version in self._possible(entity, began, since)
                 if version.state is None or not would_show(version.state)
             ]
             if not candidates:
-                possible = [(v.number, v.state) for v in self._possible(entity, began)]
+                possible = [(v.number, v.state) for v in self._possible(entity, began, since)]
                 raise Impossible(f"missing: {entity}, which may have been {possible}")
             if len(candidates) == 1:
                 shown[entity] = candidates[0]
-        self._check_moment(began, shown)
+        self._check_moment(began, since, shown)
         for version in shown.values():
             # What one has seen, nobody may miss any more.
             transaction = version.transaction
             if not transaction.quiet:
                 transaction.acknowledged = min(transaction.acknowledged, ended)
 
-    def _check_moment(self, began: int, shown: Mapping[Entity, Version]) -> None:
+    def _check_moment(
+        self, began: int, since: int, shown: Mapping[Entity, Version]
+    ) -> None:
         """Check that one moment, not before the read began, has all these versions."""
         included: dict[Transaction, Entity] = {}
         excluded: dict[Transaction, Entity] = {}
@@ -178,7 +185,7 @@ class Ledger:
         latest = max((t.committing for t in included), default=0)
         for transaction, entity in excluded.items():
             missed = {e: v.number for e, v in transaction.writes.items()}
-            if transaction.acknowledged < began:
+            if transaction.acknowledged < (since if transaction.elsewhere else began):
                 msg = f"stale: {entity} in version {shown[entity].number}, after {missed} was done"
                 raise Impossible(msg)
             if transaction.acknowledged < latest:
@@ -188,13 +195,17 @@ class Ledger:
         found = [v for v in tuple(self._versions.get(entity, ())) if v.number == number]
         return found[0] if found else None
 
-    def _possible(self, entity: Entity, began: int) -> list[Version]:
+    def _possible(self, entity: Entity, began: int, since: int) -> list[Version]:
         """Return the versions that a read which began at this moment may show."""
         versions = [
             version
             for version in tuple(self._versions[entity])
             if not version.transaction.dead and version.transaction.committing < NEVER
         ]
-        done = [v.number for v in versions if v.transaction.acknowledged < began]
+        done = [
+            v.number
+            for v in versions
+            if v.transaction.acknowledged < (since if v.transaction.elsewhere else began)
+        ]
         oldest = max(done, default=versions[0].number)
         return [version for version in versions if version.number >= oldest]

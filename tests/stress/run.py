@@ -9,18 +9,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from random import Random
 from typing import Any
 
 from sqlalchemy import Engine, event, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
-from sa_tablecache import AsyncTableCache, TableCache
+from sa_tablecache import AsyncTableCache, ChangeFeed, TableCache
 from tests.integration.checking import Checker
 from tests.integration.databases import Database
 from tests.integration.rows import fill as fill_zoo
+from tests.stress import partitions
 from tests.stress.actors import COMMITTED, CUT, Actor, Scene
 from tests.stress.conductors import Conductor, Tasks, Threads
+from tests.stress.elsewhere import LAGS, Elsewhere, SecondProcess, policy_for
 from tests.stress.ledger import Impossible, Ledger
 from tests.stress.world import (
     ACCOUNTS,
@@ -47,6 +51,7 @@ class Run:
     :param database: has the tables of the zoo; those of the accounts are made here.
     :param actors: how many threads or tasks there are.
     :param views: the views of accounts, and kinds of the zoo, that are cached.
+    :param feed: whether the cache follows a change feed, and others write beside it.
     :param slow: whether to wait at the places where others could come between.
     """
 
@@ -55,6 +60,7 @@ class Run:
     actors: int = 6
     steps: int = STEPS
     asynchronous: bool = False
+    feed: bool = False
     slow: bool = True
     tamper: Callable[[Any], None] = lambda _: None
     """Called with each cache: a test breaks a rule there, to see that it is noticed."""
@@ -74,19 +80,22 @@ class Run:
     def _rounds(self, conductor: Conductor, numbers: range, after: Callable[[int], bool]) -> None:
         with self._bystanders() as bystanders:
             with bystanders.connect() as connection:
+                if connection.dialect.name == "postgresql":
+                    partitions.drop(connection)
                 Base.metadata.drop_all(connection)
                 Base.metadata.create_all(connection)
                 if connection.dialect.name == "postgresql":
+                    partitions.create(connection)
                     connection.exec_driver_sql(SLOW_COMMITS)
             engine, bound = self._engines(conductor)
-            try:
+            with ExitStack() as stack:
+                stack.callback(engine.dispose)
+                others = self._others(conductor, stack) if self.feed else None
                 for number in numbers:
-                    self._round(conductor, engine, bound, bystanders, number)
+                    self._round(conductor, engine, bound, bystanders, number, others)
                     self.counts["rounds"] += 1
                     if not after(number):
                         break
-            finally:
-                engine.dispose()
 
     def _round(
         self,
@@ -95,6 +104,7 @@ class Run:
         bound: Any,
         bystanders: Engine,
         number: int,
+        others: tuple[Engine, SecondProcess | None] | None,
     ) -> None:
         rng = Random(f"{self.seed} {number}")
         dialect = engine.dialect.name
@@ -112,8 +122,29 @@ class Run:
             self._empty(connection, family)
             fill_zoo(connection, family, self.seed + number)
             fill(connection, rng)
-            cache, factory = self._cache(bound, views)
+            taste = Random(f"{self.seed} {number} feed")
+            lag, strict = taste.choice(LAGS), taste.choice([0.03, 0.1, 0.5])
+            cache, factory, fresh = self._cache(bound, [] if others else views, lag)
             stack.callback(cache.close)
+            elsewhere = None
+            if others is not None:
+                elsewhere = Elsewhere(
+                    others[0],
+                    sessionmaker(others[0]),
+                    fresh,
+                    others[1],
+                    conductor.lock(),
+                    int(lag.total_seconds() * 1e9),
+                    strict,
+                )
+                if dialect == "postgresql":
+                    views.append(partitions.Slices)
+                cache.clock = elsewhere.clock
+                for view in views:
+                    policy = policy_for(view, taste) if view in VIEWS else None
+                    elsewhere.policies[view] = str(policy)
+                    cache.add(view, policy=policy)
+                cache.install_feed()
             entities = [*map(account, range(1, ACCOUNTS + 1)), *map(owner, range(1, OWNERS + 1))]
             ledger = Ledger(committed(connection, entities))
             scene = Scene(
@@ -129,6 +160,8 @@ class Run:
                 kinds,
                 kills,
                 two_phase=dialect == "postgresql" and not kills and not self.asynchronous,
+                threads=not self.asynchronous,
+                elsewhere=elsewhere,
             )
             for view in views:
                 if view in VIEWS or rng.random() < 0.8:
@@ -184,18 +217,34 @@ class Run:
         _watch_commits(engine, conductor, Random(self.seed), slow=self.slow)
         return engine, bound
 
-    def _cache(self, engine: Any, views: list[Any]) -> tuple[Any, Callable[..., Session]]:
-        if not self.asynchronous:
-            cache = TableCache(engine, views=views)
-            return cache, cache.sessionmaker()
-        outer = AsyncTableCache(engine, views=views)
-        make = outer.sessionmaker()
+    def _others(
+        self, conductor: Conductor, stack: ExitStack
+    ) -> tuple[Engine, SecondProcess | None]:
+        """Return an engine that no cache watches, and, beside threads, a process."""
+        engine, _ = self._engines(conductor)
+        stack.callback(engine.dispose)
+        if self.asynchronous:
+            return engine, None
+        process = SecondProcess(self.database.url, conductor.lock())
+        stack.callback(process.close)
+        return engine, process
 
-        def factory(**options: Any) -> Session:
+    def _cache(
+        self, engine: Any, views: list[Any], lag: timedelta
+    ) -> tuple[Any, Callable[..., Session], Callable[..., Session]]:
+        """Return a cache, and what makes sessions: plain ones, and those behind a barrier."""
+        feed = ChangeFeed(max_lag=lag) if self.feed else None
+        if not self.asynchronous:
+            cache = TableCache(engine, views=views, feed=feed)
+            return cache, cache.sessionmaker(), cache.sessionmaker(freshness="barrier")
+        outer = AsyncTableCache(engine, views=views, feed=feed)
+
+        def factory(make: Any, **options: Any) -> Session:
             """Make the sessions inside asynchronous ones; those on a connection are plain."""
             return Session(**options) if options.get("bind") else make(**options).sync_session
 
-        return outer.sync_cache, factory
+        plain, fresh = outer.sessionmaker(), outer.sessionmaker(freshness="barrier")
+        return outer.sync_cache, partial(factory, plain), partial(factory, fresh)
 
     def _empty(self, connection: Any, family: str) -> None:
         for table in reversed(Base.metadata.sorted_tables):
@@ -223,7 +272,7 @@ class Run:
             if not any(scene.cache.stats(view).leases for view in scene.cache.views):
                 break
             scene.conductor.pause(0.02)
-            with scene.factory() as session:
+            with scene.fresh() as session:
                 session.scalars(select(VIEWS[0])).all()
         for entity, (number, state) in committed(connection, entities).items():
             known = scene.ledger.latest(entity)
@@ -237,7 +286,7 @@ class Run:
             statement = view.__dict__["__select__"]
             expected = Counter(map(tuple, connection.execute(statement)))
             for _ in range(2):
-                with scene.factory() as session:
+                with scene.fresh() as session:
                     records = session.scalars(select(view)).all()
                 answer = Counter(tuple(record._asdict().values()) for record in records)
                 if answer != expected:
@@ -245,7 +294,7 @@ class Run:
                     raise Impossible(f"{view.__name__} at rest: {wrong} instead of {missing}")
                 self.counts["reads"] += 1
         for kind in scene.kinds:
-            Checker(kind, scene.factory, connection, rng).check()
+            Checker(kind, scene.fresh, connection, rng).check()
             self.counts["reads"] += 5
         scene.cache._check()
 
@@ -256,6 +305,8 @@ class Run:
             f"seed {self.seed}, round {number}, {self.database.dialect}, {self.actors} {mode},"
         ]
         lines.append(f"family {scene.family}, kinds {kinds}, kills {scene.kills}; did last:")
+        if scene.elsewhere is not None:
+            lines.append(f"policies {scene.elsewhere.policies}")
         for actor in actors:
             lines.append(f"actor {actor.number}:")
             lines += list(actor.log)[-25:]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import URL
 
-from sa_tablecache import changes, freshness, table
+from sa_tablecache import changes, freshness, state
 from tests.integration.databases import Database
 from tests.stress.actors import Actor
 from tests.stress.run import Run
@@ -64,7 +64,7 @@ def test_no_answer_is_wrong(database: Database, asynchronous: bool) -> None:
 def _clears_all_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A refresh forgets marks that came while it read."""
 
-    def apply(self: Any, token: int, cleared: Any) -> None:
+    def apply(self: Any, token: int, cleared: Any, reader: object = None) -> None:
         if cleared:
             self.forget()
 
@@ -84,16 +84,16 @@ def _marks_the_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _takes_moves_for_changes_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that come, go and move are marked as if they stayed where they are."""
-    marks_of = table.marks_of
+    marks_of = state.marks_of
 
-    def in_place(*arguments: Any) -> Any:
-        marks = marks_of(*arguments)
+    def in_place(*arguments: Any, **options: Any) -> Any:
+        marks = marks_of(*arguments, **options)
         return frozenset(m._replace(moves=False) if _is_of_a_row(m) else m for m in marks)
 
     def _is_of_a_row(mark: Any) -> bool:
         return isinstance(mark, changes.Mark) and mark != changes.VIEW
 
-    monkeypatch.setattr(table, "marks_of", in_place)
+    monkeypatch.setattr(state, "marks_of", in_place)
 
 
 @pytest.mark.parametrize(

@@ -252,11 +252,13 @@ def judge(
     shown: Shown,
     *,
     whole: bool = False,
+    since: int | None = None,
 ) -> None:
     """Check the records of a view that are to be those of accounts in certain states.
 
     :param shown: in which states accounts are among the records that were asked for.
     :param whole: whether all records were asked for.
+    :param since: see :meth:`.Ledger.judge`.
     :raises Impossible: if they cannot have been.
     """
     records = list(records)
@@ -274,7 +276,7 @@ def judge(
         unseen = dict.fromkeys(missing, shown)
     if whole and view is Household:
         unseen |= {e: lambda _: True for e in ledger.entities("owner") if e not in names}
-    ledger.judge(began, seen, unseen)
+    ledger.judge(began, seen, unseen, since=since)
 
 
 def _of_account(record: Any) -> list[tuple[Entity, Seen]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, assert_type
 
-from sqlalchemy import ForeignKey, create_engine, event, func, select
+from sqlalchemy import Engine, ForeignKey, create_engine, event, func, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -27,6 +27,7 @@ from sa_tablecache import (
     AsyncTableCache,
     CachedView,
     CacheSession,
+    ChangeFeed,
     Everything,
     Manual,
     ReadThrough,
@@ -336,3 +337,22 @@ def a_function_listens(
     removed: list[FlightBoard],
 ) -> None:
     assert_type(added[0].id, int)
+
+
+def a_cache_follows_what_others_write(engine: Engine) -> None:
+    feed = ChangeFeed(poll_interval=0.2, max_lag=timedelta(seconds=2), keep=timedelta(hours=1))
+    cache = TableCache(engine, views=[FlightBoard], feed=feed)
+    assert_type(cache.install_feed(), int)
+    cache.barrier()
+    with cache.sessionmaker(freshness="barrier")() as session:
+        assert_type(session.commit_token, str | None)
+    assert_type(cache.wait_for(cache.commit_token(), timeout=1), bool)
+    cache.attach(engine, freshness=timedelta(seconds=10))
+    TableCache(engine, exclusive_writer=True)
+
+
+async def so_does_an_asynchronous_one(cache: AsyncTableCache) -> None:
+    await cache.barrier()
+    async with cache.sessionmaker(freshness=timedelta(0))() as session:
+        assert_type(await session.commit_token, str | None)
+    assert_type(await cache.wait_for(await cache.commit_token()), bool)

@@ -39,6 +39,7 @@ ORDER = """
     catalog
     loading
     shapes
+    prepared
     planner
     changes
     usage
@@ -93,6 +94,7 @@ ORDER = """
     results
     shadow
     listening
+    queries
     session
     metrics
     asyncio

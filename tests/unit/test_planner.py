@@ -30,7 +30,8 @@ from sa_tablecache.analysis import plan_of
 from sa_tablecache.catalog import Catalog
 from sa_tablecache.comparison import Inexact
 from sa_tablecache.layout import Layout
-from sa_tablecache.planner import MOST_POINTS, Candidate, Columns, Question, ask
+from sa_tablecache.planner import MOST_POINTS, Question, ask, candidate_of
+from sa_tablecache.prepared import Candidate, Columns
 from sa_tablecache.scores import (
     EVERYTHING,
     MAX,
@@ -461,5 +462,7 @@ def test_every_index_gives_the_answer_of_the_database(
     shape, parameters = shape_of(statement)
     asked = ask(shape, parameters, COLUMNS)
     for found in asked.candidates:
+        if found.intervals is not EVERYTHING:
+            assert found == candidate_of(COLUMNS.orders[found.index], shape, asked.bound, COLUMNS)
         if found.index != "by_sum":
             assert answered(shape, asked, found) == truth, found

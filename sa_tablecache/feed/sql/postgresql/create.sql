@@ -49,16 +49,30 @@ CREATE UNLOGGED TABLE IF NOT EXISTS sa_tablecache.changelog (
     autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 20000
 )
 
-CREATE INDEX IF NOT EXISTS changelog_xid ON sa_tablecache.changelog (xid)
+-- Neither this nor the view is made where it is: that takes a lock until the transaction ends, for
+-- which all writers of watched tables would wait, and all readers who have to poll.
+DO $index$
+BEGIN
+    IF to_regclass('sa_tablecache.changelog_xid') IS NULL THEN
+        CREATE INDEX changelog_xid ON sa_tablecache.changelog (xid);
+    END IF;
+END
+$index$
 
 -- The row of alive, if it was made by this server since it was started, and in this database: a
 -- copy of files and a restored dump bring along one that says nothing of the transaction ids.
-CREATE OR REPLACE VIEW sa_tablecache.incarnation AS
-SELECT a.incarnation, a.trimmed
-FROM sa_tablecache.alive AS a
-WHERE a.started = pg_postmaster_start_time()
-    AND a.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
-    AND a.relation = a.tableoid
+DO $view$
+BEGIN
+    IF to_regclass('sa_tablecache.incarnation') IS NULL THEN
+        CREATE VIEW sa_tablecache.incarnation AS
+        SELECT a.incarnation, a.trimmed
+        FROM sa_tablecache.alive AS a
+        WHERE a.started = pg_postmaster_start_time()
+            AND a.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+            AND a.relation = a.tableoid;
+    END IF;
+END
+$view$
 
 -- What has become visible since a snapshot, to the statement that calls it (STABLE). By the index,
 -- whatever is known of a table that grows and shrinks all the time.
