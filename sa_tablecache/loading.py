@@ -60,6 +60,12 @@ PARTITION = 1_000
 MOST_KNOWN = 10_000
 """So many conversions of stored values are remembered for each column."""
 
+LOCK_SECONDS = 10
+"""A snapshot waits no longer for a table that DDL has locked, or is waiting for.
+
+That may be waiting for the very session that waits for the snapshot: no database would see it.
+"""
+
 #: Marks a pooled connection as one of ours, for listeners that the pool was copied with.
 READER = "sa_tablecache.reader"
 
@@ -132,7 +138,7 @@ class Snapshots:
 
     @contextmanager
     def open(self) -> Iterator[Connection]:
-        """Open one snapshot. It emits BEGIN, and on a new PostgreSQL connection one SELECT.
+        """Open one snapshot. It emits BEGIN, a SET, and on a new PostgreSQL connection one SELECT.
 
         :raises UnsuitableEngine: if the server is a standby.
         """
@@ -148,6 +154,7 @@ class Snapshots:
                 if dialect == "postgresql":
                     options["postgresql_readonly"] = True
                 connection = connection.execution_options(**options)
+                _bound_waits(connection)
                 if dialect in ("mysql", "mariadb"):
                     connection.exec_driver_sql(
                         "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY"
@@ -185,6 +192,29 @@ class Snapshots:
         """Close the pool, if it is the cache's own."""
         if self._owned and self._engine is not None:
             self._engine.dispose()
+
+
+def _bound_waits(connection: Connection) -> None:
+    """Have a transaction that is about to begin wait for the locks of others for a while only.
+
+    By the driver: a listener of the application is told of what is read.
+    """
+    if connection.dialect.name == "postgresql":
+        # Not for the session: behind a pooler that could be anybody's.
+        statement = f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"
+    else:
+        statement = f"SET SESSION lock_wait_timeout = {LOCK_SECONDS}"
+    try:
+        cursor = connection.connection.cursor()
+        try:
+            cursor.execute(statement)
+        finally:
+            cursor.close()
+    except BaseException as error:
+        connection.invalidate(error)
+        if isinstance(error, connection.dialect.loaded_dbapi.Error):
+            raise OperationalError(statement, None, error) from error
+        raise
 
 
 @dataclass(slots=True)

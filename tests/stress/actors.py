@@ -484,9 +484,7 @@ class Actor:
     ) -> None:
         records = list(records)
         try:
-            judge(
-                self.scene.ledger, began, view, records, shown, whole=whole, since=self.since
-            )
+            judge(self.scene.ledger, began, view, records, shown, whole=whole, since=self.since)
         except Impossible as error:
             error.add_note(f"{view.__name__} answered {records}")
             raise

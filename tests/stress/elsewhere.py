@@ -128,7 +128,10 @@ def untriggered(connection: Connection, model: Any = Account) -> Iterator[None]:
 
 def _enabled(connection: Connection, table: str) -> None:
     names = connection.scalars(
-        text("SELECT tgname FROM pg_trigger WHERE tgrelid = CAST(:t AS regclass) AND NOT tgisinternal"),
+        text(
+            "SELECT tgname FROM pg_trigger "
+            "WHERE tgrelid = CAST(:t AS regclass) AND NOT tgisinternal"
+        ),
         {"t": table},
     ).all()
     for name in names:

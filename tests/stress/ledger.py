@@ -129,7 +129,7 @@ class Ledger:
         :param seen: the versions that the answer shows; one may occur several times.
         :param unseen: entities that the answer does not show, and in which states it would have
             shown them.
-        :param since: up to when the answer has to have what was committed elsewhere; all by default.
+        :param since: up to when it has to have what was committed elsewhere; all by default.
         :raises Impossible: if the database cannot have given this answer.
         """
         ended = self.now()
@@ -165,9 +165,7 @@ class Ledger:
             if not transaction.quiet:
                 transaction.acknowledged = min(transaction.acknowledged, ended)
 
-    def _check_moment(
-        self, began: int, since: int, shown: Mapping[Entity, Version]
-    ) -> None:
+    def _check_moment(self, began: int, since: int, shown: Mapping[Entity, Version]) -> None:
         """Check that one moment, not before the read began, has all these versions."""
         included: dict[Transaction, Entity] = {}
         excluded: dict[Transaction, Entity] = {}

@@ -57,7 +57,10 @@ def drop(connection: Connection) -> None:
 def attached(connection: Connection) -> list[int]:
     """Return the numbers of the partitions that are attached."""
     found = connection.scalars(
-        text("SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'stress_slice'::regclass")
+        text(
+            "SELECT inhrelid::regclass::text FROM pg_inherits "
+            "WHERE inhparent = 'stress_slice'::regclass"
+        )
     )
     return sorted(int(name.rpartition("_")[2]) for name in found)
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from sqlalchemy import URL
 
-from sa_tablecache import changes, freshness, state
+from sa_tablecache import changes, freshness, loads, state
+from sa_tablecache.feed import consumer, findings
 from tests.integration.databases import Database
 from tests.stress.actors import Actor
 from tests.stress.run import Run
@@ -59,6 +60,60 @@ def test_no_answer_is_wrong(database: Database, asynchronous: bool) -> None:
     assert run.counts["rounds"] == 4
     assert run.counts["transactions"] > 50
     assert run.counts["hit"] > 100, "the cache was of use"
+
+
+# What is killed may leave a connection to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")
+@pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
+def test_no_answer_is_wrong_with_a_change_feed(database: Database) -> None:
+    """Whatever others write beside the cache, what it answers is not older than it says, and whole.
+
+    Others are an engine that it does not watch, and a second process.
+    """
+    run = Run(database, seed=17, feed=True, actors=3, steps=20)
+    run.rounds(range(1))
+    assert run.counts["rounds"] == 1
+    assert run.counts["transactions"] > 5
+    assert run.counts["hit"] > 10, "the cache was of use"
+
+
+def _loses_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Polls forget what they have found."""
+    monkeypatch.setattr(findings.Findings, "news", lambda _self: ())
+
+
+def _reads_more_than_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads and refreshes read in snapshots in which nobody has polled."""
+    monkeypatch.setattr(loads.Loads, "_opened", lambda self, _reader: self._snapshots.open())
+
+
+def _trusts_for_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A poll is good for longer than was said, whoever reads."""
+    reason = consumer.Consumer.reason
+
+    def patient(self: Any, view: Any, *, bound: float | None = None, fetch: bool = True) -> Any:
+        return reason(self, view, bound=10.0, fetch=fetch)
+
+    monkeypatch.setattr(consumer.Consumer, "reason", patient)
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        _loses_changes,
+        pytest.param(_reads_more_than_was_told, marks=pytest.mark.slow),
+        _trusts_for_too_long,
+    ],
+)
+def test_a_broken_rule_of_change_feeds_is_noticed(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch, mutation: Callable[..., None]
+) -> None:
+    """Without a rule by which caches follow others, some answer of a few rounds is wrong."""
+    mutation(monkeypatch)
+    with pytest.raises(AssertionError):
+        Run(sqlite, seed=1, feed=True).rounds(range(10))
 
 
 def _clears_all_marks(monkeypatch: pytest.MonkeyPatch) -> None:
