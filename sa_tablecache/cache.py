@@ -119,6 +119,8 @@ class BaseTableCache(Running):
         self._keep(view, table)
         self._follow_view(table)
         self.refreshing.watch(table)
+        if not self._tables:
+            self._wanted_modes.warn_of_unknown()
         mode = self._modes[table] = Mode(table, self._verify)
         mode.set(self._wanted_modes.of(view.__name__))
         return table

@@ -114,7 +114,8 @@ def _status(
     have = changelog.installed(connection)
     _say([connection.engine.url.render_as_string(hide_password=True)])
     _say(_state(have, todo))
-    return 1 if have.version is None or have.outdated or todo.watches or todo.refused else 0
+    untrusted = have.outdated or have.hindered
+    return 1 if have.version is None or untrusted or todo.watches or todo.refused else 0
 
 
 def _state(have: Installation, todo: Outstanding) -> Iterator[str]:
@@ -125,8 +126,9 @@ def _state(have: Installation, todo: Outstanding) -> Iterator[str]:
         yield f"change feed, version {have.version}"
     wanted = {watch.relation: watch for watch in todo.watches}
     for relation, watch in sorted(have.watched.items()):
-        if relation in have.outdated:
-            yield f"  not trusted  {relation}: {have.outdated[relation]}"
+        why = have.outdated.get(relation, have.hindered.get(relation))
+        if why is not None:
+            yield f"  not trusted  {relation}: {why}"
         elif relation in wanted:
             yield f"  otherwise    {_described(watch)}; needed: {_described(wanted[relation])}"
         else:

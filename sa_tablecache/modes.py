@@ -7,9 +7,10 @@ notes for ``shadow.py`` which of them are to be compared.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,6 +19,9 @@ from sqlalchemy.orm import Session
 from .exc import TableCacheError
 from .figures import Reason
 from .table import CachedTable
+from .view import CachedView
+
+log = logging.getLogger(__name__)
 
 MODES: Final = ("on", "shadow", "off")
 VARIABLE: Final = "SA_TABLECACHE_MODE"
@@ -62,6 +66,17 @@ class Wanted:
     def of(self, view: str) -> str:
         """Return the mode of a view."""
         return self.views.get(view, self.default)
+
+    def warn_of_unknown(self) -> None:
+        """Log names that no view has; not those of views that other caches have, or none yet."""
+        for name in sorted(self.views.keys() - set(_names(CachedView))):
+            log.warning("%s names %s, and no view is called so", VARIABLE, name)
+
+
+def _names(view: type[CachedView]) -> Iterator[str]:
+    for subclass in view.__subclasses__():
+        yield subclass.__name__
+        yield from _names(subclass)
 
 
 def wanted_modes(text: str | None = None) -> Wanted:

@@ -269,9 +269,10 @@ def range_interval(layout: Layout, read: RangeRead, state: State) -> Interval:
             values.append(None if value is None else how.parameter(value))
         prefix = order.cut_values(values)
     paged = read.limit is not None or read.after is not None
+    comparisons = columns.comparisons
     for part in order.parts[len(prefix) : None if paged else order.scores]:
-        if part.hashed or not columns.comparisons[part.name].order:
-            raise Inexact(f"{part.name}: {columns.comparisons[part.name].reason}")
+        if part.hashed or not comparisons[part.name].order:
+            raise Inexact(f"{part.name}: {comparisons[part.name].reason}")
     if len(prefix) == order.scores:
         lower, upper = (*prefix, MIN), (*prefix, MAX)
     else:

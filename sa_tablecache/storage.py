@@ -135,13 +135,7 @@ class SortedRecords:
 
     def between(self, interval: Interval) -> list[Record]:
         """Return a list of the records of an interval, in order."""
-        return self._slice(self.chunks, interval)
-
-    def beside_between(self, interval: Interval) -> list[Any]:
-        """Return what stands beside the records of an interval."""
-        return [] if self.beside is None else self._slice(self.beside, interval)
-
-    def _slice(self, chunks: list[list[Any]], interval: Interval) -> list[Any]:
+        chunks = self.chunks
         if not chunks:
             return []
         first, start = self.find(interval[0])

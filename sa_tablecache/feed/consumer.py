@@ -344,8 +344,8 @@ class Consumer:
         )
 
     def concerns(self, changes: ChangeSet) -> bool:
-        """Whether changes are of a table of the views."""
-        return changes.touches(self._known.names)
+        """Whether changes are of a table of the views: also before the first poll."""
+        return any(changes.touches(table.tables) for table in self._tables())
 
     @property
     def lag(self) -> float | None:

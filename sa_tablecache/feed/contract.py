@@ -109,6 +109,9 @@ class Installation:
     watched: Mapping[Relation, Watch] = field(default_factory=dict)
     outdated: Mapping[Relation, str] = field(default_factory=dict)
     """Watched relations whose triggers are missing, disabled or of another version, and why."""
+    hindered: Mapping[Relation, str] = field(default_factory=dict)
+    """Watched relations whose changes are not all logged for another reason, and why: watching them
+    again would not help."""
 
 
 def run(connection: Connection, statements: Iterable[str]) -> None:

@@ -54,6 +54,8 @@ class Outstanding:
     """How tables have to be watched that are not, or not so."""
     refused: Mapping[TableName, str]
     """Tables that cannot be watched, and why."""
+    hindered: Mapping[Relation, str]
+    """Tables whose changes are not all seen however they are watched, and why."""
 
 
 def outstanding(
@@ -76,7 +78,8 @@ def outstanding(
             if watch == known and relation not in have.outdated:
                 continue
         watches.append(watch)
-    return Outstanding(tuple(watches), refused)
+    hindered = {r: why for r, why in have.hindered.items() if r in wanted_by_relation}
+    return Outstanding(tuple(watches), refused, hindered)
 
 
 def install(
@@ -87,6 +90,8 @@ def install(
     todo = outstanding(connection, changelog, plans)
     for name, why in todo.refused.items():
         log.warning("%s is not watched: %s", table_label(name), why)
+    for relation, why in todo.hindered.items():
+        log.warning("changes of %s are not seen, though it is watched: %s", relation, why)
     for watch in todo.watches:
         run(connection, changelog.watch(watch))
     return todo.watches

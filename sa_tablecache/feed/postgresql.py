@@ -44,6 +44,8 @@ from .wakeup import CHANNEL
 
 TRIM_BATCH: Final = 10_000
 
+_AGAIN: Final = "; watch it again"
+"""How the reasons end that watching a table again ends."""
 _READABLE: Final = (VERSION, VERSION - 1)
 _UNBOUNDED: Final = frozenset(
     ("NaN", "Infinity", "-Infinity", "infinity", "-infinity", "infinity+00:00", "-infinity+00:00")
@@ -206,7 +208,7 @@ class PostgreSQLChangelog(Changelog):
         """Return what is installed; 1 or 3 statements."""
         if not connection.scalar(_INSTALLED):
             return Installation(None)
-        watched, outdated = {}, {}
+        watched, outdated, hindered = {}, {}, {}
         with _available():
             version = connection.scalar(_VERSION)
             if version not in _READABLE:
@@ -218,11 +220,15 @@ class PostgreSQLChangelog(Changelog):
             watched[relation] = Watch(
                 relation, tuple(found["key"]), tuple(found["ranges"]), found["limit"]
             )
-            if problem is None and found["version"] != VERSION:
-                problem = f"its triggers are of version {found['version']}, not {VERSION}"
-            if problem is not None:
+            if problem is not None and problem.endswith(_AGAIN):
                 outdated[relation] = problem
-        return Installation(version, watched, outdated)
+            elif found["version"] != VERSION:
+                outdated[relation] = (
+                    f"its triggers are of version {found['version']}, not {VERSION}"
+                )
+            elif problem is not None:
+                hindered[relation] = problem
+        return Installation(version, watched, outdated, hindered)
 
     def resolve(
         self, connection: Connection, names: Iterable[tuple[str | None, str]]

@@ -177,7 +177,10 @@ class SQLiteChangelog(Changelog):
 
     def installed(self, connection: Connection) -> Installation:
         """Return what is installed: five statements, and some for each watched table."""
-        watched, outdated, versions = {}, {}, []
+        watched: dict[Relation, Watch] = {}
+        outdated: dict[Relation, str] = {}
+        hindered: dict[Relation, str] = {}
+        versions = []
         with one_moment(connection):
             for schema in databases_of(connection):
                 version = version_of(connection, schema)
@@ -189,8 +192,8 @@ class SQLiteChangelog(Changelog):
                     watched[relation] = watch
                     problem = problem_of(connection, relation, watch)
                     if problem is not None:
-                        outdated[relation] = problem
-        return Installation(min(versions, default=None), watched, outdated)
+                        (outdated if problem.outdated else hindered)[relation] = problem.why
+        return Installation(min(versions, default=None), watched, outdated, hindered)
 
     def resolve(
         self, connection: Connection, names: Iterable[tuple[str | None, str]]

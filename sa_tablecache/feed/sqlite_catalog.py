@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from sqlalchemy import Connection
 
@@ -76,11 +76,19 @@ def describe(connection: Connection, relation: Relation) -> tuple[Any, str | Non
     return row, None
 
 
-def problem_of(connection: Connection, relation: Relation, watch: Watch) -> str | None:
+class Problem(NamedTuple):
+    """Why not all changes of a table are logged."""
+
+    why: str
+    outdated: bool
+    """Whether watching the table again helps."""
+
+
+def problem_of(connection: Connection, relation: Relation, watch: Watch) -> Problem | None:
     """Return why not all changes of a table are logged, if so: some statements of the catalog."""
     table, problem = describe(connection, relation)
     if table is None:
-        return problem
+        return Problem(str(problem), outdated=False)
     schema = schema_of(relation)
     found = {
         folded(row.name): row.sql
@@ -93,14 +101,21 @@ def problem_of(connection: Connection, relation: Relation, watch: Watch) -> str 
     for name, sql in triggers(watch).items():
         there = found.pop(folded(name), None)
         if there is None:
-            return f"its trigger {name} is missing"
+            return Problem(f"its trigger {name} is missing", outdated=True)
         if there != sql.replace(f" {quoted(schema)}.", " ", 1):
-            return f"its trigger {name} is not what it should be"
+            return Problem(f"its trigger {name} is not what it should be", outdated=True)
+    if watch.cascades != tuple(conflicts(connection, relation, table.sql, watch.key)):
+        return Problem(
+            "its unique indexes are not those that it had when it was watched: watch it again",
+            outdated=True,
+        )
     for name, sql in sorted(found.items()):
         if raises_ignore(sql):
-            return f"its trigger {name} may raise IGNORE, and then no other trigger is run"
-    if watch.cascades != tuple(conflicts(connection, relation, table.sql, watch.key)):
-        return "its unique indexes are not those that it had when it was watched: watch it again"
+            return Problem(
+                f"its trigger {name} may raise IGNORE after a row was written, and then no other "
+                "trigger is run: have it do so before",
+                outdated=False,
+            )
     return None
 
 
@@ -114,7 +129,8 @@ def looked_at(
         if watch is None:
             yield relation, (None, "it is not watched")
         else:
-            yield relation, (watch, problem_of(connection, relation, watch))
+            problem = problem_of(connection, relation, watch)
+            yield relation, (watch, None if problem is None else problem.why)
 
 
 def byte_columns(connection: Connection, relation: Relation) -> frozenset[str]:

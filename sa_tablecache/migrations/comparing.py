@@ -9,7 +9,8 @@ In: the context of autogenerate and the operations that it found so far. Out: fu
 * A table that no view needs any more: workers of the release before may need it as long as they
   run. It is told of, and goes on being watched, unless ``sa_tablecache_cleanup`` is set.
 
-Where nothing is to be done nothing is added, so that ``alembic check`` passes.
+Where nothing is to be done nothing is added, so that ``alembic check`` passes. What keeps changes
+of a watched table from being seen, and what watching it again does not end, is a warning.
 """
 
 from __future__ import annotations
@@ -241,7 +242,12 @@ class _Comparison:
                     "before is left, op.unwatch_table() (or sa_tablecache_cleanup) ends that",
                     relation,
                 )
-                self._watch(name, self._wanted(relation, None, have), have)
+                try:
+                    wanted = self._wanted(relation, None, have)
+                except TableCacheError as error:
+                    log.warning("%s", error)
+                else:
+                    self._watch(name, wanted, have)
 
     # -- one table ------------------------------------------------------------------------------
 
@@ -258,7 +264,7 @@ class _Comparison:
         removed = self._removed(relation)
         key = tuple(column for column in dict.fromkeys(key) if column not in removed)
         ranges = tuple(column for column in dict.fromkeys(ranges) if column not in removed)
-        if need is None and have is not None:
+        if need is None and have is not None and (not key or relation not in self.outdated):
             return replace(have, key=key, ranges=ranges)
         # Columns that the migration adds are not there yet.
         added = self._added(relation)
@@ -288,6 +294,13 @@ class _Comparison:
         elif self._statements(have) != self._statements(wanted):
             log.info("Detected table '%s' that is watched otherwise", wanted.relation)
         else:
+            if wanted.relation in self.installed.hindered:
+                log.warning(
+                    "%s is watched, and changes of it are not seen all the same, so that the "
+                    "database answers for its views: %s",
+                    wanted.relation,
+                    self.installed.hindered[wanted.relation],
+                )
             return
         added = self._added(wanted.relation)
         ask = not added.isdisjoint((*wanted.key, *wanted.ranges))

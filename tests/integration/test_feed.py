@@ -29,10 +29,11 @@ from sa_tablecache import (
     bypass_cache,
 )
 from sa_tablecache.feed import Consumer
+from sa_tablecache.following import NOTIFY
 from tests.integration.checking import counting
 from tests.integration.databases import Database
 from tests.integration.flights import World, flight, hour, insert_flights
-from tests.zoo import Airline, CarrierTotals, Flight, OuterBoard, Plane
+from tests.zoo import Airline, Airport, CarrierTotals, Flight, OuterBoard, Plane
 
 pytestmark = pytest.mark.every_database
 
@@ -932,3 +933,25 @@ def test_answers_are_of_one_moment_under_load(world: World) -> None:
     world.cache.barrier()
     check(world)
     assert consumer_of(world).counts["invalidations"] == 1
+
+
+def test_who_only_writes_wakes_up_others(
+    postgresql: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also before it has polled: what concerns its views may concern those of others."""
+    with postgresql.lent_engine() as engine:
+        with engine.begin() as connection:
+            insert_flights(connection)
+        cache = TableCache(engine, views=[OuterBoard], feed=ChangeFeed())
+        woken: list[str] = []
+        monkeypatch.setattr(cache.upkeep, "wake", woken.append)
+        with cache.sessionmaker()() as session:
+            session.get_one(Flight, 1).delay = 7.5
+            session.commit()
+            assert woken.count(NOTIFY) == 1
+            session.execute(update(Airport).values(name="elsewhere"))
+            session.commit()
+        assert woken.count(NOTIFY) == 1
+        assert cache.consumer is not None
+        assert cache.consumer.counts["polls"] == 0
+        cache.close()

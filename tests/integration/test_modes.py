@@ -104,6 +104,18 @@ def test_the_environment_says_the_modes(
         late.close()
 
 
+def test_a_name_that_no_view_has_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, sqlite: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, when a cache has its first view; others may be added later, or to another cache."""
+    monkeypatch.setenv("SA_TABLECACHE_MODE", "OuterBord=off,InnerBoard=off")
+    with flights_world(sqlite, OuterBoard) as world:
+        world.cache.add(InnerBoard)
+        assert (world.cache.mode(OuterBoard), world.cache.mode(InnerBoard)) == ("on", "off")
+    (warning,) = [m for m in caplog.messages if "SA_TABLECACHE_MODE" in m]
+    assert warning == "SA_TABLECACHE_MODE names OuterBord, and no view is called so"
+
+
 @pytest.mark.parametrize("text", ["of", "OuterBoard=shaddow", "OuterBoard=", "OuterBoard", "On"])
 def test_a_mode_that_there_is_not_is_an_error(
     monkeypatch: pytest.MonkeyPatch, world: World, text: str

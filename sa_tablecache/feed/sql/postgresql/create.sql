@@ -505,10 +505,10 @@ BEGIN
                 other.names, '; watch it again')
             WHEN tree.distant IS NOT NULL
                 THEN concat('nobody sees changes of the foreign table ', tree.distant)
-            WHEN tree.subscribed IS NOT NULL THEN concat(
-                'logical replication writes ', tree.subscribed, ', which fires no statement triggers')
             WHEN tree.silent IS NOT NULL THEN concat(
                 'triggers are missing or disabled on ', left(tree.silent, 200), '; watch it again')
+            WHEN tree.subscribed IS NOT NULL THEN concat(
+                'logical replication writes ', tree.subscribed, ', which fires no statement triggers')
         END
     FROM asked AS a
     LEFT JOIN LATERAL (
