@@ -123,6 +123,10 @@ class Following(Invalidation):
         """Return how fresh a session wants its answers."""
         return "feed"
 
+    def is_strict(self, session: Any) -> bool:
+        """Whether a session wants all that was committed anywhere before it reads."""
+        return self._fresher and self._freshness_of(session) == "barrier"
+
     def _guard(self, session: Any, table: CachedTable, _: Any, fetch: bool) -> str | None:
         """Say why a view cannot be answered from memory, of what the feed tells."""
         consumer = self._followed

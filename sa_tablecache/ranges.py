@@ -85,7 +85,7 @@ def range_from_cache(
                 raise Inexact(reason)
             stale: Reason | None = None
             if state is None:
-                stale = tolerated(table)
+                stale = tolerated(table, strict=cache.is_strict(session))
                 state = None if stale is None else table.state
             if state is not None:
                 if not state.coverage.sets and not fills:
@@ -125,7 +125,7 @@ def range_from_cache(
                 if not marked and not covered:
                     return _partial_range(session, table, read, state, interval)
                 if covered and marked:
-                    stale = stale or tolerated(table)
+                    stale = stale or tolerated(table, strict=cache.is_strict(session))
                 if covered and (not marked or stale is not None):
                     order = state.storage.orders[name]
                     if read.limit is None:

@@ -193,7 +193,7 @@ def answer(
                 raise Inexact(reason)
             stale: Reason | None = None
             if state is None:
-                stale = tolerated(table, shape.options)
+                stale = tolerated(table, shape.options, strict=cache.is_strict(session))
                 state = None if stale is None else table.state
             if state is not None:
                 if not state.coverage.sets and not fills:
@@ -235,7 +235,8 @@ def answer(
                     stale is not None
                     or state.stale is None
                     or not state.is_stale(candidate.index, candidate.intervals)
-                    or (stale := tolerated(table, shape.options)) is not None
+                    or (stale := tolerated(table, shape.options, strict=cache.is_strict(session)))
+                    is not None
                 ):
                     rows = from_state(layout, question, state, candidate)
                     if keeper is None:

@@ -16,13 +16,18 @@ from .table import CachedTable
 from .upkeep import Upkeep
 
 
-def tolerated(table: CachedTable, options: Iterable[CacheOption] = ()) -> Reason | None:
+def tolerated(
+    table: CachedTable, options: Iterable[CacheOption] = (), *, strict: bool = False
+) -> Reason | None:
     """Return why a reader whom marks or leases concern is answered beside them, if it may be.
 
     What is marked or leased for less than the reader allows: it may then miss what was committed
     since the first of that, and nothing older.
+
+    :param strict: whether the session wants all that was committed before, whatever the view says;
+        only a statement may say otherwise then.
     """
-    allowed = allowed_staleness(table, options)
+    allowed = allowed_staleness(table, options, strict=strict)
     if not allowed:
         return None
     age = table.age
@@ -31,12 +36,14 @@ def tolerated(table: CachedTable, options: Iterable[CacheOption] = ()) -> Reason
     return Reason("stale", f"beside marks that are {age:.3f} s old, of {allowed} that are allowed")
 
 
-def allowed_staleness(table: CachedTable, options: Iterable[CacheOption] = ()) -> timedelta | None:
+def allowed_staleness(
+    table: CachedTable, options: Iterable[CacheOption] = (), *, strict: bool = False
+) -> timedelta | None:
     """Return how old marks may be: what the statement says, or else the view."""
     for option in options:
         if isinstance(option, MaxStaleness):
             return option.payload
-    return table.view.__max_staleness__
+    return None if strict else table.view.__max_staleness__
 
 
 class Refreshing:

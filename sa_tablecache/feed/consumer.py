@@ -262,7 +262,11 @@ class Consumer:
         moved: set[Relation],
     ) -> Mapping[TableName, LoggedTable | None]:
         """Return how rows are logged, asked anew of tables that may be watched otherwise now."""
-        known = {n: how for n, how in self._known.logged.items() if names.get(n) not in moved}
+        # A view that is new may declare another primary key for a table that is known.
+        same = self._known.reasons.keys() == set(tables)
+        known = {
+            n: how for n, how in self._known.logged.items() if same and names.get(n) not in moved
+        }
         new = names.keys() - known.keys()
         if not new:
             return known

@@ -140,6 +140,17 @@ def test_marked_records_are_given_while_the_marks_are_young(world: World, moves:
         assert session.last_read.reason in ("", "after a refresh of what was marked")
 
 
+def test_a_session_that_wants_a_barrier_is_given_nothing_stale(world: World) -> None:
+    """What a session asks for outranks what the view allows, and is outranked by the statement."""
+    paint(world)
+    with world.cache.sessionmaker(freshness="barrier")() as session:
+        assert models(session, Lenient, max_staleness(timedelta(hours=1))) == {"A320"}
+        assert models(session, Lenient) == {"A380"}
+    paint(world, "A390")
+    with world.cache.sessionmaker(freshness="barrier")() as session:
+        assert session.range(Lenient.by_plane, "N1")[0].model == "A390"
+
+
 def test_marks_that_are_too_old_are_read_again(world: World, clock: Clock) -> None:
     """The first reader who finds a mark older than it allows refreshes."""
     paint(world)
