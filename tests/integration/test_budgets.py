@@ -44,7 +44,7 @@ READS: dict[str, tuple[int, Callable[[Any], Any]]] = {
 
 FEED = 6
 """The calls that a change feed may cost beside that, if a poll is not due."""
-AWAITED = 3
+AWAITED = 5
 """The calls that an asynchronous session may cost."""
 
 

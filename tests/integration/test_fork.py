@@ -11,12 +11,20 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, timedelta
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.util import greenlet_spawn
 
-from sa_tablecache import AsyncTableCache, Everything, ReadThrough, SlidingWindow, TableCache
+from sa_tablecache import (
+    AsyncTableCache,
+    Everything,
+    ReadThrough,
+    SlidingWindow,
+    TableCache,
+    forks,
+)
 from tests.integration.checking import counting
 from tests.integration.databases import Database
 from tests.integration.flights import World, flights_world, hour, ids, insert_flights
@@ -171,8 +179,12 @@ def test_a_child_drops_what_it_cannot_prove(world: World) -> None:
     world.cache._check()
 
 
-def test_a_child_says_what_it_drops(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_child_says_what_it_drops(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The log of the child names the views, and the way out."""
+    # Caches of other tests may be alive still.
+    monkeypatch.setattr(forks, "_watching", WeakSet([world.cache]))
 
     def work(child: Child) -> Any:
         return [r.getMessage() for r in caplog.records if r.name == "sa_tablecache.running"]
@@ -187,10 +199,13 @@ def test_a_child_says_what_it_drops(world: World, caplog: pytest.LogCaptureFixtu
     assert Child(work).result() == [], "there was nothing to drop"
 
 
-def test_a_closed_cache_is_left_alone(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_closed_cache_is_left_alone(
+    database: Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was closed before the fork is closed after it."""
     with flights_world(database) as world:
         world.cache.load(OuterBoard)
+    monkeypatch.setattr(forks, "_watching", WeakSet([world.cache]))
     caplog.clear()
     assert Child(lambda _: (world.cache.closed, len(caplog.records))).result() == (True, 0)
 
