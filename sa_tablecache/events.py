@@ -17,6 +17,7 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, Table, event, inspect
+from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.orm import Mapper
 from sqlalchemy.sql.dml import UpdateBase
 
@@ -235,7 +236,10 @@ class Watcher:
                 release(transaction)  # it did not
             return
         if connection.dialect.name == "sqlite" and autocommits(connection):
-            finish(context, cursor)
+            if context.execute_style is ExecuteStyle.INSERTMANYVALUES:
+                return  # SQLAlchemy fetches the rows of this batch next, and then it is committed
+            if not executed.suffixed:
+                finish(context, cursor)
         if executed.asks:
             return
         if executed.suffixed:
