@@ -99,3 +99,10 @@ class TransactionError(TableCacheError):
 
 class TransactionConflict(TransactionError):
     """Other transactions kept this one from being committed; nothing of it was."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the class and the message of an error, in one line, without a statement's values."""
+    message = str(getattr(error, "orig", None) or error).strip()
+    first = message.partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

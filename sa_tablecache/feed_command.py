@@ -17,11 +17,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from .analysis import plan_of, table_label
 from .cache import BaseTableCache
 from .commands import CACHE_HELP, Commands, NoCache, find_cache, with_cache
-from .exc import TableCacheError
+from .exc import TableCacheError, one_line
 from .feed.contract import Changelog, Installation, Watch
 from .feed.dialects import changelog_for
 from .feed.installing import Outstanding, install, outstanding, script, uninstall
-from .upkeep import describe as one_line
 
 _EPILOG: Final = (
     "The exit status is 0, or 1 if that failed or the database cannot be asked, or 2 if there is "

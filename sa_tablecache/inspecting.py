@@ -24,12 +24,11 @@ from sqlalchemy.sql import ColumnElement
 from .analysis import Leaf, TableName, ViewPlan, table_label
 from .cache import BaseTableCache
 from .commands import CACHE_HELP, Commands, NoCache, find_cache, with_cache
-from .exc import Unbound
+from .exc import Unbound, one_line
 from .layout import Layout
 from .policies import Policy
 from .readers import EveryScope
 from .table import CachedTable
-from .upkeep import describe as one_line
 from .view import CachedView
 
 WIDTH: Final = 100

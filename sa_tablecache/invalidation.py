@@ -22,7 +22,7 @@ from .cascades import all_cascades
 from .changes import ChangeSet, Marks
 from .commits import Backend
 from .events import tables_of
-from .exc import CriteriaError
+from .exc import CriteriaError, one_line
 from .feed import Consumer
 from .layout import Layout
 from .loading import Snapshots
@@ -221,7 +221,7 @@ class Invalidation:
             try:
                 ended = self._has_ended(orphan)
             except Exception as error:
-                log.warning("whether a COMMIT has ended cannot be found out: %s", error)
+                log.warning("whether a COMMIT has ended cannot be found out: %s", one_line(error))
                 ended = False
             if ended:
                 with self._lock:

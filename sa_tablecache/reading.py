@@ -30,6 +30,7 @@ from .answering import (
 from .cache import BaseTableCache
 from .clauses import intervals_clause
 from .comparison import Inexact, to_utc
+from .exc import one_line
 from .figures import LastRead, Reason, category_of
 from .modes import COMPARING
 from .options import BypassCache, NoStore
@@ -43,7 +44,6 @@ from .shapes import Shape, shape_of, view_of
 from .staleness import tolerated
 from .state import State
 from .table import CachedTable
-from .upkeep import describe
 from .view import CachedView
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def filling(table: CachedTable) -> bool:
     try:
         table.set_up()
     except Exception as error:
-        log.warning("view %s: nothing can be loaded: %s", table.plan.name, describe(error))
+        log.warning("view %s: nothing can be loaded: %s", table.plan.name, one_line(error))
         return False
     return True
 
@@ -138,7 +138,7 @@ def freshen(session: Session, cache: BaseTableCache, table: CachedTable) -> bool
     try:
         table.refresh()
     except Exception as error:
-        why = describe(error)
+        why = one_line(error)
         log.warning("view %s: refresh failed: %s", table.plan.name, why)
         remember(session, table, "bypass", Reason("refresh_failed", f"the refresh failed: {why}"))
         return False

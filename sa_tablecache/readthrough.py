@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 
 from .answering import loadable_candidate
 from .coverage import Coverage
+from .exc import one_line
 from .figures import Reason
 from .keeping import Keeper
 from .layout import Layout
@@ -37,7 +38,6 @@ from .scores import Interval, IntervalSet
 from .state import State
 from .table import CachedTable
 from .turns import Section, new_future, wait_for
-from .upkeep import describe
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ class ReadRanges(Keeper):
         except Exception as error:
             stored = False
             log.warning(
-                "view %s: what a read missed was not loaded: %s", self._table.name, describe(error)
+                "view %s: what a read missed was not loaded: %s", self._table.name, one_line(error)
             )
         finally:
             with self._lock:

@@ -28,7 +28,7 @@ from weakref import WeakSet
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from .exc import TableCacheError
+from .exc import TableCacheError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class _Job:
 
     def _failed(self, error: Exception) -> float:
         now = time.monotonic()
-        self.error = describe(error)
+        self.error = one_line(error)
         if self.failing_since is None:
             self.failing_since = now
             self._pause = FIRST_PAUSE
@@ -103,7 +103,7 @@ class _Job:
 
     def died(self, error: BaseException) -> None:
         """Note that the thread or task has ended, and nobody had told it to."""
-        self.error = f"it was ended by {describe(error)}"
+        self.error = f"it was ended by {one_line(error)}"
         self.failing_since = self.failing_since or time.monotonic()
         log.error("upkeep: %s is no longer run: %s", self.name, self.error)
 
@@ -116,13 +116,6 @@ class _Job:
             failing=None if failing is None else now - failing,
             error=error,
         )
-
-
-def describe(error: BaseException) -> str:
-    """Return the class and the message of an error, in one line, without a statement's values."""
-    message = str(getattr(error, "orig", None) or error).strip()
-    first = message.partition("\n")[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 class _Thread:

@@ -29,6 +29,7 @@ from sqlalchemy import Connection
 
 from sa_tablecache.analysis import TableName, table_label, table_name
 from sa_tablecache.changes import ChangeSet
+from sa_tablecache.exc import one_line
 from sa_tablecache.figures import Reason
 from sa_tablecache.loading import Snapshots
 from sa_tablecache.loads import Loads
@@ -183,7 +184,7 @@ class Consumer:
             yield
         except Exception as error:
             if self._failed is None:
-                log.warning("the change feed cannot be read: %s", error)
+                log.warning("the change feed cannot be read: %s", one_line(error))
             self._failed = number, time.monotonic(), error
             raise
         if self._failed is not None:
@@ -373,11 +374,11 @@ class Consumer:
                 return Reason("feed", "the change feed has to be read first")
             failed = self._failed
             if failed is not None and time.monotonic() - failed[1] < RETRY_SECONDS:
-                return Reason("feed", f"the change feed cannot be read: {failed[2]}")
+                return Reason("feed", f"the change feed cannot be read: {one_line(failed[2])}")
             try:
                 self.catch_up()
             except Exception as error:
-                return Reason("feed", f"the change feed cannot be read: {error}")
+                return Reason("feed", f"the change feed cannot be read: {one_line(error)}")
             known = self._known
         return known.reasons.get(
             table, Reason("feed", "the change feed does not follow the view yet")
@@ -435,7 +436,7 @@ class Consumer:
         return FeedHealth(
             state=state,
             lag=lag,
-            error=None if failed is None else str(failed[2]),
+            error=None if failed is None else one_line(failed[2]),
             untrusted={
                 table_label(name): why for name, why in {**missing, **known.untrusted}.items()
             },
