@@ -183,6 +183,50 @@ def _listening_reason(session: Session, dispatch: Any) -> str | None:
 # -- the session and its connections -----------------------------------------------------------
 
 
+def is_free(session: Any, engine: Engine | None) -> bool:
+    """Whether nothing keeps a session from reading from the cache of an engine, seen at a glance.
+
+    If not, :func:`flush_pending`, :func:`is_filtered`, :func:`overrides` and
+    :func:`database_reason` say what it is, if anything: they find nothing where this is true.
+    """
+    own = session.__dict__
+    if (
+        session._transaction is not None
+        or session._new
+        or session._deleted
+        or session.identity_map._modified
+        or session.bind is not engine
+        or own.get("binds")
+        or own.get("_Session__binds")
+        or type(session).__dict__.get(_OVERRIDES) is not False
+        or engine is None
+        or engine.__dict__.get(_ISOLATED) is not False
+        or own.get("execution_options")
+        or ATTEMPT in session.info
+    ):
+        return False
+    mine, theirs = session.dispatch, engine.dispatch
+    try:
+        # The two collections of each are gone through here, because SQLAlchemy's own iteration is
+        # a call and a chain. Were they renamed, no session would be free, and the budgets of the
+        # tests would say so.
+        for listeners in (
+            mine.do_orm_execute,
+            mine.after_begin,
+            theirs.begin,
+            theirs.engine_connect,
+        ):
+            for listener in listeners.listeners:
+                if not listener._sa_tablecache_harmless:
+                    return False
+            for listener in listeners.parent_listeners:
+                if not listener._sa_tablecache_harmless:
+                    return False
+    except AttributeError:  # the application's
+        return False
+    return True
+
+
 def flush_pending(session: Session, *, flush: bool = True) -> bool:
     """Flush as any query would, so that the session's own changes count as written.
 

@@ -27,6 +27,7 @@ from .following import AnswerFreshness
 from .listening import COMMITTED, OTHER_LISTENERS, listen
 from .misses import is_wanting
 from .queries import CachedQuery
+from .quick import range_of, record_of
 from .ranges import RangeRead
 from .reading import Answer
 from .results import result_of, scalars_of
@@ -121,6 +122,9 @@ class CacheSession(Session):
             :meth:`sqlalchemy.orm.Session.get`.
             """
             if isinstance(entity, ViewMeta):
+                found = record_of(self, entity, ident)
+                if found is not None:
+                    return found
                 found = self._get_stored(entity, ident)
                 return self._get_selected(entity, ident) if found is None else found
             return super().get(entity, ident, **kwargs)
@@ -245,7 +249,13 @@ class CacheSession(Session):
 
         From memory in O(log n + records) and without SQL if the range is covered; else one SELECT.
         """
-        if prefix or limit is not None or type(index) is not ViewIndex:
+        if not prefix and limit is None and after is None and type(index) is ViewIndex:
+            found = range_of(self, index, ge, gt, le, lt)
+            if found is not None:
+                if descending:
+                    found.reverse()
+                return found
+        else:
             _check_range(index, len(prefix), (ge, gt, le, lt), limit)
         # Not RangeRead(...), a function that would be called for each hit.
         read = tuple.__new__(RangeRead, (index, prefix, ge, gt, le, lt, descending, limit, after))

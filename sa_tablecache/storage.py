@@ -133,7 +133,7 @@ class SortedRecords:
         chunk, at = self.find(cut)
         return self.offsets[chunk] + at
 
-    def between(self, interval: Interval) -> list[Record]:
+    def between(self, interval: tuple[Cut, Cut]) -> list[Record]:
         """Return a list of the records of an interval, in order."""
         chunks = self.chunks
         if not chunks:

@@ -113,7 +113,7 @@ def test_a_broken_rule_of_change_feeds_is_noticed(
     """Without a rule by which caches follow others, some answer of a few rounds is wrong."""
     mutation(monkeypatch)
     with pytest.raises(AssertionError):
-        Run(sqlite, seed=1, feed=True).rounds(range(10))
+        Run(sqlite, seed=1, feed=True).rounds(range(50))
 
 
 def _clears_all_marks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_a_broken_rule_is_noticed(
     """
     mutation(monkeypatch)
     with pytest.raises(AssertionError) as caught:
-        Run(sqlite, seed=1).rounds(range(10))
+        Run(sqlite, seed=1).rounds(range(50))
     notes = "\n".join(caught.value.__notes__)
     assert "seed 1, round" in notes
     assert "actor 5:" in notes

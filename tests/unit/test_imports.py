@@ -95,6 +95,7 @@ ORDER = """
     shadow
     listening
     queries
+    quick
     session
     metrics
     asyncio

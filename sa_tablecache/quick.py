@@ -1,0 +1,106 @@
+"""The shortest way from a session to a record: most reads of ranges and keys, most of the time.
+
+In: the arguments of ``session.range()`` and ``session.get()``. Out: what storage holds, or ``None``
+where anything at all is out of the ordinary; ``ranges.py`` and ``reading.py`` then ask what it is,
+and say so. What is found here is what they would have found: the same questions in the same order,
+each in its cheapest form, in as few calls as can be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .comparison import Inexact
+from .modes import COMPARING
+from .orders import Record
+from .scopes import is_free
+from .scores import MAX, MIN, Cut, Interval
+from .state import State
+from .table import CachedTable
+from .view import ViewIndex
+
+
+def _state_of(session: Any, view: Any) -> tuple[CachedTable, State] | None:
+    """Return the table of a view, and its state if a session may be answered from all of it."""
+    cache = session.cache
+    table: CachedTable | None = cache._tables.get(view)
+    if (
+        table is None
+        or cache._closed
+        or table.keeper is not None
+        or table.layout is None
+        or view.__scope__ is not None
+        or not is_free(session, cache._engine)
+        or (table.guards and table.guarded(session, fetch=False) is not None)
+    ):
+        return None
+    state = table.current
+    return None if state is None or state.stale is not None else (table, state)
+
+
+def _is_read(session: Any, table: CachedTable) -> None:
+    """Note a plain hit; see :func:`.reading.remember_hit`."""
+    session.last_read = table.hit
+    if not (table.shadowed and COMPARING in session.info):
+        table.counts.hits += 1
+
+
+def range_of(
+    session: Any, index: ViewIndex[Any], ge: Any, gt: Any, le: Any, lt: Any
+) -> list[Record] | None:
+    """Return the records of a range of an index of one score that is never NULL."""
+    found = _state_of(session, index.view)
+    if found is None:
+        return None
+    table, state = found
+    layout, name = table.layout, index.name
+    assert layout is not None
+    records = state.storage.orders[name]
+    order = records.order
+    part = order.parts[0]
+    how = layout.columns.comparisons[part.name]
+    if order.scores != 1 or part.nullable or part.hashed or not how.order or layout.loader.mutable:
+        return None
+    lower: Cut = (MIN,)
+    upper: Cut = (MAX,)
+    # Without min() and max(), which would compare cuts that are known to be the outer ones.
+    try:
+        if ge is not None:
+            lower = (how.parameter(ge), MIN)
+        if gt is not None:
+            cut = (how.parameter(gt), MAX)
+            lower = cut if ge is None else max(lower, cut)
+        if le is not None:
+            upper = (how.parameter(le), MAX)
+        if lt is not None:
+            cut = (how.parameter(lt), MIN)
+            upper = cut if le is None else min(upper, cut)
+    except Inexact:
+        return None
+    coverage = state.coverage
+    if not coverage.everything and not coverage.of(name).covers(Interval(lower, upper)):
+        return None
+    _is_read(session, table)
+    return records.between((lower, upper))
+
+
+def record_of(session: Any, view: Any, ident: Any) -> Record | None:
+    """Return the stored record with a primary key of one column."""
+    found = _state_of(session, view)
+    if found is None:
+        return None
+    table, state = found
+    layout = table.layout
+    assert layout is not None
+    parts = layout.orders[""].parts
+    how = layout.columns.comparisons[parts[0].name]
+    if len(parts) != 1 or ident is None or not how.equality or layout.loader.mutable:
+        return None
+    try:
+        pair = state.storage.get((how.parameter(ident),))
+    except Inexact:
+        return None
+    if pair is None:
+        return None
+    _is_read(session, table)
+    return pair[0]
