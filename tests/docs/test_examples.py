@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,6 +57,9 @@ def test_a_page_does_what_it_says(page: Path) -> None:
             namespace.update(examples.globs)
         else:
             exec(compile("\n" * line + block[1], page, "exec"), namespace)
+    for value in namespace.values():
+        if isinstance(value, Engine):
+            value.dispose()  # as the process of an application does, by ending
     namespace.clear()
     gc.collect()  # a connection that an example forgot is this test's failure, not a later one's
 
