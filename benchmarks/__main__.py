@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: fill databases, measure, and print what was measured."""
+"""``python -m benchmarks``: fill databases, measure, print what was measured, and write reports."""
 
 from __future__ import annotations
 
@@ -7,42 +7,64 @@ import asyncio
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy
 
-from benchmarks import database, feed, hits, loading, memory, peers, ranges, transactions
+from benchmarks import (
+    database,
+    feed,
+    growth,
+    hits,
+    loading,
+    memory,
+    peers,
+    ranges,
+    report,
+    throughput,
+    transactions,
+)  # fmt: skip
 from benchmarks.harness import Result
 
-PARTS = ("ranges", "hits", "peers", "loading", "memory", "transactions", "feed")
+PARTS: dict[str, tuple[str | None, Callable[..., Any]]] = {
+    "ranges": ("sqlite", ranges.run),
+    "peers": ("postgres", peers.run),
+    "hits": ("sqlite", hits.run),
+    "loading": ("postgres", loading.run),
+    "memory": ("postgres", memory.run),
+    "transactions": ("postgres", transactions.run),
+    "feed": ("postgres", feed.run),
+    "throughput": ("sqlite", throughput.run),
+    "growth": (None, growth.run),
+}
+"""The database that each part is given, and what measures it; the report has this order."""
 QUICK_DAYS = 14
 
 
-def measure(parts: Sequence[str], *, quick: bool) -> Iterator[list[Result]]:
+def measure(parts: Collection[str], *, quick: bool) -> Iterator[list[Result]]:
     """Run the parts that are asked for, and yield the results of each."""
     days = QUICK_DAYS if quick else None
-    if {"peers", "memory", "loading", "transactions", "feed"} & set(parts):
-        with database.postgres(days) as url:
-            if "transactions" in parts:
-                yield transactions.run(url, quick=quick)
-            if "feed" in parts:
-                yield feed.run(url, quick=quick)
-            if "peers" in parts:
-                yield peers.run(url, quick=quick)
-            if "memory" in parts:
-                yield memory.run(url, quick=quick)
-            if "loading" in parts:
-                yield asyncio.run(loading.run(url, quick=quick))
-    if {"ranges", "hits"} & set(parts):
-        with database.sqlite(days) as url:
-            if "ranges" in parts:
-                yield ranges.run(url, quick=quick)
-            if "hits" in parts:
-                yield hits.run(url, quick=quick)
+    urls: dict[str, sqlalchemy.URL] = {}
+    with ExitStack() as stack:
+        for part, (name, run) in PARTS.items():
+            if part not in parts:
+                continue
+            if name is None:
+                found = run(quick=quick)
+            else:
+                if name not in urls:
+                    urls[name] = stack.enter_context(getattr(database, name)(days))
+                found = run(urls[name], quick=quick)
+            if asyncio.iscoroutine(found):
+                found = asyncio.run(found)
+            yield [replace(result, part=part) for result in found]
 
 
 def show(results: Sequence[Result]) -> None:
@@ -51,16 +73,7 @@ def show(results: Sequence[Result]) -> None:
         print(f"\n{benchmark}")
         for case in cases:
             ratio = "" if case.ratio is None else f"{case.ratio:10.2f} x"
-            print(f"  {case.case:<36}{_value(case):>12}{ratio:>12}{_goal(case)}", flush=True)
-
-
-def _value(result: Result) -> str:
-    if result.unit != "s":
-        return f"{result.value:,.0f} {result.unit}"
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if result.value >= size or unit == "us":
-            break
-    return f"{result.value / size:.3g} {unit}"
+            print(f"  {case.case:<48}{case.shown:>14}{ratio:>12}{_goal(case)}", flush=True)
 
 
 def _goal(result: Result) -> str:
@@ -77,21 +90,45 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
     parser.add_argument("--quick", action="store_true", help="a fortnight of data, no goals")
     parser.add_argument("--only", choices=PARTS, action="append", help="only this part")
+    parser.add_argument(
+        "--from", type=Path, metavar="FILE", dest="earlier",
+        help="take the parts that are not measured now, all of them without --only, from there",
+    )  # fmt: skip
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE",
+        help="write tables into the marked section of this file, and plots into a directory "
+        "beside it that is called like it: docs/performance.md",
+    )  # fmt: skip
     options = parser.parse_args()
-    results: list[Result] = []
-    for part in measure(options.only or PARTS, quick=options.quick):
+    if options.report is not None and options.quick:
+        parser.error("a quick run measures nothing that is worth a report")
+    measured = options.only or ([] if options.earlier is not None else list(PARTS))
+    results, about = [], _about(quick=options.quick)
+    if options.earlier is not None:
+        results, about = report.read_json(options.earlier.read_text())
+        results = [result for result in results if result.part not in measured]
+    for part in measure(measured, quick=options.quick):
         show(part)
         results += part
+        about = _about(quick=options.quick)
+    results.sort(key=lambda result: list(PARTS).index(result.part))
     if options.json is not None:
-        about = {
-            "python": platform.python_version(),
-            "sqlalchemy": sqlalchemy.__version__,
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "quick": options.quick,
-        }
-        report = {"about": about, "results": [asdict(result) for result in results]}
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        found = {"about": about, "results": [asdict(result) for result in results]}
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    if options.report is not None:
+        report.write(results, about, PARTS, options.report)
+
+
+def _about(*, quick: bool) -> dict[str, Any]:
+    # sys._is_gil_enabled is new in Python 3.13: before it, there was always one.
+    free_threaded = not getattr(sys, "_is_gil_enabled", lambda: True)()
+    return {
+        "python": platform.python_version() + (", free-threaded" if free_threaded else ""),
+        "sqlalchemy": sqlalchemy.__version__,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "quick": quick,
+    }
 
 
 if __name__ == "__main__":

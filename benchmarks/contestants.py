@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
 import sys
 from abc import ABC, abstractmethod
 from bisect import bisect_left
@@ -27,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async
 
 from benchmarks.harness import SAMPLE
 from benchmarks.memory import resident
+from benchmarks.processes import questions, say
 from examples.flights_models import FlightBoard
 from sa_tablecache import AsyncTableCache
 
@@ -249,21 +249,21 @@ async def take_part(contestant: Contestant) -> None:
     started = perf_counter()
     await contestant.start()
     seconds = perf_counter() - started
-    _say({"seconds": seconds, "bytes": resident() - before if contestant.holds else None})
-    repeats: dict[str, int] = {}
-    for line in iter(sys.stdin.readline, ""):
-        start, end = (datetime.fromisoformat(each) for each in json.loads(line))
-        if line not in repeats:
+    say({"seconds": seconds, "bytes": resident() - before if contestant.holds else None})
+    repeats: dict[tuple[datetime, datetime], int] = {}
+    for interval in questions():
+        start, end = map(datetime.fromisoformat, interval)
+        if (start, end) not in repeats:
             records = await contestant.read(start, end)
             once = perf_counter()
             await contestant.read(start, end)
-            repeats[line] = max(1, int(SAMPLE / max(perf_counter() - once, 1e-7)))
-        count = range(repeats[line])
+            repeats[start, end] = max(1, int(SAMPLE / max(perf_counter() - once, 1e-7)))
+        count = range(repeats[start, end])
         begun = perf_counter()
         for _ in count:
             records = await contestant.read(start, end)
         taken = (perf_counter() - begun) / len(count)
-        _say({"seconds": taken, "records": len(records), "same": _digest(records)})
+        say({"seconds": taken, "records": len(records), "same": _digest(records)})
         del records
 
 
@@ -275,10 +275,6 @@ def _digest(records: Sequence[Any]) -> int:
     if isinstance(first, dict):
         return sum(record["id"] for record in records)
     return sum(map(attrgetter("id") if hasattr(first, "id") else itemgetter(0), records))
-
-
-def _say(what: dict[str, Any]) -> None:
-    print(json.dumps(what), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,17 @@ SAMPLE = 0.01
 """Seconds that one sample of a fast case should take at least."""
 
 
+@dataclass(frozen=True)
+class Growth:
+    """Of what there was how much when something was measured, so that its growth can be drawn."""
+
+    of: str
+    """What grows: records, views, indexes."""
+    size: int
+    expected: str
+    """How the measured should grow: a key of ``plots.EXPECTED``."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """One measured number: the median of its rounds, and its ratio to the baseline.
@@ -30,11 +41,16 @@ class Result:
     value: float
     unit: str
     ratio: float | None = None
+    over: str | None = None
+    """The case, of the same benchmark, to which the ratio is."""
     goal: float | None = None
     at_least: bool = False
     """Whether the goal is the least ratio: how many times a peer is slower."""
     spread: tuple[float, float] | None = None
     rounds: int = 1
+    growth: Growth | None = None
+    part: str = ""
+    """The part that measured it, see ``__main__.py``."""
 
     @property
     def reached(self) -> bool | None:
@@ -43,6 +59,25 @@ class Result:
             return None
         measured = self.value if self.ratio is None else self.ratio
         return measured >= self.goal if self.at_least else measured <= self.goal
+
+    @property
+    def shown(self) -> str:
+        """The value with its unit, in three digits or whole."""
+        return self.at(self.value)
+
+    def at(self, value: float) -> str:
+        """Another value of the same unit."""
+        return shown(value, self.unit)
+
+
+def shown(value: float, unit: str) -> str:
+    """Return a value with its unit; seconds in the unit that fits."""
+    if unit != "s":
+        return f"{value:,.0f} {unit}"
+    for name, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= size or name == "us":
+            break
+    return f"{value / size:.3g} {name}"
 
 
 @dataclass
@@ -65,13 +100,13 @@ def compare(benchmark: str, cases: Sequence[Case], *, rounds: int) -> list[Resul
 
     The garbage collector is off, as in ``timeit``: what it costs depends on the rest of a process.
     """
-    repeats = {case.name: _repeats(case) for case in cases}
+    repeats = {case.name: repeats_of(case.run) for case in cases}
     gc.collect()
     gc.disable()
     try:
         for number in range(rounds):
             for case in _rotated(cases, number):
-                case.samples.append(_sample(case.run, repeats[case.name]))
+                case.samples.append(sample(case.run, repeats[case.name]))
     finally:
         gc.enable()
     return results(benchmark, cases)
@@ -106,6 +141,7 @@ def results(benchmark: str, cases: Sequence[Case]) -> list[Result]:
             ratio=median(
                 mine / theirs for mine, theirs in zip(case.samples, baseline.samples, strict=True)
             ),
+            over=baseline.name if case is not baseline else None,
             goal=case.goal,
             spread=(min(case.samples), max(case.samples)),
             rounds=len(case.samples),
@@ -119,7 +155,8 @@ def _rotated(cases: Sequence[Case], number: int) -> list[Case]:
     return [*cases[start:], *cases[:start]]
 
 
-def _sample(run: Callable[[], Any], repeats: int) -> float:
+def sample(run: Callable[[], Any], repeats: int) -> float:
+    """Return the seconds of one run, of so many."""
     turns = range(repeats)
     start = perf_counter()
     for _ in turns:
@@ -127,9 +164,10 @@ def _sample(run: Callable[[], Any], repeats: int) -> float:
     return (perf_counter() - start) / repeats
 
 
-def _repeats(case: Case) -> int:
+def repeats_of(run: Callable[[], Any]) -> int:
+    """Return how many runs take at least :data:`SAMPLE` seconds."""
     repeats = 1
-    while (seconds := _sample(case.run, repeats) * repeats) < SAMPLE:
+    while (seconds := sample(run, repeats) * repeats) < SAMPLE:
         repeats = max(repeats * 2, int(repeats * SAMPLE / max(seconds, 1e-9)))
     return repeats
 

@@ -6,9 +6,6 @@ so that a busy machine slows them alike. One whose package this Python does not 
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
@@ -19,6 +16,7 @@ from sqlalchemy import URL
 
 from benchmarks.contestants import CONTESTANTS, Cached, Contestant, Sorted, TableCache43
 from benchmarks.harness import Result
+from benchmarks.processes import Process
 from benchmarks.ranges import intervals
 
 FASTER_THAN_TABLECACHE = (8, 50, 100)
@@ -26,39 +24,22 @@ FASTER_THAN_TABLECACHE = (8, 50, 100)
 BYTES_OF_TABLECACHE = 0.45
 
 
-class Process:
+class Seat:
     """A contestant, seen from outside."""
 
     def __init__(self, contestant: type[Contestant], url: str) -> None:
         self.contestant = contestant
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.contestants", contestant.__name__, url],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-        )  # fmt: skip
-        self.loaded = self._answer()
+        self._process = Process("benchmarks.contestants", contestant.__name__, url)
+        self.loaded = self._process.ready
+        self.close = self._process.close
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.contestant.name} ended with {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def read(self, interval: tuple[datetime, datetime]) -> dict[str, Any]:
+    def read(self, interval: tuple[datetime, datetime]) -> Any:
         """Have it read an interval."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([each.isoformat() for each in interval]) + "\n")
-        return self._answer()
-
-    def close(self) -> None:
-        """End it."""
-        self._process.kill()
-        self._process.communicate()
+        return self._process.ask([each.isoformat() for each in interval])
 
 
 @contextmanager
-def processes(url: URL) -> Iterator[list[Process]]:
+def seats(url: URL) -> Iterator[list[Seat]]:
     """Start those who can take part, one after the other."""
     rendered = url.render_as_string(hide_password=False)
     with ExitStack() as stack:
@@ -67,16 +48,16 @@ def processes(url: URL) -> Iterator[list[Process]]:
             if contestant.missing():
                 print(f"\n{contestant.name}: not installable on this Python, left out")
                 continue
-            process = Process(contestant, rendered)
-            stack.callback(process.close)
-            started.append(process)
+            seat = Seat(contestant, rendered)
+            stack.callback(seat.close)
+            started.append(seat)
         yield started
 
 
 def run(url: URL, *, quick: bool) -> list[Result]:
     """Have the contestants read three intervals, and compare what they hold."""
     results: list[Result] = []
-    with processes(url) as all_of_them:
+    with seats(url) as all_of_them:
         for number, interval in enumerate(intervals(quick=quick)):
             goal = None if quick else FASTER_THAN_TABLECACHE[number]
             results += _in_turns(all_of_them, interval, goal, rounds=5 if quick else 15)
@@ -85,7 +66,7 @@ def run(url: URL, *, quick: bool) -> list[Result]:
 
 
 def _in_turns(
-    contestants: Sequence[Process],
+    contestants: Sequence[Seat],
     interval: tuple[datetime, datetime],
     goal: float | None,
     *,
@@ -108,6 +89,7 @@ def _in_turns(
             value=median(mine),
             unit="s",
             ratio=median(one / other for one, other in zip(mine, base, strict=True)),
+            over=Cached.name,
             goal=goal if name == TableCache43.name else None,
             at_least=True,
             spread=(min(mine), max(mine)),
@@ -117,19 +99,20 @@ def _in_turns(
     ]
 
 
-def _sizes(contestants: Sequence[Process], *, quick: bool) -> list[Result]:
+def _sizes(contestants: Sequence[Seat], *, quick: bool) -> list[Result]:
     holding = [each for each in contestants if each.contestant.holds]
     everything = (datetime(2000, 1, 1), datetime(2100, 1, 1))
     count = holding[0].read(everything)["records"]
     sizes = {each.contestant: each.loaded["bytes"] / count for each in holding}
-    peer = sizes.get(TableCache43) or sizes[Sorted]
+    peer: type[Contestant] = TableCache43 if TableCache43 in sizes else Sorted
     return [
         Result(
             benchmark=f"memory of {count:,} records, beside the peers",
             case=contestant.name,
             value=size,
             unit="B",
-            ratio=size / peer,
+            ratio=size / sizes[peer],
+            over=peer.name,
             goal=BYTES_OF_TABLECACHE
             if contestant is Cached and TableCache43 in sizes and not quick
             else None,

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("sortedcontainers", reason="it comes with the extra 'bench', not with 'test'")
 
-from benchmarks import contestants, peers
+from benchmarks import contestants, peers, plots, report
 from benchmarks.__main__ import PARTS, measure, show
 
 
@@ -23,4 +23,10 @@ def test_all_parts_measure_and_show(capsys, monkeypatch):
     assert {result.case for result in results} >= {
         "bytes per record", "asyncpg fetch", "cache.load", "SortedKeyList slice", "session.range",
         "in_transaction", contestants.Cached.name,
+    }  # fmt: skip
+    assert {result.part for result in results} == set(PARTS)
+    # The report asks for more than these: what it says is missing must be what was left out.
+    assert all(contestants.TableCache43.name in aim for aim in report.missing(results))
+    assert {plot.file for plot in plots.plots(results)} >= {
+        "changes-by-records.svg", "hits-commits-and-polls-by-views.svg",
     }  # fmt: skip
