@@ -73,7 +73,7 @@ class Result:
 def shown(value: float, unit: str) -> str:
     """Return a value with its unit; seconds in the unit that fits."""
     if unit != "s":
-        return f"{value:,.0f} {unit}"
+        return f"{value:,.0f} {unit}" if abs(value) >= 100 else f"{value:.3g} {unit}"
     for name, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if value >= size or name == "us":
             break

@@ -48,7 +48,7 @@ def run(url: URL, *, quick: bool) -> list[Result]:
     """Load everything from SQLite, then measure three ranges."""
     engine = create_engine(url)
     results: list[Result] = []
-    with TableCache(engine, views=[FlightBoard]) as cache:
+    with TableCache(engine, views=[FlightBoard], exclusive_writer=True) as cache:
         cache.load(FlightBoard)
         with cache.sessionmaker()() as session:
             records = SortedKeyList(session.range(FlightBoard.by_time), key=attrgetter("time_hour"))

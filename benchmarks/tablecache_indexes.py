@@ -1,5 +1,8 @@
 """The flights board for ``tablecache`` 4.3, as its documentation asks: the indexes by hand.
 
+As in its own example of ranges of time, without what a read there costs beside: the bounds come as
+times and not as text, are not looked at, and everything is covered once it is loaded.
+
 Three indexes as the view of this package has them. Scores are numbers there: seconds since the
 epoch; for aircraft and time a number per aircraft, far apart; the delay in minutes.
 """
