@@ -69,7 +69,7 @@ docs: $(VENV)/.ready-test $(VENV)/.ready-docs  ## the manual, in docs/_build/htm
 	$(BIN)/python -m pytest -q tests/docs
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
-bench:  ## the measurements of the README, on a Python that has all peers, if there is one
+bench:  ## the measurements, on a Python that has all peers (ARGS='--report docs/performance.md')
 	@for python in $(BENCH_PYTHONS) $(PYTHON); do \
 	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; done && \
 	$(MAKE) --no-print-directory PYTHON=$$python VENV=.venv-bench .venv-bench/.ready-bench && \

@@ -105,16 +105,18 @@ def main() -> None:
     measured = options.only or ([] if options.earlier is not None else list(PARTS))
     results, about = [], _about(quick=options.quick)
     if options.earlier is not None:
-        results, about = report.read_json(options.earlier.read_text())
+        results, earlier = report.read_json(options.earlier.read_text())
+        if earlier["quick"] != options.quick:
+            parser.error(f"{options.earlier} is of a run with other data: one of the two is quick")
+        about = report.together(about if measured else earlier, earlier)
         results = [result for result in results if result.part not in measured]
     for part in measure(measured, quick=options.quick):
         show(part)
         results += part
-        about = _about(quick=options.quick)
-    results.sort(key=lambda result: list(PARTS).index(result.part))
-    if options.json is not None:
-        found = {"about": about, "results": [asdict(result) for result in results]}
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        results.sort(key=lambda result: list(PARTS).index(result.part))
+        if options.json is not None:  # after each, so that a run which is broken off has some
+            found = {"about": about, "results": [asdict(result) for result in results]}
+            options.json.write_text(json.dumps(found, indent=2) + "\n")
     if options.report is not None:
         report.write(results, about, PARTS, options.report)
 
@@ -127,6 +129,7 @@ def _about(*, quick: bool) -> dict[str, Any]:
         "sqlalchemy": sqlalchemy.__version__,
         "machine": platform.machine(),
         "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
         "quick": quick,
     }
 

@@ -84,12 +84,12 @@ def _in_turns(
     base = samples[Cached.name]
     return [
         Result(
-            benchmark=f"{count:,} records, beside the peers (times session.range)",
+            benchmark=f"range of {count:,} records, beside the peers",
             case=name,
             value=median(mine),
             unit="s",
             ratio=median(one / other for one, other in zip(mine, base, strict=True)),
-            over=Cached.name,
+            over=Cached.name if name != Cached.name else None,
             goal=goal if name == TableCache43.name else None,
             at_least=True,
             spread=(min(mine), max(mine)),
@@ -112,7 +112,7 @@ def _sizes(contestants: Sequence[Seat], *, quick: bool) -> list[Result]:
             value=size,
             unit="B",
             ratio=size / sizes[peer],
-            over=peer.name,
+            over=peer.name if contestant is not peer else None,
             goal=BYTES_OF_TABLECACHE
             if contestant is Cached and TableCache43 in sizes and not quick
             else None,

@@ -22,7 +22,7 @@ END = "<!-- measured: to here -->"
 AIMS: tuple[tuple[str, str, str], ...] = (
     ("ranges", "range of * records", "session.range"),
     ("ranges", "range of * records", "session.scalars, prebuilt select"),
-    ("peers", "* records, beside the peers*", "tablecache 4.3, local storage"),
+    ("peers", "range of * records, beside the peers", "tablecache 4.3, local storage"),
     ("peers", "memory of * records, beside the peers", "sa_tablecache, session.range"),
     ("hits", "50 records, the query built anew", "session.query(...).all(), built anew"),
     ("hits", "a record by its key", "session.get"),
@@ -62,6 +62,11 @@ def read_json(text: str) -> tuple[list[Result], dict[str, Any]]:
     return results, found["about"]
 
 
+def together(about: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Return what is to be said of results of two runs: a machine was as busy as in the worse."""
+    return {**about, "load": max(about["load"], earlier["load"])}
+
+
 def write(
     results: Sequence[Result], about: dict[str, Any], parts: Collection[str], page: Path
 ) -> None:
@@ -95,7 +100,7 @@ def _section(
     reached = sum(bool(result.reached) for result in aims)
     yield (
         f"Measured with Python {about['python']} and SQLAlchemy {about['sqlalchemy']}, "
-        f"on {about['cores']} cores ({about['machine']})."
+        f"on {about['cores']} cores ({about['machine']}). {_busy(about)}"
     )
     yield "\n## The aims\n"
     yield f"{reached} of {len(aims)} are reached.\n"
@@ -122,6 +127,13 @@ def _section(
         previous = result.benchmark
         cells = _cell(benchmark), _cell(result.case), _spread(result), _ratio(result)
         yield f"| {' | '.join(cells)} |"
+
+
+def _busy(about: dict[str, Any]) -> str:
+    load = f"The load average was {about['load']:.1f} when it began"
+    if about["load"] < about["cores"] / 2:
+        return f"{load}."
+    return f"{load}, so **the machine was busy with something else**: measure again."
 
 
 def _aim(result: Result) -> str:

@@ -19,7 +19,7 @@ Before.
 
 After.
 """
-ABOUT = {"python": "3.13.0", "sqlalchemy": "2.1.9", "cores": 2, "machine": "x86_64"}
+ABOUT = {"python": "3.13.0", "sqlalchemy": "2.1.9", "cores": 2, "machine": "x86_64", "load": 0.1}
 
 
 def result(benchmark, case, value=1.0, **more):
@@ -97,6 +97,16 @@ def test_a_page_without_marks_is_an_error(page):
     results = everything()
     with pytest.raises(LookupError, match="has no lines"):
         reports.write(results, ABOUT, parts(results), page)
+
+
+def test_a_report_of_a_busy_machine_says_so(page):
+    """Also when only one of the runs that it is made of was disturbed."""
+    results = everything()
+    reports.write(results, ABOUT, parts(results), page)
+    assert "busy" not in page.read_text()
+    about = reports.together(ABOUT, {**ABOUT, "load": 5.0})
+    reports.write(results, about, parts(results), page)
+    assert "The load average was 5.0 when it began, so **the machine was busy" in page.read_text()
 
 
 @pytest.mark.parametrize(
