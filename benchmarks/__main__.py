@@ -19,6 +19,7 @@ from typing import Any
 import sqlalchemy
 
 from benchmarks import (
+    contestants,
     database,
     feed,
     growth,
@@ -30,7 +31,7 @@ from benchmarks import (
     report,
     throughput,
     transactions,
-)  # fmt: skip
+)
 from benchmarks.harness import Result
 
 PARTS: dict[str, tuple[str | None, Callable[..., Any]]] = {
@@ -110,6 +111,10 @@ def main() -> None:
             parser.error(f"{options.earlier} is of a run with other data: one of the two is quick")
         about = report.together(about if measured else earlier, earlier)
         results = [result for result in results if result.part not in measured]
+    if options.report is not None:  # rather now than after a quarter of an hour
+        report.marked(options.report)
+        if lacking := set(PARTS) - {result.part for result in results} - {*measured}:
+            parser.error(f"a report needs all parts: --from FILE with {', '.join(sorted(lacking))}")
     for part in measure(measured, quick=options.quick):
         show(part)
         results += part
@@ -130,6 +135,7 @@ def _about(*, quick: bool) -> dict[str, Any]:
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
+        "left_out": [each.name for each in contestants.CONTESTANTS if each.missing()],
         "quick": quick,
     }
 

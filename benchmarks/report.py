@@ -39,13 +39,16 @@ AIMS: tuple[tuple[str, str, str], ...] = (
 """Part, benchmark and case of the aims: patterns, because some names have numbers in them."""
 
 
-def missing(results: Iterable[Result]) -> list[str]:
-    """Return which aims no result is about."""
+def missing(results: Iterable[Result], *, peers: bool = True) -> list[str]:
+    """Return which aims no result is about.
+
+    :param peers: whether all peers took part; else what is measured beside them may be missing.
+    """
     names = [(result.part, result.benchmark, result.case) for result in results]
     return [
         " / ".join(aim)
         for aim in AIMS
-        if not any(all(map(fnmatchcase, name, aim)) for name in names)
+        if (peers or aim[0] != "peers") and not any(all(map(fnmatchcase, n, aim)) for n in names)
     ]
 
 
@@ -64,7 +67,20 @@ def read_json(text: str) -> tuple[list[Result], dict[str, Any]]:
 
 def together(about: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     """Return what is to be said of results of two runs: a machine was as busy as in the worse."""
-    return {**about, "load": max(about["load"], earlier["load"])}
+    left_out = sorted({*about["left_out"], *earlier["left_out"]})
+    return {**about, "load": max(about["load"], earlier["load"]), "left_out": left_out}
+
+
+def marked(page: Path) -> tuple[str, str]:
+    """Return what a page has before and after its marked section.
+
+    :raises LookupError: when it has none.
+    """
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise LookupError(f"{page} has no lines {BEGIN!r} and {END!r}")
+    return before, after
 
 
 def write(
@@ -75,22 +91,21 @@ def write(
     :raises LookupError: when a part or an aim was not measured, or the page has no marks.
     """
     aims = [result for result in results if result.goal is not None]
-    lacking = sorted(set(parts) - {result.part for result in results}) + missing(aims)
+    lacking = sorted(set(parts) - {result.part for result in results}) + missing(
+        aims, peers=not about["left_out"]
+    )
     if lacking:
         raise LookupError(f"nothing was measured of {', '.join(lacking)}")
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise LookupError(f"{page} has no lines {BEGIN!r} and {END!r}")
+    before, after = marked(page)
     drawn = plots(results)
     directory = page.with_suffix("")
     directory.mkdir(exist_ok=True)
     for stale in {*directory.glob("*.svg")} - {directory / plot.file for plot in drawn}:
         stale.unlink()
     for plot in drawn:
-        (directory / plot.file).write_text(plot.svg)
+        (directory / plot.file).write_text(plot.svg, encoding="utf-8")
     measured = "\n".join(_section(results, about, drawn, directory.name))
-    page.write_text(f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}", encoding="utf-8")
 
 
 def _section(
@@ -102,6 +117,8 @@ def _section(
         f"Measured with Python {about['python']} and SQLAlchemy {about['sqlalchemy']}, "
         f"on {about['cores']} cores ({about['machine']}). {_busy(about)}"
     )
+    if about["left_out"]:
+        yield f"\nLeft out, because this Python does not have it: {', '.join(about['left_out'])}."
     yield "\n## The aims\n"
     yield f"{reached} of {len(aims)} are reached.\n"
     yield "| what | aim | measured | |\n|---|---|---|---|"

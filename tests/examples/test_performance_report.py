@@ -19,7 +19,14 @@ Before.
 
 After.
 """
-ABOUT = {"python": "3.13.0", "sqlalchemy": "2.1.9", "cores": 2, "machine": "x86_64", "load": 0.1}
+ABOUT = {
+    "python": "3.13.0",
+    "sqlalchemy": "2.1.9",
+    "cores": 2,
+    "machine": "x86_64",
+    "load": 0.1,
+    "left_out": [],
+}
 
 
 def result(benchmark, case, value=1.0, **more):
@@ -89,6 +96,20 @@ def test_an_aim_that_was_not_measured_is_an_error(page):
     with pytest.raises(LookupError, match="nothing was measured of ranges / range of"):
         reports.write([replace(first, goal=None), *others[1:]], ABOUT, parts(others), page)
     assert page.read_text() == PAGE
+
+
+def test_a_peer_that_this_python_does_not_have_is_named(page):
+    """What is measured beside it is missing, and nothing else may be."""
+    results = [each for each in everything() if each.part != "peers"]
+    about = {**ABOUT, "left_out": ["tablecache 4.3"]}
+    measured = {*parts(results), "peers"}
+    with pytest.raises(LookupError, match="nothing was measured of peers"):
+        reports.write(results, ABOUT, measured, page)
+    results.append(result("range of 9 records, beside the peers", "the database", part="peers"))
+    reports.write(results, about, measured, page)
+    assert "Left out, because this Python does not have it: tablecache 4.3." in page.read_text()
+    with pytest.raises(LookupError, match="nothing was measured of ranges / range of"):
+        reports.write(results[1:], about, measured, page)
 
 
 def test_a_page_without_marks_is_an_error(page):
