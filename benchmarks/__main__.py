@@ -104,7 +104,8 @@ def main() -> None:
     if options.report is not None and options.quick:
         parser.error("a quick run measures nothing that is worth a report")
     measured = options.only or ([] if options.earlier is not None else list(PARTS))
-    results, about = [], _about(quick=options.quick)
+    results: list[Result] = []
+    about = _about(quick=options.quick)
     if options.earlier is not None:
         results, earlier = report.read_json(options.earlier.read_text())
         if earlier["quick"] != options.quick:

@@ -113,7 +113,8 @@ class Held:
     def __init__(self, asked: dict[str, Any]) -> None:
         engine = create_engine(make_url(asked["url"]))
         self.hour, self.day = (
-            tuple(map(datetime.fromisoformat, asked[name])) for name in ("hour", "day")
+            (datetime.fromisoformat(start), datetime.fromisoformat(end))
+            for start, end in (asked["hour"], asked["day"])
         )
         (self.view,) = boards(1, indexes=asked["indexes"])
         # The others of these processes write as well, but no answer that is looked at needs it.
