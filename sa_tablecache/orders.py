@@ -63,6 +63,8 @@ class Order:
     key_of: Callable[[Record, Hidden | None], Key] = field(init=False, repr=False)
     prefixes: tuple[Callable[[Any], Any] | None, ...] = field(init=False, repr=False)
     """For each length of prefix, its getter: from a stored key or else from a record."""
+    getters: tuple[Callable[[Record], Any], ...] = field(init=False, repr=False)
+    """What gives each part of a key of a record, if keys are not stored."""
 
     def __post_init__(self) -> None:
         null = "NULLS_FIRST" if self.nulls_first else "NULLS_LAST"
@@ -82,7 +84,16 @@ class Order:
                 body = sources[0] if length == 1 else f"({', '.join(sources[:length])})"
                 prefixes.append(eval(f"lambda r: {body}", names))  # noqa: S307
         set_ = object.__setattr__
+        getters = (
+            ()
+            if stored
+            else (
+                attrgetter(part.name) if part.plain else eval(f"lambda r: {source}", names)  # noqa: S307
+                for part, source in zip(self.parts, sources, strict=True)
+            )
+        )
         set_(self, "stored", stored)
+        set_(self, "getters", tuple(getters))
         set_(self, "prefixes", tuple(prefixes))
         set_(self, "key_of", eval(f"lambda r, h: ({', '.join(sources)},)", names))  # noqa: S307
 

@@ -22,28 +22,19 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from operator import attrgetter, itemgetter
-from typing import Any, cast
+from typing import Any
 
 from .exc import TableCacheError
+from .merging import CHUNK, chunked, merged
 from .orders import Hidden, Order, Record
 from .scores import EVERYTHING, MIN, Cut, Interval, Key
-
-CHUNK = 256
-"""Records in a chunk after a bulk load; one that grows to twice as many is split.
-
-Changing a record copies one chunk and the list of chunks, so that the square root of the number of
-records would be best.
-"""
+from .sorting import Get, Pause, along, joined, no_pause, sort, sort_by_scores, steps
 
 BULK = 8
 """Changing more than one in so many records is done by going through all of them."""
 
 SCAN = 32
 """Looking at all records costs as much as finding one in so many by key."""
-
-
-def _chunked(items: list[Any]) -> list[list[Any]]:
-    return [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
 
 
 class SortedRecords:
@@ -69,8 +60,9 @@ class SortedRecords:
     def build(
         cls,
         order: Order,
-        records: Iterable[Record],
-        hidden: Sequence[Hidden] | None,
+        records: list[Record],
+        hidden: list[Hidden] | None,
+        pause: Pause = no_pause,
         *,
         scores_only: bool = False,
     ) -> SortedRecords:
@@ -78,25 +70,33 @@ class SortedRecords:
 
         :param scores_only: the records come in the order of the primary key.
         """
-        items: list[Record] = list(records)
-        beside: list[Any] | None = None
+        items: list[Any] = records
+        others: Sequence[Any] | None = hidden
+        getters: Sequence[Get] = order.getters
+        if order.stored and hidden is not None:
+            items, others = [], records
+            for some, beside in zip(steps(records), steps(hidden), strict=True):
+                items += map(order.key_of, some, beside)
+                pause()
+            getters = [itemgetter(at) for at in range(order.scores)]
+        whole = None if order.stored else order.prefixes[-1]
         try:
-            if hidden is not None:
-                key_of = order.key_of
-                keys = [key_of(r, h) for r, h in zip(items, hidden, strict=True)]
-                at = sorted(range(len(items)), key=keys.__getitem__)
-                items = [items[i] for i in at]
-                values = keys if order.stored else hidden
-                beside = [values[i] for i in at]
+            if scores_only:
+                get = None if order.stored else order.prefixes[order.scores]
+                sorted_ = sort_by_scores(items, getters[: order.scores], get, pause)
             else:
-                items.sort(key=order.prefixes[order.scores if scores_only else -1])
+                sorted_ = sort(items, whole, pause)
         except TypeError as error:
             names = ", ".join(part.name for part in order.parts)
             raise TableCacheError(
                 f"the values of {names} cannot be sorted ({error}): the stored values are of "
                 "more than one type, or NULL in a column that the model declares NOT NULL"
             ) from error
-        return cls(order, _chunked(items), None if beside is None else _chunked(beside))
+        chunks = chunked(sorted_, pause)
+        if others is None:
+            return cls(order, chunks, None)
+        values = chunked(along(others, items, sorted_, pause), pause)
+        return cls(order, values, chunks) if order.stored else cls(order, chunks, values)
 
     @property
     def offsets(self) -> list[int]:
@@ -226,39 +226,21 @@ class SortedRecords:
         for at in sorted(touched, reverse=True):
             size = len(chunks[at])
             if not size or size > 2 * CHUNK:
-                chunks[at : at + 1] = _chunked(chunks[at])
+                chunks[at : at + 1] = chunked(chunks[at])
                 if beside is not None:
-                    beside[at : at + 1] = _chunked(beside[at])
+                    beside[at : at + 1] = chunked(beside[at])
         return SortedRecords(order, chunks, beside)
 
-    def merged(
-        self, gone: set[int], added: Sequence[tuple[Record, Hidden | None]]
-    ) -> SortedRecords:
-        """Return a new sequence without the records of some ids and with others: O(all)."""
-        order, records, values = self.order, [], None
-        if self.beside is None:
-            records = [r for chunk in self.chunks for r in chunk if id(r) not in gone]
-            if added:
-                records += [record for record, _ in added]
-                records.sort(key=order.prefixes[-1])
-        else:
-            pairs = [
-                pair
-                for chunk, beside in zip(self.chunks, self.beside, strict=True)
-                for pair in zip(chunk, beside, strict=True)
-                if id(pair[0]) not in gone
-            ]
-            if added and order.stored:
-                key_of = order.key_of
-                pairs += [(record, key_of(record, hidden)) for record, hidden in added]
-                pairs.sort(key=itemgetter(1))
-            elif added:
-                by = order.prefixes[-1]
-                assert by is not None
-                pairs += added
-                pairs.sort(key=lambda pair: by(pair[0]))
-            records, values = [p[0] for p in pairs], [p[1] for p in pairs]
-        return SortedRecords(order, _chunked(records), None if values is None else _chunked(values))
+    def merged(self, gone: set[int], added: SortedRecords, pause: Pause) -> SortedRecords:
+        """Return a new sequence without the records of some ids and with others: O(all).
+
+        Chunks in which nothing changes are shared.
+        """
+        chunks, beside = merged(
+            self.chunks, self.beside, added.chunks, added.beside, gone, pause,
+            get=self.order.prefixes[-1], stored=self.order.stored,
+        )  # fmt: skip
+        return SortedRecords(self.order, chunks, beside)
 
     def _check(self) -> None:
         """Assert the invariants: keys ascend over all chunks, none of which is empty."""
@@ -296,25 +278,26 @@ class Storage:
         lazy: Mapping[str, Order],
         records: list[Record],
         hidden: list[Hidden] | None,
+        pause: Pause = no_pause,
     ) -> Storage:
         """Sort records into all orders but the lazy ones."""
         first, *others = orders
-        primary = SortedRecords.build(first, records, hidden)
+        primary = SortedRecords.build(first, records, hidden, pause)
         storage = cls({first.name: primary}, lazy)
         for order in others:
-            storage.orders[order.name] = storage._sorted(order)
+            storage.orders[order.name] = storage._sorted(order, pause)
         return storage
 
-    def _sorted(self, order: Order) -> SortedRecords:
+    def _sorted(self, order: Order, pause: Pause = no_pause) -> SortedRecords:
         """Sort all records into one more order."""
         primary = self.orders[""]
-        records = list(primary)
+        records = joined(primary.chunks, pause)
+        hidden = None
         if order.stored:
             assert primary.beside is not None
-            hidden = [h for values in primary.beside for h in values]
-            return SortedRecords.build(order, records, hidden)
+            hidden = joined(primary.beside, pause)
         # They come in the order of the key, which the sort keeps among equal scores.
-        return SortedRecords.build(order, records, None, scores_only=True)
+        return SortedRecords.build(order, records, hidden, pause, scores_only=True)
 
     def order(self, name: str) -> SortedRecords:
         """Return the records in one order, made now if it is a lazy one."""
@@ -421,21 +404,27 @@ class Storage:
                 {name: records.replace(removed, added) for name, records in self.orders.items()},
                 self._lazy,
             )
-        gone = {id(record) for record, _ in removed}
-        if len(gone) * 2 <= len(self):
-            return Storage(
-                {name: records.merged(gone, added) for name, records in self.orders.items()},
-                self._lazy,
-            )
-        kept = [pair for pair in self.pairs() if id(pair[0]) not in gone]
-        kept += added
-        has_hidden = self.orders[""].beside is not None
-        return Storage.build(
-            [records.order for name, records in self.orders.items() if name not in self._lazy],
-            self._lazy,
-            [record for record, _ in kept],
-            [cast("Hidden", hidden) for _, hidden in kept] if has_hidden else None,
+        return self.exchanged(
+            {id(record) for record, _ in removed},
+            [record for record, _ in added],
+            [hidden for _, hidden in added],
         )
+
+    def exchanged(
+        self,
+        gone: set[int],
+        records: list[Record],
+        hidden: Sequence[Hidden | None] | None,
+        pause: Pause = no_pause,
+    ) -> Storage:
+        """Return a storage without the records of some ids and with others: O(all)."""
+        values: Any = None if self.orders[""].beside is None else hidden
+        orders = [records.order for records in self.orders.values()]
+        added = Storage.build(orders, {}, records, values, pause)
+        merged = {
+            name: each.merged(gone, added.orders[name], pause) for name, each in self.orders.items()
+        }
+        return Storage(merged, self._lazy)
 
     def _check(self) -> None:
         """Assert the invariants: all orders are sorted and hold the very same records."""

@@ -32,6 +32,8 @@ ORDER = """
     asking
     actions
     orders
+    sorting
+    merging
     storage
     coverage
     redaction

@@ -2,10 +2,12 @@
 
 import random
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any
 
 import pytest
 
+from sa_tablecache import merging, sorting
 from sa_tablecache import storage as storage_module
 from sa_tablecache.exc import TableCacheError
 from sa_tablecache.orders import NAN, Order, Part
@@ -108,6 +110,9 @@ KINDS = ["plain", "nullable", "nan", "hidden", "hidden alone", "hashed"]
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of four records, so that few records already fill, split and empty some."""
     monkeypatch.setattr(storage_module, "CHUNK", 4)
+    monkeypatch.setattr(merging, "CHUNK", 4)
+    monkeypatch.setattr(sorting, "STEP", 16)
+    monkeypatch.setattr(sorting, "SAMPLE", 4)
 
 
 def is_before(key: tuple[Any, ...], cut: tuple[Any, ...]) -> bool:
@@ -373,3 +378,50 @@ def test_disorder_fails_the_check() -> None:
     empty.chunks[-1] = []
     with pytest.raises(AssertionError):
         empty._check()
+
+
+@pytest.mark.parametrize("values", [10**6, 30, 2], ids=["unique", "some", "few"])
+def test_records_are_sorted_as_by_list_sort(values: int) -> None:
+    """Sorting in steps gives what one sort gives, equal ones in their order."""
+    chance = random.Random(values)
+    for count in (0, 1, 16, 17, 500):
+        items = [(chance.randrange(values), chance.randrange(values), at) for at in range(count)]
+        get = itemgetter(0, 1)
+        assert sorting.sort(items, get, sorting.no_pause) == sorted(items, key=get)
+        scores = [itemgetter(0), itemgetter(1)]
+        found = sorting.sort_by_scores(items, scores, get, sorting.no_pause)
+        assert found == sorted(items, key=get)
+
+
+def test_values_that_cannot_be_hashed_are_sorted() -> None:
+    """What cannot be put into buckets is compared."""
+    items = [[at % 7] for at in range(100)]
+    get = itemgetter(slice(None))
+    assert sorting.sort_by_scores(items, [get], get, sorting.no_pause) == sorted(items)
+
+
+def test_no_step_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two pauses few records are looked at, however many there are."""
+    monkeypatch.setattr(sorting, "STEP", 512)
+    monkeypatch.setattr(sorting, "SAMPLE", 8)
+    model = Model("hidden", 0, nulls_first=True)
+    model.pairs = model.rows(8_000)
+    read: list[int] = []
+
+    class Watched(Row):
+        def __getattribute__(self, name: str) -> Any:
+            read.append(1)
+            return super().__getattribute__(name)
+
+    records = [Watched(r.id, r.score, r.label, r.opaque, r.ratio) for r, _ in model.pairs]
+    most = 0
+
+    def pause() -> None:
+        nonlocal most
+        most = max(most, len(read))
+        read.clear()
+
+    hidden: Any = [h for _, h in model.pairs]
+    storage = Storage.build(model.orders, {}, records, hidden, pause)
+    storage.exchanged({id(r) for r in records[::3]}, records[::3], hidden[::3], pause)
+    assert 0 < most < 5 * 512, most
