@@ -15,17 +15,17 @@ from pathlib import Path
 
 import sqlalchemy
 
-from benchmarks import database, feed, hits, loading, memory, peers, ranges, transactions
+from benchmarks import database, feed, hits, loading, memory, peers, ranges, stalls, transactions
 from benchmarks.harness import Result
 
-PARTS = ("ranges", "hits", "peers", "loading", "memory", "transactions", "feed")
+PARTS = ("ranges", "hits", "peers", "loading", "memory", "stalls", "transactions", "feed")
 QUICK_DAYS = 14
 
 
 def measure(parts: Sequence[str], *, quick: bool) -> Iterator[list[Result]]:
     """Run the parts that are asked for, and yield the results of each."""
     days = QUICK_DAYS if quick else None
-    if {"peers", "memory", "loading", "transactions", "feed"} & set(parts):
+    if {"peers", "memory", "loading", "stalls", "transactions", "feed"} & set(parts):
         with database.postgres(days) as url:
             if "transactions" in parts:
                 yield transactions.run(url, quick=quick)
@@ -37,12 +37,16 @@ def measure(parts: Sequence[str], *, quick: bool) -> Iterator[list[Result]]:
                 yield memory.run(url, quick=quick)
             if "loading" in parts:
                 yield asyncio.run(loading.run(url, quick=quick))
-    if {"ranges", "hits"} & set(parts):
+            if "stalls" in parts:
+                yield asyncio.run(stalls.run(url, quick=quick))
+    if {"ranges", "hits", "stalls"} & set(parts):
         with database.sqlite(days) as url:
             if "ranges" in parts:
                 yield ranges.run(url, quick=quick)
             if "hits" in parts:
                 yield hits.run(url, quick=quick)
+            if "stalls" in parts:
+                yield stalls.run_threads(url, quick=quick)
 
 
 def show(results: Sequence[Result]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import tzinfo
+from itertools import compress
 from typing import Any, TypeAlias, cast
 
 from sqlalchemy import (
@@ -48,6 +49,7 @@ from .exc import TableCacheError, UnsuitableEngine
 from .forks import abandon
 from .readers import EveryScope
 from .redaction import shown_value
+from .sorting import STEP, Pause
 
 log = logging.getLogger(__name__)
 
@@ -233,6 +235,21 @@ class Rows:
         if self.hidden is None:
             return [(record, None) for record in self.records]
         return list(zip(self.records, self.hidden, strict=True))
+
+    def only(self, test: Callable[[Any, Any], bool], pause: Pause) -> Rows:
+        """Return those that pass a test of the record and its hidden values."""
+        result = Rows(hidden=None if self.hidden is None else [])
+        for at in range(0, len(self.records), STEP):
+            records = self.records[at : at + STEP]
+            if self.hidden is None or result.hidden is None:
+                result.records += [record for record in records if test(record, None)]
+            else:
+                hidden = self.hidden[at : at + STEP]
+                passed = [test(*pair) for pair in zip(records, hidden, strict=True)]
+                result.records += compress(records, passed)
+                result.hidden += compress(hidden, passed)
+            pause()
+        return result
 
     def first(self, count: int) -> Rows:
         """Return the first so many."""

@@ -28,7 +28,7 @@ from .exc import TableCacheError
 from .merging import CHUNK, chunked, merged
 from .orders import Hidden, Order, Record
 from .scores import EVERYTHING, MIN, Cut, Interval, Key
-from .sorting import Get, Pause, along, joined, no_pause, sort, sort_by_scores, steps
+from .sorting import Get, Pause, along, ids, joined, no_pause, sort, sort_by_scores, steps
 
 BULK = 8
 """Changing more than one in so many records is done by going through all of them."""
@@ -175,6 +175,7 @@ class SortedRecords:
         self,
         removed: Sequence[tuple[Record, Hidden | None]],
         added: Sequence[tuple[Record, Hidden | None]],
+        pause: Pause = no_pause,
     ) -> SortedRecords:
         """Return a new sequence without some records and with others."""
         order, key_of = self.order, self.order.key_of
@@ -212,6 +213,7 @@ class SortedRecords:
             del chunks[at][position]
             if beside is not None:
                 del beside[at][position]
+            pause()
         for record, hidden in added:
             key = key_of(record, hidden)
             at = in_chunk(key)
@@ -223,6 +225,7 @@ class SortedRecords:
                 position = bisect_right(items, key[0] if len(key) == 1 else key, key=by)
                 chunks[at].insert(position, record)
                 beside[at].insert(position, key if order.stored else hidden)
+            pause()
         for at in sorted(touched, reverse=True):
             size = len(chunks[at])
             if not size or size > 2 * CHUNK:
@@ -265,7 +268,7 @@ class Storage:
     hardly ever written.
     """
 
-    __slots__ = ("_lazy", "orders")
+    __slots__ = ("__weakref__", "_lazy", "orders")
 
     def __init__(self, orders: dict[str, SortedRecords], lazy: Mapping[str, Order]) -> None:
         self.orders = orders
@@ -363,20 +366,41 @@ class Storage:
             chunk, start = chunk + 1, 0
         return None
 
-    def with_hidden(self, records: Sequence[Record]) -> list[tuple[Record, Hidden | None]]:
+    def with_hidden(
+        self, records: Sequence[Record], pause: Pause = no_pause
+    ) -> list[tuple[Record, Hidden | None]]:
         """Return stored records with their hidden values."""
         if self.orders[""].beside is None:
             return [(record, None) for record in records]
         if len(records) * SCAN > len(self):
-            wanted = {id(record) for record in records}
-            return [pair for pair in self.pairs() if id(pair[0]) in wanted]
+            wanted = ids(records, pause)
+            primary, result = self.orders[""], []
+            for chunk, values in zip(primary.chunks, primary.beside or (), strict=True):
+                result += [p for p in zip(chunk, values, strict=True) if id(p[0]) in wanted]
+                pause()
+            return result
         names = [part.name for part in self.orders[""].order.parts]
         result = []
         for record in records:
+            pause()
             found = self.get(tuple(getattr(record, name) for name in names))
             assert found is not None
             result.append(found)
         return result
+
+    def ids_of_keys(self, records: Sequence[Record], pause: Pause) -> set[int]:
+        """Return the ids of the stored records that have the primary key of one of many."""
+        key_of = attrgetter(*(part.name for part in self.orders[""].order.parts))
+        keys: set[Any] = set()
+        for some in steps(records):
+            keys.update(map(key_of, some))
+            pause()
+        found: set[int] = set()
+        for chunk in self.orders[""].chunks:
+            if not keys.isdisjoint(map(key_of, chunk)):
+                found.update(id(record) for record in chunk if key_of(record) in keys)
+            pause()
+        return found
 
     def same_keys(self, records: Sequence[Record]) -> list[tuple[Record, Hidden | None]]:
         """Return the stored records that have the primary key of one of the given."""
@@ -392,6 +416,7 @@ class Storage:
         self,
         removed: Sequence[tuple[Record, Hidden | None]],
         added: Sequence[tuple[Record, Hidden | None]],
+        pause: Pause = no_pause,
     ) -> Storage:
         """Return a storage without some records and with others.
 
@@ -399,16 +424,19 @@ class Storage:
         """
         if not removed and not added:
             return self
-        if (len(removed) + len(added)) * BULK <= len(self):
-            return Storage(
-                {name: records.replace(removed, added) for name, records in self.orders.items()},
-                self._lazy,
-            )
+        if not self.is_bulk(len(removed) + len(added)):
+            replaced = {n: each.replace(removed, added, pause) for n, each in self.orders.items()}
+            return Storage(replaced, self._lazy)
         return self.exchanged(
             {id(record) for record, _ in removed},
             [record for record, _ in added],
             [hidden for _, hidden in added],
+            pause,
         )
+
+    def is_bulk(self, changes: int) -> bool:
+        """Whether so many changes are made by going through all records."""
+        return changes * BULK > len(self)
 
     def exchanged(
         self,
@@ -433,3 +461,19 @@ class Storage:
         for records in self.orders.values():
             records._check()
             assert {id(r) for r in records.between(EVERYTHING.intervals[0])} == everything
+
+
+def dropped(storage: Storage, changes: int) -> list[Any]:
+    """Return what is to be let go of a storage that has been replaced, if it is much."""
+    if changes < CHUNK:
+        return []
+    orders = [each for name, each in storage.orders.items() if name] + [storage.orders[""]]
+    return [c for each in orders for some in (each.beside or (), each.chunks) for c in some]
+
+
+def let_go(parts: list[Any], pause: Pause) -> None:
+    """Drop what nobody may need any more: to free many records at once would be one long call."""
+    parts.reverse()  # the order of the primary key comes last: with it, the records go
+    while parts:
+        parts.pop()
+        pause()
