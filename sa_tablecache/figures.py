@@ -12,8 +12,8 @@ from typing import Any, Final, NamedTuple, Self
 from sqlalchemy import Connection, func, select
 
 from .layout import Layout
-from .loading import Rows
 from .readers import EveryScope
+from .rows import Rows
 from .scores import IntervalSet
 from .storage import Storage
 from .view import CachedView

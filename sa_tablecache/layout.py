@@ -29,9 +29,10 @@ from .comparison import Comparison, Inexact, is_sortable
 from .coverage import Coverage
 from .exc import ViewDefinitionError
 from .groups import GroupPath
-from .loading import Loader, Rows
+from .loading import Loader
 from .orders import Hidden, Order, Part, Record
 from .prepared import Columns
+from .rows import Rows
 from .scores import MAX, MIN, Cut, Extreme, Interval, IntervalSet
 from .sorting import Pause, no_pause
 from .storage import Storage

@@ -11,9 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import tzinfo
-from itertools import compress
 from typing import Any, TypeAlias, cast
 
 from sqlalchemy import (
@@ -49,7 +48,7 @@ from .exc import TableCacheError, UnsuitableEngine
 from .forks import abandon
 from .readers import EveryScope
 from .redaction import shown_value
-from .sorting import STEP, Pause
+from .rows import Rows
 
 log = logging.getLogger(__name__)
 
@@ -223,39 +222,6 @@ def _bound_waits(connection: Connection) -> None:
         raise
 
 
-@dataclass(slots=True)
-class Rows:
-    """Records, and beside each its hidden values if the view keeps any."""
-
-    records: list[Any] = field(default_factory=list)
-    hidden: list[tuple[Any, ...]] | None = None
-
-    def pairs(self) -> list[tuple[Any, tuple[Any, ...] | None]]:
-        """Return the records with their hidden values."""
-        if self.hidden is None:
-            return [(record, None) for record in self.records]
-        return list(zip(self.records, self.hidden, strict=True))
-
-    def only(self, test: Callable[[Any, Any], bool], pause: Pause) -> Rows:
-        """Return those that pass a test of the record and its hidden values."""
-        result = Rows(hidden=None if self.hidden is None else [])
-        for at in range(0, len(self.records), STEP):
-            records = self.records[at : at + STEP]
-            if self.hidden is None or result.hidden is None:
-                result.records += [record for record in records if test(record, None)]
-            else:
-                hidden = self.hidden[at : at + STEP]
-                passed = [test(*pair) for pair in zip(records, hidden, strict=True)]
-                result.records += compress(records, passed)
-                result.hidden += compress(hidden, passed)
-            pause()
-        return result
-
-    def first(self, count: int) -> Rows:
-        """Return the first so many."""
-        return Rows(self.records[:count], None if self.hidden is None else self.hidden[:count])
-
-
 Check: TypeAlias = Callable[[Rows, bool], object]
 """Called during a load with what was read so far, and whether that is all; it may raise."""
 
@@ -411,9 +377,13 @@ class Loader:
         if not stream:
             self._add(rows, connection.execute(statement).all(), None)
             return rows
-        pools: list[dict[Any, Any] | None] = [
-            {} if isinstance(clause.type, _SHARED) else None for clause in self.clauses
-        ]
+        shared = [isinstance(clause.type, _SHARED) for clause in self.clauses]
+        # And whole tuples of hidden values, where neither 0.0 and -0.0 nor a NaN may be in them.
+        hidden = self.clauses[len(self.plan.columns) :]
+        shared.append(
+            all(isinstance(c.type, _SHARED) and not isinstance(c.type, Float) for c in hidden)
+        )
+        pools: list[dict[Any, Any] | None] = [{} if each else None for each in shared]
         options = {"yield_per": PARTITION}
         with connection.execute(statement, execution_options=options) as result:
             for partition in result.partitions():
@@ -430,7 +400,7 @@ class Loader:
     def _add(
         self, rows: Rows, batch: Sequence[Any], pools: list[dict[Any, Any] | None] | None
     ) -> None:
-        shared = tuple(pool is not None for pool in pools or [None] * len(self.columns))
+        shared = tuple(pool is not None for pool in pools or [None] * (len(self.columns) + 1))
         maker = self._makers.get(shared)
         if maker is None:
             maker = self._makers[shared] = self._maker(shared)
@@ -478,7 +448,16 @@ class Loader:
             body.append(f"if {nulls}: missing({values})")
         body.append(f"add(Record({', '.join(names[:public])}))")
         if self.hidden:
-            body.append(f"add_hidden(({', '.join(names[public:])},))")
+            body.append(f"h = ({', '.join(names[public:])},)")
+            if shared[-1]:
+                exact = [
+                    f"({name} is None or type({name}) is {types[0].__name__})"
+                    for name, types in zip(names[public:], self._types[public:], strict=True)
+                    if types
+                ]
+                test = f"if {' and '.join(exact)}: " if exact else ""
+                body.append(f"{test}h = share{len(names)}(h, h)")
+            body.append("add_hidden(h)")
         source = (
             f"def make(batch, add, add_hidden, {', '.join(pools)}):\n"
             f"    for {', '.join(names)}, in batch:\n        " + "\n        ".join(body)

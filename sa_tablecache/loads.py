@@ -26,8 +26,9 @@ from .figures import stored_bytes
 from .keeping import Keeper
 from .layout import Layout
 from .limits import MemoryLimit
-from .loading import Check, Progress, Rows, Snapshots
+from .loading import Check, Progress, Snapshots
 from .replacing import loaded
+from .rows import Rows
 from .scores import IntervalSet
 from .slots import LoadSlots
 from .sorting import Pause, no_pause, steps

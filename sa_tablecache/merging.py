@@ -7,14 +7,16 @@ and who compares two versions can pass over them.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, TypeAlias
 
-from .orders import Record
+from .orders import Order, Record
 from .sorting import Get, Pause, itself, joined, no_pause
 
 Chunks: TypeAlias = list[list[Any]]
+Bisect: TypeAlias = Callable[..., int]
 
 CHUNK = 256
 """Records in a chunk after a bulk load; one that grows to twice as many is split.
@@ -33,41 +35,70 @@ def chunked(items: list[Any], pause: Pause = no_pause) -> Chunks:
     return chunks
 
 
+def place_in(
+    order: Order,
+    records: Sequence[Record],
+    values: Sequence[Any] | None,
+    record: Record,
+    value: Any,
+    bisect: Bisect,
+    start: int = 0,
+) -> int:
+    """Return the place of a record among sorted ones, to the left or right of its equals.
+
+    :param values: what stands beside the records.
+    :param value: the record's scores, if those are what stands there.
+    """
+    if not order.stored or values is None:
+        get = order.prefixes[-1] or itself
+        return bisect(records, get(record), start, len(records), key=get)
+    rest = order.rests[-1]
+    if rest is None:
+        return bisect(values, value, start, len(values))
+    start = bisect_left(values, value, start)
+    stop = bisect_right(values, value, start)
+    return bisect(records, rest(record), start, stop, key=rest)
+
+
+def pair_key(order: Order) -> Get:
+    """Return what gives the key of a record and what stands beside it."""
+    get, rest = order.prefixes[-1] or itself, order.rests[-1]
+    if not order.stored:
+        return lambda pair: get(pair[0])
+    return itemgetter(1) if rest is None else lambda pair: (pair[1], rest(pair[0]))
+
+
 def merged(
+    order: Order,
     chunks: Chunks,
     beside: Chunks | None,
     added: Chunks,
     added_beside: Chunks | None,
     gone: set[int],
     pause: Pause,
-    *,
-    get: Get | None,
-    stored: bool,
 ) -> tuple[Chunks, Chunks | None]:
-    """Return chunks without the records of some ids, and with those of other chunks: O(all).
-
-    :param get: gives the key of a record; or with ``stored`` of what is beside it, which may be
-        the key itself.
-    """
+    """Return chunks without the records of some ids, and with those of other chunks: O(all)."""
     if not chunks or not (gone or added):
         return (chunks, beside) if chunks else (added, added_beside)
-    key = get or itself
-    by_pair: Get = itemgetter(1) if stored else lambda pair: key(pair[0])
-    keyed = beside if stored and beside is not None else chunks
     more = joined(added, pause)
     values = None if added_beside is None else joined(added_beside, pause)
-    more_keyed = values if stored and values is not None else more
+    by, by_pair = order.prefixes[-1], pair_key(order)
+
+    def before(at: int, position: int, start: int) -> int:
+        value = None if beside is None else beside[at][position]
+        return place_in(order, more, values, chunks[at][position], value, bisect_left, start)
+
     result = _Growing([], None if beside is None else [])
     begin = 0
     for at, chunk in enumerate(chunks):
-        inside = bisect_left(more_keyed, key(keyed[at][-1]), begin, key=get)
+        inside = before(at, -1, begin)
         if inside == begin and not (gone and any(id(record) in gone for record in chunk)):
             result.share(chunk, None if beside is None else beside[at])
         elif beside is None or values is None:
             kept = [record for record in chunk if id(record) not in gone]
             if begin < inside:
                 kept += more[begin:inside]
-                kept.sort(key=get)
+                kept.sort(key=by)
             result.grow(kept, ())
         else:
             pairs = [p for p in zip(chunk, beside[at], strict=True) if id(p[0]) not in gone]
@@ -77,7 +108,7 @@ def merged(
             result.grow([record for record, _ in pairs], [value for _, value in pairs])
         end = len(more)
         if at + 1 < len(chunks):
-            end = bisect_left(more_keyed, key(keyed[at + 1][0]), inside, key=get)
+            end = before(at + 1, 0, inside)
         for begin in range(inside, end, CHUNK):  # what comes between this chunk and the next
             stop = min(begin + CHUNK, end)
             result.grow(more[begin:stop], () if values is None else values[begin:stop])

@@ -11,9 +11,9 @@ from typing import Any
 from .deltas import Touched
 from .exc import DuplicateKey
 from .layout import Layout
-from .loading import Rows
 from .orders import Record
 from .redaction import shown_key
+from .rows import Rows
 from .scores import IntervalSet
 from .sorting import Pause, ids, no_pause
 from .storage import Storage

@@ -90,6 +90,35 @@ def sort_by_scores(items: list[T], scores: Sequence[Get], get: Get | None, pause
     return result
 
 
+def sort_by_values(items: list[T], values: list[Any], pause: Pause) -> tuple[list[T], list[Any]]:
+    """Return items sorted by the values beside them, and the values; the sort is stable.
+
+    Equal values become one.
+    """
+    buckets: defaultdict[Any, list[T]] = defaultdict(list)
+    seen = 0
+    for some, beside in zip(steps(items), steps(values), strict=True):
+        for item, value in zip(some, beside, strict=True):
+            buckets[value].append(item)
+        seen += len(some)
+        if len(buckets) * 2 > seen:
+            break
+        pause()
+    else:
+        found: list[T] = []
+        scores: list[Any] = []
+        for value in sort(list(buckets), None, pause):
+            bucket = buckets.pop(value)
+            found += bucket
+            scores += [value] * len(bucket)
+            pause()
+        return found, scores
+    at = sort(joined(steps(range(len(items))), pause), values.__getitem__, pause)
+    gathered = ([[each[i] for i in some] for some in steps(at)] for each in (items, values))
+    left, right = (joined(lists, pause) for lists in gathered)
+    return left, right
+
+
 def _by_value(items: list[T], get: Get, pause: Pause) -> list[T] | None:
     """Return items sorted by a value with buckets; ``None`` if there would be too many of them."""
     buckets: defaultdict[Any, list[T]] = defaultdict(list)

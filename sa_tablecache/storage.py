@@ -12,23 +12,33 @@ Keys are not stored: bisection computes the dozen or so that it looks at from th
 saves a tuple and a pointer for each record and index. (``sortedcontainers.SortedKeyList``, which
 stores them, took 176 bytes more for each record of the flights view with three indexes, cannot be
 shared between a reader and a writer without a lock, and removes a record from among equal scores
-in linear time.) Only where a key cannot be computed from the record, because an index sorts by an
-expression, is it kept beside it.
+in linear time.) Only where a score cannot be computed from the record, because an index sorts by an
+expression, is it kept beside it, and equal ones are one object.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any
 
 from .exc import TableCacheError
-from .merging import CHUNK, chunked, merged
+from .merging import CHUNK, Bisect, chunked, merged, pair_key, place_in
 from .orders import Hidden, Order, Record
-from .scores import EVERYTHING, MIN, Cut, Interval, Key
-from .sorting import Get, Pause, along, ids, joined, no_pause, sort, sort_by_scores, steps
+from .scores import EVERYTHING, MAX, MIN, Cut, Interval
+from .sorting import (
+    Pause,
+    along,
+    ids,
+    joined,
+    no_pause,
+    sort,
+    sort_by_scores,
+    sort_by_values,
+    steps,
+)
 
 BULK = 8
 """Changing more than one in so many records is done by going through all of them."""
@@ -52,7 +62,7 @@ class SortedRecords:
         self.order = order
         self.chunks = chunks
         self.beside = beside
-        """Beside each record: its key if the order stores keys, else its hidden values if any."""
+        """Beside each record: its scores if the order stores them, else its hidden values."""
         self._heads = [c[0] for c in (beside if order.stored and beside else chunks)]
         self._offsets: list[int] | None = None
 
@@ -70,33 +80,29 @@ class SortedRecords:
 
         :param scores_only: the records come in the order of the primary key.
         """
-        items: list[Any] = records
-        others: Sequence[Any] | None = hidden
-        getters: Sequence[Get] = order.getters
-        if order.stored and hidden is not None:
-            items, others = [], records
-            for some, beside in zip(steps(records), steps(hidden), strict=True):
-                items += map(order.key_of, some, beside)
-                pause()
-            getters = [itemgetter(at) for at in range(order.scores)]
-        whole = None if order.stored else order.prefixes[-1]
         try:
+            if order.stored and hidden is not None:
+                values: list[Any] = []
+                for some, beside in zip(steps(records), steps(hidden), strict=True):
+                    values += map(order.score_of, some, beside)
+                    pause()
+                items, values = sort_by_values(records, values, pause)
+                return cls(order, chunked(items, pause), chunked(values, pause))
             if scores_only:
-                get = None if order.stored else order.prefixes[order.scores]
-                sorted_ = sort_by_scores(items, getters[: order.scores], get, pause)
+                get = order.prefixes[order.depth]
+                items = sort_by_scores(records, order.getters, get, pause)
             else:
-                sorted_ = sort(items, whole, pause)
+                items = sort(records, order.prefixes[-1], pause)
         except TypeError as error:
             names = ", ".join(part.name for part in order.parts)
             raise TableCacheError(
                 f"the values of {names} cannot be sorted ({error}): the stored values are of "
                 "more than one type, or NULL in a column that the model declares NOT NULL"
             ) from error
-        chunks = chunked(sorted_, pause)
-        if others is None:
-            return cls(order, chunks, None)
-        values = chunked(along(others, items, sorted_, pause), pause)
-        return cls(order, values, chunks) if order.stored else cls(order, chunks, values)
+        if hidden is None:
+            return cls(order, chunked(items, pause), None)
+        values = along(hidden, records, items, pause)
+        return cls(order, chunked(items, pause), chunked(values, pause))
 
     @property
     def offsets(self) -> list[int]:
@@ -120,6 +126,8 @@ class SortedRecords:
         if not length:
             return (0, 0) if cut[0] is MIN else (len(self.chunks) - 1, len(self.chunks[-1]))
         prefix = cut[0] if length == 1 else cut[:-1]
+        if self.order.stored and length > self.order.depth:
+            return self._find_whole(cut)
         getter = self.order.prefixes[length]
         bisect = bisect_left if cut[-1] is MIN else bisect_right
         at = bisect(self._heads, prefix, key=getter) - 1
@@ -127,6 +135,24 @@ class SortedRecords:
             return 0, 0
         items = self.beside if self.order.stored and self.beside is not None else self.chunks
         return at, bisect(items[at], prefix, key=getter)
+
+    def _find_whole(self, cut: Cut) -> tuple[int, int]:
+        """Return the place of a cut that is longer than the scores that are stored."""
+        chunks, beside = self.chunks, self.beside
+        assert beside is not None
+        depth, get = self.order.depth, self.order.rests[len(cut) - 1 - self.order.depth]
+        assert get is not None
+        value = cut[0] if depth == 1 else cut[:depth]
+        rest = cut[depth] if len(cut) == depth + 2 else cut[depth:-1]
+        bisect = bisect_left if cut[-1] is MIN else bisect_right
+        start = bisect_left(self._heads, value)
+        stop = bisect_right(self._heads, value, start)
+        at = bisect(chunks, rest, start, stop, key=lambda chunk: get(chunk[0])) - 1
+        if at < 0:
+            return 0, 0
+        start = bisect_left(beside[at], value)
+        stop = bisect_right(beside[at], value, start)
+        return at, bisect(chunks[at], rest, start, stop, key=get)
 
     def rank(self, cut: Cut) -> int:
         """Return the number of records before a cut."""
@@ -179,7 +205,6 @@ class SortedRecords:
     ) -> SortedRecords:
         """Return a new sequence without some records and with others."""
         order, key_of = self.order, self.order.key_of
-        by = self.order.prefixes[-1]
         chunks = self.chunks.copy()
         beside = None if self.beside is None else self.beside.copy()
         touched: set[int] = set()
@@ -191,20 +216,18 @@ class SortedRecords:
                 if beside is not None:
                     beside[at] = beside[at].copy()
 
-        def in_chunk(key: Key) -> int:
-            prefix = key[0] if len(key) == 1 else key
-            return max(0, bisect_right(self._heads, prefix, key=by) - 1)
+        def place(at: int, record: Record, hidden: Hidden | None, bisect: Bisect) -> int:
+            value = None if not order.stored else order.score_of(record, hidden)
+            return place_in(order, chunks[at], beside and beside[at], record, value, bisect)
 
         for record, hidden in removed:
-            key = key_of(record, hidden)
-            prefix = key[0] if len(key) == 1 else key
-            at = in_chunk(key)
+            at = self.find((*key_of(record, hidden), MAX))[0]
             while True:
                 # Only where keys are hashes can equal ones be many, and span chunks.
                 own(at)
-                items = beside[at] if order.stored and beside is not None else chunks[at]
-                position = bisect_left(items, prefix, key=by)
-                while position < len(items) and chunks[at][position] is not record:
+                items = chunks[at]
+                position = place(at, record, hidden, bisect_left)
+                while position < len(items) and items[position] is not record:
                     position += 1
                 if position < len(items):
                     break
@@ -215,16 +238,13 @@ class SortedRecords:
                 del beside[at][position]
             pause()
         for record, hidden in added:
-            key = key_of(record, hidden)
-            at = in_chunk(key)
+            at = self.find((*key_of(record, hidden), MAX))[0]
             own(at)
-            if beside is None:
-                insort(chunks[at], record, key=by)
-            else:
-                items = beside[at] if order.stored else chunks[at]
-                position = bisect_right(items, key[0] if len(key) == 1 else key, key=by)
-                chunks[at].insert(position, record)
-                beside[at].insert(position, key if order.stored else hidden)
+            position = place(at, record, hidden, bisect_right)
+            chunks[at].insert(position, record)
+            if beside is not None:
+                value = order.score_of(record, hidden) if order.stored else hidden
+                beside[at].insert(position, value)
             pause()
         for at in sorted(touched, reverse=True):
             size = len(chunks[at])
@@ -240,16 +260,16 @@ class SortedRecords:
         Chunks in which nothing changes are shared.
         """
         chunks, beside = merged(
-            self.chunks, self.beside, added.chunks, added.beside, gone, pause,
-            get=self.order.prefixes[-1], stored=self.order.stored,
-        )  # fmt: skip
+            self.order, self.chunks, self.beside, added.chunks, added.beside, gone, pause
+        )
         return SortedRecords(self.order, chunks, beside)
 
     def _check(self) -> None:
         """Assert the invariants: keys ascend over all chunks, none of which is empty."""
-        by = self.order.prefixes[-1]
         items = self.beside if self.order.stored and self.beside is not None else self.chunks
-        keys = [by(item) if by is not None else item for chunk in items for item in chunk]
+        by = pair_key(self.order)
+        both = zip(self.chunks, self.beside or self.chunks, strict=True)
+        keys = [by(pair) for lists in both for pair in zip(*lists, strict=True)]
         hashed = any(part.hashed for part in self.order.parts)
         for left, right in pairwise(keys):
             assert left < right or (hashed and left == right), (self.order.name, left, right)

@@ -34,6 +34,7 @@ ORDER = """
     orders
     sorting
     merging
+    rows
     storage
     coverage
     redaction

@@ -87,6 +87,11 @@ def orders_of(
                 row.id,
             )
             hidden = lambda chance: ("aside", chance.choice([None, *range(5)]))  # noqa: E731
+        case "hidden ties":
+            part = Part("_score", nullable=True, hidden=1)
+            orders.append(Order("by", (part, key), 1, nulls_first))
+            naive["by"] = lambda row, h: (nullable(h[1], nulls_first=nulls_first), row.id)
+            hidden = lambda chance: ("aside", chance.choice([None, 7]))  # noqa: E731
         case "hidden alone":
             orders.append(Order("by", (Part("_unique", False, hidden=0),), 1, nulls_first))
             naive["by"] = lambda _, h: (h[0],)
@@ -103,7 +108,12 @@ def orders_of(
     return orders, naive, hidden
 
 
-KINDS = ["plain", "nullable", "nan", "hidden", "hidden alone", "hashed"]
+def second(_: object, hidden: Any) -> Any:
+    """Return the hidden values of a record."""
+    return hidden
+
+
+KINDS = ["plain", "nullable", "nan", "hidden", "hidden ties", "hidden alone", "hashed"]
 
 
 @pytest.fixture(autouse=True)
@@ -198,8 +208,8 @@ class Model:
             assert records.some(interval, limit, from_end=True) == wanted[::-1][:limit]
             if records.beside is not None:
                 assert [value for values in records.beside for value in values] == [
-                    key if order.stored else hidden_of[id(row)]
-                    for key, row in zip(keys, found, strict=True)
+                    (order.score_of if order.stored else second)(row, hidden_of[id(row)])
+                    for row in found
                 ]
             assert records.rank(cuts[0]) == sum(is_before(key, cuts[0]) for key in keys)
 
