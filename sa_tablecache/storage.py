@@ -25,7 +25,7 @@ from operator import attrgetter
 from typing import Any
 
 from .exc import TableCacheError
-from .merging import CHUNK, Bisect, chunked, merged, pair_key, place_in
+from .merging import CHUNK, Bisect, Chunks, chunked, merged, pair_key, place_in
 from .orders import Hidden, Order, Record
 from .scores import EVERYTHING, MAX, MIN, Cut, Interval
 from .sorting import (
@@ -56,9 +56,7 @@ class SortedRecords:
 
     __slots__ = ("_heads", "_offsets", "beside", "chunks", "order")
 
-    def __init__(
-        self, order: Order, chunks: list[list[Record]], beside: list[list[Any]] | None
-    ) -> None:
+    def __init__(self, order: Order, chunks: Chunks, beside: Chunks | None) -> None:
         self.order = order
         self.chunks = chunks
         self.beside = beside
@@ -167,10 +165,10 @@ class SortedRecords:
         first, start = self.find(interval[0])
         last, stop = self.find(interval[1])
         if first == last:
-            return chunks[first][start:stop]
+            return list(chunks[first][start:stop])
         if first > last:
             return []
-        result = chunks[first][start:]
+        result = list(chunks[first][start:])
         for chunk in chunks[first + 1 : last]:
             result += chunk
         result += chunks[last][:stop]
@@ -205,16 +203,16 @@ class SortedRecords:
     ) -> SortedRecords:
         """Return a new sequence without some records and with others."""
         order, key_of = self.order, self.order.key_of
-        chunks = self.chunks.copy()
-        beside = None if self.beside is None else self.beside.copy()
+        chunks: list[Any] = self.chunks.copy()
+        beside: list[Any] | None = None if self.beside is None else self.beside.copy()
         touched: set[int] = set()
 
         def own(at: int) -> None:
             if at not in touched:
                 touched.add(at)
-                chunks[at] = chunks[at].copy()
+                chunks[at] = list(chunks[at])
                 if beside is not None:
-                    beside[at] = beside[at].copy()
+                    beside[at] = list(beside[at])
 
         def place(at: int, record: Record, hidden: Hidden | None, bisect: Bisect) -> int:
             value = None if not order.stored else order.score_of(record, hidden)
@@ -247,11 +245,9 @@ class SortedRecords:
                 beside[at].insert(position, value)
             pause()
         for at in sorted(touched, reverse=True):
-            size = len(chunks[at])
-            if not size or size > 2 * CHUNK:
-                chunks[at : at + 1] = chunked(chunks[at])
-                if beside is not None:
-                    beside[at : at + 1] = chunked(beside[at])
+            for lists in (chunks,) if beside is None else (chunks, beside):
+                small = 0 < len(lists[at]) <= 2 * CHUNK
+                lists[at : at + 1] = [tuple(lists[at])] if small else chunked(lists[at])
         return SortedRecords(order, chunks, beside)
 
     def merged(self, gone: set[int], added: SortedRecords, pause: Pause) -> SortedRecords:

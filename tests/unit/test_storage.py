@@ -1,10 +1,12 @@
 """Records in all their orders are checked against plain lists, after every one of many changes."""
 
+import gc
 import random
 from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any
 
+import msgspec
 import pytest
 
 from sa_tablecache import merging, sorting
@@ -376,16 +378,16 @@ def test_disorder_fails_the_check() -> None:
     model.pairs = model.rows(20)
     storage = model.build()
     order = storage.orders[""]
-    swapped = [chunk.copy() for chunk in order.chunks]
+    swapped = [[*chunk] for chunk in order.chunks]
     swapped[0][0], swapped[0][1] = swapped[0][1], swapped[0][0]
     for broken in (
-        SortedRecords(order.order, swapped, None),
+        SortedRecords(order.order, [tuple(chunk) for chunk in swapped], None),
         SortedRecords(order.order, order.chunks[1:], None),
     ):
         with pytest.raises(AssertionError):
             Storage({**storage.orders, "": broken}, {})._check()
     empty = SortedRecords(order.order, [*order.chunks, order.chunks[0]], None)
-    empty.chunks[-1] = []
+    empty.chunks[-1] = ()
     with pytest.raises(AssertionError):
         empty._check()
 
@@ -435,3 +437,30 @@ def test_no_step_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage.build(model.orders, {}, records, hidden, pause)
     storage.exchanged({id(r) for r in records[::3]}, records[::3], hidden[::3], pause)
     assert 0 < most < 5 * 512, most
+
+
+def test_the_garbage_collector_does_not_look_at_records() -> None:
+    """After its first look it has lost track of all chunks, those of a change included."""
+
+    class Plain(msgspec.Struct, frozen=True, gc=False):
+        id: int
+        score: int | None
+        label: str
+
+    key = Part("id", nullable=False)
+    by_score = Part("score", nullable=True), key
+    by_hidden = Part("_hidden", nullable=False, hidden=0), key
+    orders = [
+        Order("", (key,), 1, nulls_first=True),
+        Order("score", by_score, 1, nulls_first=True),
+        Order("hidden", by_hidden, 1, nulls_first=True),
+    ]
+    records = [Plain(at, at % 3, "a") for at in range(100)]
+    storage = Storage.build(orders, {}, records, [(at % 5,) for at in range(100)])
+    changed = storage.replace([(records[0], (0,))], [(Plain(100, 7, "b"), (3,))])
+    merged = changed.exchanged({id(r) for r in records[9::2]}, [Plain(101, 7, "b")], [(3,)])
+    for _ in range(2):  # tuples of hidden values first, then what holds them
+        gc.collect()
+    for each in (storage, changed, merged):
+        for order in each.orders.values():
+            assert not any(map(gc.is_tracked, (*order.chunks, *(order.beside or ()))))
