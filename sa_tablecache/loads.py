@@ -80,11 +80,10 @@ def evicted(
                 pause()
     if not coverage and len(inside) == len(state.storage):
         return State(layout.empty(), coverage), len(inside)
-    pairs = [
-        (record, hidden)
-        for record, hidden in state.storage.with_hidden(list(inside.values()), pause)
-        if not layout.is_covered(coverage, record, hidden)
-    ]
+    pairs = []
+    for some in steps(state.storage.with_hidden(list(inside.values()), pause)):
+        pairs += [pair for pair in some if not layout.is_covered(coverage, *pair)]
+        pause()
     return State(state.storage.replace(pairs, [], pause), coverage), len(pairs)
 
 

@@ -7,6 +7,7 @@ and who compares two versions can pass over them.
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -29,11 +30,27 @@ records would be best.
 """
 
 
+MANY = 64
+"""After making so many chunks the garbage collector is asked to look at them."""
+
+
+def forget() -> None:
+    """Have the garbage collector lose track of chunks that were made just now.
+
+    It would do so by itself, when there are two thousand of them: that is a pause of its own, and
+    all of their records have left the CPU's cache.
+    """
+    if gc.isenabled():
+        gc.collect(0)
+
+
 def chunked(items: Sequence[Any], pause: Pause = no_pause) -> Chunks:
     """Return the items in chunks."""
     chunks = []
     for at in range(0, len(items), CHUNK):
         chunks.append(tuple(items[at : at + CHUNK]))
+        if len(chunks) % MANY == 0:
+            forget()
         pause()
     return chunks
 
@@ -95,7 +112,7 @@ def merged(
     begin = 0
     for at, chunk in enumerate(chunks):
         inside = before(at, -1, begin)
-        if inside == begin and not (gone and any(id(record) in gone for record in chunk)):
+        if inside == begin and gone.isdisjoint(map(id, chunk)):
             result.share(chunk, None if beside is None else beside[at])
         elif beside is None or values is None:
             kept = [record for record in chunk if id(record) not in gone]
@@ -155,6 +172,8 @@ class _Growing:
 
     def _cut(self, size: int) -> None:
         self.chunks.append(tuple(self._records[:size]))
+        if len(self.chunks) % MANY == 0:
+            forget()
         del self._records[:size]
         if self.beside is not None:
             self.beside.append(tuple(self._values[:size]))

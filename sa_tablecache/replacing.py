@@ -45,11 +45,11 @@ def loaded(
         gone = ids(outside, pause) | storage.ids_of_keys(rows.records, pause)
         storage = storage.exchanged(gone, rows.records, rows.hidden, pause)
     else:
-        removed = storage.with_hidden(outside)
+        removed = storage.with_hidden(outside, pause)
         gone = {id(record) for record in outside}
         # What another index had covered is there already, and so may be a stale record of a row
         # whose score has moved.
-        removed += [p for p in storage.same_keys(rows.records) if id(p[0]) not in gone]
+        removed += [p for p in storage.same_keys(rows.records, pause) if id(p[0]) not in gone]
         storage = storage.replace(removed, rows.pairs(), pause)
     check_unique(layout, storage, pause)
     return storage, len(outside)
@@ -81,7 +81,7 @@ def refreshed(
     if storage.is_bulk(len(gone) + len(rows.records)):
         result = storage.exchanged(set(gone), rows.records, rows.hidden, pause)
     else:
-        removed = storage.with_hidden(list(gone.values()))
+        removed = storage.with_hidden(list(gone.values()), pause)
         result = storage.replace(removed, rows.pairs(), pause)
     if not layout.key_is_proven:
         primary = result.orders[""]

@@ -40,7 +40,7 @@ from .sorting import (
     steps,
 )
 
-BULK = 8
+BULK = 20
 """Changing more than one in so many records is done by going through all of them."""
 
 SCAN = 32
@@ -418,15 +418,22 @@ class Storage:
             pause()
         return found
 
-    def same_keys(self, records: Sequence[Record]) -> list[tuple[Record, Hidden | None]]:
+    def same_keys(
+        self, records: Sequence[Record], pause: Pause = no_pause
+    ) -> list[tuple[Record, Hidden | None]]:
         """Return the stored records that have the primary key of one of the given."""
         key_of = attrgetter(*(part.name for part in self.orders[""].order.parts))
         if len(records) * SCAN > len(self):
-            keys = set(map(key_of, records))
-            return [pair for pair in self.pairs() if key_of(pair[0]) in keys]
+            gone = self.ids_of_keys(records, pause)
+            return self.with_hidden([r for r in self if id(r) in gone], pause)
         single = len(self.orders[""].order.parts) == 1
-        found = (self.get((key_of(r),) if single else key_of(r)) for r in records)
-        return [pair for pair in found if pair is not None]
+        found = []
+        for record in records:
+            pair = self.get((key_of(record),) if single else key_of(record))
+            if pair is not None:
+                found.append(pair)
+            pause()
+        return found
 
     def replace(
         self,
