@@ -686,3 +686,12 @@ def test_a_score_that_is_the_key_is_loaded_with_its_bounds(database: Database):
         with factory() as session:
             assert [record.headcount for record in session.range(Plans.by_day)] == [4] * len(DAYS)
         cache._check()
+
+
+def test_hidden_values_that_are_equal_are_one_object(world: World):
+    """What is kept beside records, such as lineage, is kept once for all records that share it."""
+    world.cache.load(OuterBoard)
+    storage = world.cache.table(OuterBoard).state.storage
+    hidden = [values for _, values in storage.pairs()]
+    assert len(hidden) == 6
+    assert len(set(map(id, hidden))) == len(set(hidden)) < 6
