@@ -378,11 +378,8 @@ class Loader:
             self._add(rows, connection.execute(statement).all(), None)
             return rows
         shared = [isinstance(clause.type, _SHARED) for clause in self.clauses]
-        # And whole tuples of hidden values, where neither 0.0 and -0.0 nor a NaN may be in them.
-        hidden = self.clauses[len(self.plan.columns) :]
-        shared.append(
-            all(isinstance(c.type, _SHARED) and not isinstance(c.type, Float) for c in hidden)
-        )
+        hidden = shared[len(self.plan.columns) :]
+        shared.append(all(hidden))  # and whole tuples of hidden values
         pools: list[dict[Any, Any] | None] = [{} if each else None for each in shared]
         options = {"yield_per": PARTITION}
         with connection.execute(statement, execution_options=options) as result:
@@ -411,6 +408,14 @@ class Loader:
             *(pool.setdefault for pool in pools or () if pool is not None),
         )
 
+    def _may_share(self, at: int, name: str) -> str:
+        """Return the test of whether a value is the same as all that are equal to it, if any."""
+        if self._types[at]:  # and so 1 and 1.0 may both occur
+            return f"{name} and {name} == {name} and type({name}) is {self._types[at][0].__name__}"
+        # Neither 0.0 and -0.0, which are equal, nor a NaN may be exchanged.
+        is_float = isinstance(self.clauses[at].type, Float)
+        return f"{name} and {name} == {name}" if is_float else ""
+
     def _maker(self, shared: tuple[bool, ...]) -> Callable[..., None]:
         """Generate the loop that turns rows into records: it is most of the cost of a load."""
         names = [f"v{at}" for at in range(len(self.columns))]
@@ -428,17 +433,8 @@ class Loader:
                 body.append(f"if {name} and ({test}): long({self.columns[at]!r}, {name})")
             if not shared[at]:
                 continue
-            if self._types[at]:  # and so 1 and 1.0 may both occur
-                kind = self._types[at][0].__name__
-                body.append(
-                    f"if {name} and {name} == {name} and type({name}) is {kind}: "
-                    f"{name} = share{at}({name}, {name})"
-                )
-            elif isinstance(self.clauses[at].type, Float):
-                # Neither 0.0 and -0.0, which are equal, nor a NaN may be exchanged.
-                body.append(f"if {name} and {name} == {name}: {name} = share{at}({name}, {name})")
-            else:
-                body.append(f"{name} = share{at}({name}, {name})")
+            test = self._may_share(at, name)
+            body.append(f"{f'if {test}: ' if test else ''}{name} = share{at}({name}, {name})")
         required = [
             at for at, name in enumerate(self.columns) if not self.plan.column(name).nullable
         ]
@@ -450,11 +446,10 @@ class Loader:
         if self.hidden:
             body.append(f"h = ({', '.join(names[public:])},)")
             if shared[-1]:
-                exact = [
-                    f"({name} is None or type({name}) is {types[0].__name__})"
-                    for name, types in zip(names[public:], self._types[public:], strict=True)
-                    if types
-                ]
+                tests = (
+                    (names[at], self._may_share(at, names[at])) for at in range(public, len(names))
+                )
+                exact = [f"({name} is None or {test})" for name, test in tests if test]
                 test = f"if {' and '.join(exact)}: " if exact else ""
                 body.append(f"{test}h = share{len(names)}(h, h)")
             body.append("add_hidden(h)")
