@@ -27,13 +27,14 @@ from .keeping import Keeper
 from .layout import Layout
 from .limits import MemoryLimit
 from .loading import Check, Progress, Snapshots
+from .merging import let_go
 from .replacing import loaded
 from .rows import Rows
 from .scores import IntervalSet
 from .slots import LoadSlots
 from .sorting import Pause, no_pause, steps
 from .state import State, ViewState
-from .storage import Storage, dropped, let_go
+from .storage import Storage, dropped
 from .triggers import Automatic, automatic
 from .turns import Turn, new_future, pauses, wait_for
 
@@ -225,7 +226,7 @@ class Loads(ViewState):
                             applied = self._swap_in(
                                 token, reader, rows, index, target, missing, extend, pause
                             )
-                complete, expired, dropped = applied
+                complete, expired, gone = applied
                 if complete and most is None and not self._ready.done():
                     self._ready.set_result(None)
             finally:
@@ -241,7 +242,7 @@ class Loads(ViewState):
             )  # fmt: skip
         self._tell_timers("load", seconds)
         self._tell()
-        let_go(dropped, pause)
+        let_go(gone, pause)
         return complete
 
     def _swap_in(

@@ -178,3 +178,11 @@ class _Growing:
         if self.beside is not None:
             self.beside.append(tuple(self._values[:size]))
             del self._values[:size]
+
+
+def let_go(parts: list[Any], pause: Pause) -> None:
+    """Drop what nobody may need any more: to free many records at once would be one long call."""
+    parts.reverse()  # the order of the primary key comes last: with it, the records go
+    while parts:
+        parts.pop()
+        pause()

@@ -487,16 +487,8 @@ class Storage:
 
 
 def dropped(storage: Storage, changes: int) -> list[Any]:
-    """Return what is to be let go of a storage that has been replaced, if it is much."""
+    """Return what :func:`.merging.let_go` is to drop of a storage that was replaced, if much."""
     if changes < CHUNK:
         return []
     orders = [each for name, each in storage.orders.items() if name] + [storage.orders[""]]
     return [c for each in orders for some in (each.beside or (), each.chunks) for c in some]
-
-
-def let_go(parts: list[Any], pause: Pause) -> None:
-    """Drop what nobody may need any more: to free many records at once would be one long call."""
-    parts.reverse()  # the order of the primary key comes last: with it, the records go
-    while parts:
-        parts.pop()
-        pause()

@@ -46,12 +46,13 @@ from .figures import LastRead, Stats
 from .layout import Layout
 from .loading import Snapshots
 from .loads import Loads
+from .merging import let_go
 from .misses import Misses
 from .redaction import shown_coverage
 from .replacing import refreshed
 from .scores import Interval
 from .state import State
-from .storage import dropped, let_go
+from .storage import dropped
 from .turns import pauses
 from .usage import base_tables
 
