@@ -29,6 +29,7 @@ from benchmarks import (
     peers,
     ranges,
     report,
+    stalls,
     throughput,
     transactions,
 )
@@ -40,6 +41,7 @@ PARTS: dict[str, dict[Callable[..., Any], str | None]] = {
     "hits": {hits.run: "sqlite"},
     "loading": {loading.run: "postgres"},
     "memory": {memory.run: "postgres"},
+    "stalls": {stalls.run: "postgres", stalls.run_threads: "sqlite"},
     "transactions": {transactions.run: "postgres"},
     "feed": {feed.run: "postgres"},
     "throughput": {throughput.run: "sqlite"},

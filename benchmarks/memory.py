@@ -23,7 +23,7 @@ from examples.flights_data import FIRST_DAY
 from examples.flights_models import FlightBoard
 from sa_tablecache import AsyncTableCache
 
-GOAL = 600
+GOAL = 450
 
 
 def run(url: URL, *, quick: bool) -> list[Result]:

@@ -33,6 +33,10 @@ AIMS: tuple[tuple[str, str, str], ...] = (
     ("hits", "a statement that touches no view", "more by"),
     ("loading", "load of * records from PostgreSQL", "cache.load"),
     ("memory", "memory of * records, three indexes", "bytes per record"),
+    ("stalls", "longest stall of the event loop, * records", "load of everything"),
+    ("stalls", "longest stall of the event loop, * records", "sliding the window"),
+    ("stalls", "longest stall of a thread, * records", "load of everything"),
+    ("stalls", "a full garbage collection is made longer, *", "by * of them"),
     ("transactions", "a transfer of money", "in_transaction"),
     ("feed", "catching up", "changes of a row"),
 )

@@ -13,7 +13,8 @@ from sqlalchemy.sql import ColumnElement
 
 from .exc import NotExpressible
 from .layout import Layout
-from .loading import Check, Progress, Rows
+from .loading import Check, Progress
+from .rows import Rows
 from .scores import MAX, MIN, Interval, IntervalSet
 
 

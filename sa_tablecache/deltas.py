@@ -26,8 +26,8 @@ from .changes import AnyMark, GroupMark, Mark, RangeMark
 from .coverage import Coverage
 from .groups import GroupPath
 from .layout import Layout, RowKey
-from .loading import Rows
 from .orders import Hidden, Record
+from .rows import Rows
 from .scores import IntervalSet
 from .storage import Storage
 

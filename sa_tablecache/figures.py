@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import time
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, NamedTuple, Self
 
 from sqlalchemy import Connection, func, select
 
 from .layout import Layout
-from .loading import Rows
 from .readers import EveryScope
+from .rows import Rows
 from .scores import IntervalSet
 from .storage import Storage
 from .view import CachedView
@@ -21,7 +24,7 @@ from .view import CachedView
 SAMPLE = 1_000
 """Rows that an estimate looks at."""
 
-SAMPLE_BYTES = 256
+SAMPLE_BYTES = 512
 """Records whose values are measured."""
 
 
@@ -184,52 +187,79 @@ class Counts:
 
 
 def records_bytes(
-    records: Sequence[Any], hidden: Sequence[Any] | None, orders: int, *, stored: int = 0
+    records: Callable[[int], Any],
+    count: int,
+    hidden: Callable[[int], Any] | None,
+    orders: int,
+    *,
+    stored: int = 0,
 ) -> int:
-    """Estimate the memory of records from some in the middle of them.
+    """Estimate the memory of records from some of them, anywhere among them.
 
-    :param hidden: what stands beside them, if anything does.
+    :param records: gives one of them.
+    :param hidden: gives what stands beside it, if anything does.
     :param orders: in how many orders they are kept.
-    :param stored: in how many of these with a key beside each.
+    :param stored: in how many of these with a score beside each.
     """
-    if not records:
+    if not count:
         return 0
-    start = max(0, (len(records) - SAMPLE_BYTES) // 2)
-    sample = records[start : start + SAMPLE_BYTES]
-    seen: set[int] = set()
-    size = 0
-    for record in sample:
-        size += sys.getsizeof(record)
-        for name in record.__struct_fields__:
-            value = getattr(record, name)
-            if id(value) not in seen:
-                seen.add(id(value))
-                size += sys.getsizeof(value)
-    each = 8 * orders + stored * 72
-    if hidden:
-        each += 8 + sys.getsizeof(hidden[0])
-    return (size + each * len(sample)) * len(records) // len(sample)
+    at = range(count)
+    if count > SAMPLE_BYTES:  # not the same that the database may have grouped by accident
+        at = sorted(random.Random(count).sample(at, SAMPLE_BYTES))  # type: ignore[assignment]  # noqa: S311
+    sample = [records(i) for i in at]
+    pointers = orders + stored + (hidden is not None)
+    size = count * (sys.getsizeof(sample[0]) + pointers * 8)
+    for name in sample[0].__struct_fields__:
+        size += values_bytes([getattr(record, name) for record in sample], count)
+    if hidden is not None:
+        size += values_bytes([hidden(i) for i in at], count)
+    return size
+
+
+def values_bytes(sample: Sequence[Any], count: int) -> int:
+    """Estimate the memory of so many values of a column, equal ones being one object.
+
+    Those that the sample has once and those that it has twice tell how many it does not have
+    (A. Chao, 1984). If it has none twice, all are taken to be different.
+    """
+    sizes = {id(value): sys.getsizeof(value) for value in sample}
+    times = Counter(Counter(map(id, sample)).values())
+    different = len(sizes) * count / len(sample)
+    if times[2] or not times[1]:
+        unseen = times[1] ** 2 / (2 * times[2]) if times[1] else 0
+        different = min(different, len(sizes) + unseen)
+    return int(different * sum(sizes.values()) / len(sizes))
 
 
 def rows_bytes(layout: Layout, rows: Rows) -> int:
     """Estimate the memory that rows will take as records of a view."""
     orders = layout.columns.orders.values()
     stored = sum(order.stored for order in orders)
-    return records_bytes(rows.records, rows.hidden, len(orders), stored=stored)
+    records, hidden = rows.records, rows.hidden
+    beside = None if hidden is None else hidden.__getitem__
+    return records_bytes(records.__getitem__, len(records), beside, len(orders), stored=stored)
 
 
 def stored_bytes(storage: Storage) -> int:
-    """Estimate the memory of all records and orders from a chunk in the middle."""
+    """Estimate the memory of all records and orders from some of the records."""
     primary = storage.orders.get("")
     if primary is None or not primary.chunks:
         return 0
-    middle = len(primary.chunks) // 2
-    sample = primary.chunks[middle]
-    beside = None if primary.beside is None else primary.beside[middle]
     stored = sum(order.beside is not None for order in storage.orders.values())
-    stored -= beside is not None
-    each = records_bytes(sample, beside, len(storage.orders), stored=stored)
-    return each * len(primary) // len(sample)
+    stored -= primary.beside is not None
+    offsets, beside = primary.offsets, primary.beside
+
+    def in_(chunks: Sequence[Sequence[Any]], at: int) -> Any:
+        chunk = bisect_right(offsets, at) - 1
+        return chunks[chunk][at - offsets[chunk]]
+
+    return records_bytes(
+        partial(in_, primary.chunks),
+        len(primary),
+        None if beside is None else partial(in_, beside),
+        len(storage.orders),
+        stored=stored,
+    )
 
 
 def shown_bytes(size: int) -> str:

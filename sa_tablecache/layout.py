@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from sqlalchemy import Dialect
 from sqlalchemy.sql import ColumnElement
@@ -29,10 +29,12 @@ from .comparison import Comparison, Inexact, is_sortable
 from .coverage import Coverage
 from .exc import ViewDefinitionError
 from .groups import GroupPath
-from .loading import Loader, Rows
+from .loading import Loader
 from .orders import Hidden, Order, Part, Record
 from .prepared import Columns
+from .rows import Rows
 from .scores import MAX, MIN, Cut, Extreme, Interval, IntervalSet
+from .sorting import Pause, no_pause
 from .storage import Storage
 from .triggers import Automatic
 from .usage import placing_columns, score_columns, used_columns
@@ -334,9 +336,10 @@ class Layout:
         """Return rows without records."""
         return Rows(hidden=self.no_hidden)
 
-    def build(self, rows: Rows) -> Storage:
+    def build(self, rows: Rows, pause: Pause = no_pause) -> Storage:
         """Sort rows into a storage of their own."""
-        return Storage.build(self.columns.orders.values(), self._lazy, rows.records, rows.hidden)
+        orders = self.columns.orders.values()
+        return Storage.build(orders, self._lazy, rows.records, rows.hidden, pause)
 
     def empty(self) -> Storage:
         """Return a storage without records."""
@@ -366,6 +369,12 @@ class Layout:
                 continue
             return True
         return False
+
+    def covered(self, rows: Rows, coverage: Coverage, pause: Pause = no_pause) -> Rows:
+        """Return the rows that are covered."""
+        if coverage.everything:
+            return rows
+        return rows.only(lambda record, hidden: self.is_covered(coverage, record, hidden), pause)
 
     # -- base rows -------------------------------------------------------------------------------
 
@@ -418,16 +427,12 @@ class Layout:
                         return False
         return True
 
-    def only(self, rows: Rows, index: str, intervals: IntervalSet) -> Rows:
+    def only(self, rows: Rows, index: str, intervals: IntervalSet, pause: Pause = no_pause) -> Rows:
         """Return the rows that really are in the intervals."""
         if intervals.is_everything or self.is_expressible(index, intervals):
             return rows
         key_of = self.orders[index].key_of
-        pairs = [(r, h) for r, h in rows.pairs() if key_of(r, h) in intervals]
-        return Rows(
-            [r for r, _ in pairs],
-            None if rows.hidden is None else [cast("Hidden", h) for _, h in pairs],
-        )
+        return rows.only(lambda record, hidden: key_of(record, hidden) in intervals, pause)
 
     def coverage_clause(self, coverage: Coverage) -> list[ColumnElement[bool]]:
         """Return criteria for all that is covered, and perhaps more."""

@@ -16,7 +16,7 @@ from typing import Protocol
 from .exc import MemoryLimitExceeded, TableCacheError
 from .figures import rows_bytes, shown_bytes
 from .layout import Layout
-from .loading import Rows
+from .rows import Rows
 from .turns import Section
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import tzinfo
 from typing import Any, TypeAlias, cast
 
@@ -48,6 +48,7 @@ from .exc import TableCacheError, UnsuitableEngine
 from .forks import abandon
 from .readers import EveryScope
 from .redaction import shown_value
+from .rows import Rows
 
 log = logging.getLogger(__name__)
 
@@ -221,24 +222,6 @@ def _bound_waits(connection: Connection) -> None:
         raise
 
 
-@dataclass(slots=True)
-class Rows:
-    """Records, and beside each its hidden values if the view keeps any."""
-
-    records: list[Any] = field(default_factory=list)
-    hidden: list[tuple[Any, ...]] | None = None
-
-    def pairs(self) -> list[tuple[Any, tuple[Any, ...] | None]]:
-        """Return the records with their hidden values."""
-        if self.hidden is None:
-            return [(record, None) for record in self.records]
-        return list(zip(self.records, self.hidden, strict=True))
-
-    def first(self, count: int) -> Rows:
-        """Return the first so many."""
-        return Rows(self.records[:count], None if self.hidden is None else self.hidden[:count])
-
-
 Check: TypeAlias = Callable[[Rows, bool], object]
 """Called during a load with what was read so far, and whether that is all; it may raise."""
 
@@ -394,9 +377,10 @@ class Loader:
         if not stream:
             self._add(rows, connection.execute(statement).all(), None)
             return rows
-        pools: list[dict[Any, Any] | None] = [
-            {} if isinstance(clause.type, _SHARED) else None for clause in self.clauses
-        ]
+        shared = [isinstance(clause.type, _SHARED) for clause in self.clauses]
+        hidden = shared[len(self.plan.columns) :]
+        shared.append(all(hidden))  # and whole tuples of hidden values
+        pools: list[dict[Any, Any] | None] = [{} if each else None for each in shared]
         options = {"yield_per": PARTITION}
         with connection.execute(statement, execution_options=options) as result:
             for partition in result.partitions():
@@ -413,7 +397,7 @@ class Loader:
     def _add(
         self, rows: Rows, batch: Sequence[Any], pools: list[dict[Any, Any] | None] | None
     ) -> None:
-        shared = tuple(pool is not None for pool in pools or [None] * len(self.columns))
+        shared = tuple(pool is not None for pool in pools or [None] * (len(self.columns) + 1))
         maker = self._makers.get(shared)
         if maker is None:
             maker = self._makers[shared] = self._maker(shared)
@@ -423,6 +407,14 @@ class Loader:
             rows.hidden.append if rows.hidden is not None else None,
             *(pool.setdefault for pool in pools or () if pool is not None),
         )
+
+    def _may_share(self, at: int, name: str) -> str:
+        """Return the test of whether a value is the same as all that are equal to it, if any."""
+        if self._types[at]:  # and so 1 and 1.0 may both occur
+            return f"{name} and {name} == {name} and type({name}) is {self._types[at][0].__name__}"
+        # Neither 0.0 and -0.0, which are equal, nor a NaN may be exchanged.
+        is_float = isinstance(self.clauses[at].type, Float)
+        return f"{name} and {name} == {name}" if is_float else ""
 
     def _maker(self, shared: tuple[bool, ...]) -> Callable[..., None]:
         """Generate the loop that turns rows into records: it is most of the cost of a load."""
@@ -441,17 +433,8 @@ class Loader:
                 body.append(f"if {name} and ({test}): long({self.columns[at]!r}, {name})")
             if not shared[at]:
                 continue
-            if self._types[at]:  # and so 1 and 1.0 may both occur
-                kind = self._types[at][0].__name__
-                body.append(
-                    f"if {name} and {name} == {name} and type({name}) is {kind}: "
-                    f"{name} = share{at}({name}, {name})"
-                )
-            elif isinstance(self.clauses[at].type, Float):
-                # Neither 0.0 and -0.0, which are equal, nor a NaN may be exchanged.
-                body.append(f"if {name} and {name} == {name}: {name} = share{at}({name}, {name})")
-            else:
-                body.append(f"{name} = share{at}({name}, {name})")
+            test = self._may_share(at, name)
+            body.append(f"{f'if {test}: ' if test else ''}{name} = share{at}({name}, {name})")
         required = [
             at for at, name in enumerate(self.columns) if not self.plan.column(name).nullable
         ]
@@ -461,7 +444,15 @@ class Loader:
             body.append(f"if {nulls}: missing({values})")
         body.append(f"add(Record({', '.join(names[:public])}))")
         if self.hidden:
-            body.append(f"add_hidden(({', '.join(names[public:])},))")
+            body.append(f"h = ({', '.join(names[public:])},)")
+            if shared[-1]:
+                tests = (
+                    (names[at], self._may_share(at, names[at])) for at in range(public, len(names))
+                )
+                exact = [f"({name} is None or {test})" for name, test in tests if test]
+                test = f"if {' and '.join(exact)}: " if exact else ""
+                body.append(f"{test}h = share{len(names)}(h, h)")
+            body.append("add_hidden(h)")
         source = (
             f"def make(batch, add, add_hidden, {', '.join(pools)}):\n"
             f"    for {', '.join(names)}, in batch:\n        " + "\n        ".join(body)

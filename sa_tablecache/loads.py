@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
+from weakref import ref
 
 from sqlalchemy import Connection
 
@@ -25,14 +26,17 @@ from .figures import stored_bytes
 from .keeping import Keeper
 from .layout import Layout
 from .limits import MemoryLimit
-from .loading import Check, Progress, Rows, Snapshots
+from .loading import Check, Progress, Snapshots
+from .merging import let_go
 from .replacing import loaded
+from .rows import Rows
 from .scores import IntervalSet
 from .slots import LoadSlots
+from .sorting import Pause, no_pause, steps
 from .state import State, ViewState
-from .storage import Storage
+from .storage import Storage, dropped
 from .triggers import Automatic, automatic
-from .turns import Turn, new_future, wait_for
+from .turns import Turn, new_future, pauses, wait_for
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +61,10 @@ class Feed(Protocol):
 
 
 def evicted(
-    layout: Layout, state: State, intervals: Mapping[str, IntervalSet]
+    layout: Layout,
+    state: State,
+    intervals: Mapping[str, IntervalSet],
+    pause: Pause = no_pause,
 ) -> tuple[State, int]:
     """Return the state without intervals of some indexes, and how many records that are less.
 
@@ -68,13 +75,17 @@ def evicted(
     for index, gone in intervals.items():
         coverage = coverage.minus(index, gone)
         order = state.storage.orders[index]
-        inside |= {id(r): r for interval in gone for r in order.between(interval)}
-    pairs = [
-        (record, hidden)
-        for record, hidden in state.storage.with_hidden(list(inside.values()))
-        if not layout.is_covered(coverage, record, hidden)
-    ]
-    return State(state.storage.replace(pairs, []), coverage), len(pairs)
+        for interval in gone:
+            for some in steps(order.between(interval)):
+                inside.update(zip(map(id, some), some, strict=True))
+                pause()
+    if not coverage and len(inside) == len(state.storage):
+        return State(layout.empty(), coverage), len(inside)
+    pairs = []
+    for some in steps(state.storage.with_hidden(list(inside.values()), pause)):
+        pairs += [pair for pair in some if not layout.is_covered(coverage, *pair)]
+        pause()
+    return State(state.storage.replace(pairs, [], pause), coverage), len(pairs)
 
 
 class Loads(ViewState):
@@ -99,7 +110,7 @@ class Loads(ViewState):
         """What the policy does about reads, if anything."""
         self.slots: LoadSlots | None = None
         self.memory: MemoryLimit | None = None
-        self._measured: tuple[Storage | None, int] = None, 0
+        self._measured: tuple[ref[Storage] | None, int] = None, 0
 
     def _take_turns(self) -> None:
         self._loading, self._refreshing, self._setting_up = (
@@ -184,6 +195,7 @@ class Loads(ViewState):
         layout = self._renewed()
         started = time.monotonic()
         extend = extend or most is not None
+        pause = pauses(in_task=self._in_task)
         with self._loading, self._limited(index, target, extend=extend) as check:
             reader = object()
             token = self._begin()
@@ -205,26 +217,18 @@ class Loads(ViewState):
                     if check is not None:
                         check(rows, True)
                     self._pause("loaded")
-                    rows = layout.only(rows, index, missing)
-                expired = 0
-                while True:
-                    state = self._state
-                    # What was there when the load began may have been given up meanwhile.
-                    coverage = state.coverage.plus(index, missing)
-                    complete = coverage.covers(index, target)
-                    keep = extend or not complete
-                    storage, expired = loaded(
-                        layout, state.storage, rows, index, target, extend=keep
-                    )
-                    coverage = coverage if keep else Coverage({index: target})
-                    with self._lock:
-                        if self._is_still(state):
-                            # Where all was read in this snapshot, what it has found is no news.
-                            found = {} if state.coverage else self._freshness.found_by(reader)
-                            self._apply(token, State(storage, coverage), found, reader)
-                            if complete and most is None and not self._ready.done():
-                                self._ready.set_result(None)
-                            break
+                    rows = layout.only(rows, index, missing, pause)
+                applied = self._swap_in(token, reader, rows, index, target, missing, extend, pause)
+                if applied is None:
+                    # Refreshes have changed the records. They would not let it end.
+                    with self._refreshing:
+                        while applied is None:
+                            applied = self._swap_in(
+                                token, reader, rows, index, target, missing, extend, pause
+                            )
+                complete, expired, gone = applied
+                if complete and most is None and not self._ready.done():
+                    self._ready.set_result(None)
             finally:
                 self._end(token)
             seconds = time.monotonic() - started
@@ -238,7 +242,42 @@ class Loads(ViewState):
             )  # fmt: skip
         self._tell_timers("load", seconds)
         self._tell()
+        let_go(gone, pause)
         return complete
+
+    def _swap_in(
+        self,
+        token: int,
+        reader: object,
+        rows: Rows,
+        index: str,
+        target: IntervalSet,
+        missing: IntervalSet,
+        extend: bool,
+        pause: Pause,
+    ) -> tuple[bool, int, list[Any]] | None:
+        """Put what a load has read into storage; ``None`` if others have changed it meanwhile.
+
+        :returns: whether all of the target is covered, how many records expired, and what may be
+            let go.
+        """
+        assert self.layout is not None
+        layout, state = self.layout, self._state
+        # What was there when the load began may have been given up meanwhile.
+        coverage = state.coverage.plus(index, missing)
+        complete = coverage.covers(index, target)
+        keep = extend or not complete
+        storage, expired = loaded(
+            layout, state.storage, rows, index, target, extend=keep, pause=pause
+        )
+        coverage = coverage if keep else Coverage({index: target})
+        with self._lock:
+            if not self._is_still(state):
+                return None
+            # Where all was read in this snapshot, what it has found is no news.
+            found = {} if state.coverage else self._freshness.found_by(reader)
+            self._apply(token, State(storage, coverage), found, reader)
+        return complete, expired, dropped(state.storage, expired + len(rows.records))
 
     def load_chunks(
         self,
@@ -353,9 +392,17 @@ class Loads(ViewState):
     def evict(self, index: str, intervals: IntervalSet) -> None:
         """Give up records; those that the coverage of another index needs stay."""
         layout = self.set_up()
+        pause = pauses(in_task=self._in_task)
+        attempts = iter([pause])  # a second one is not to be interrupted: it would never end
         with self._loading:
-            self.give_up(lambda state: evicted(layout, state, {index: intervals}))
+            before = self._state.storage
+            self.give_up(
+                lambda state: evicted(layout, state, {index: intervals}, next(attempts, no_pause))
+            )
+            gone = dropped(before, len(before) - len(self._state.storage))
+            del before
         self.observers.tell()
+        let_go(gone, pause)
 
     def give_up(self, make: Callable[[State], tuple[State, int]]) -> None:
         """Replace the state by one that has less.
@@ -381,6 +428,7 @@ class Loads(ViewState):
         layout = self.set_up()
         with self._loading, self._lock:
             empty = layout.empty()
+            gone = dropped(self._state.storage, len(self._state.storage))
             if not self._freshness.underway:
                 self._freshness.forget()
             self.observers.stored(self._state.storage, empty, refreshed=False)
@@ -389,6 +437,7 @@ class Loads(ViewState):
             if self._ready.done():
                 self._ready = new_future()
         self.observers.tell()
+        let_go(gone, pauses(in_task=self._in_task))
 
     def wait_for_load(self) -> bool:
         """Wait for the load that is under way; say whether there was one."""
@@ -415,9 +464,9 @@ class Loads(ViewState):
         """What is held, in bytes: estimated, once for each storage."""
         storage = self._state.storage
         measured, size = self._measured
-        if measured is not storage:
+        if measured is None or measured() is not storage:
             size = stored_bytes(storage)
-            self._measured = storage, size
+            self._measured = ref(storage), size  # not the storage: it would keep all records
         return size
 
     def yield_bytes(self, wanted: int, *, wait: bool) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from .scores import MAX, MIN, NULLS_FIRST, NULLS_LAST, Extreme, Interval, Key
 
@@ -59,10 +59,18 @@ class Order:
     """How many of the parts are scores; the others break ties."""
     nulls_first: bool
     stored: bool = field(init=False)
-    """Whether keys are kept beside the records, because records do not show them."""
+    """Whether scores are kept beside the records, because records do not show them."""
     key_of: Callable[[Record, Hidden | None], Key] = field(init=False, repr=False)
     prefixes: tuple[Callable[[Any], Any] | None, ...] = field(init=False, repr=False)
-    """For each length of prefix, its getter: from a stored key or else from a record."""
+    """For each length of prefix, its getter: from a record, or from its stored scores."""
+    score_of: Callable[[Record, Hidden | None], Any] = field(init=False, repr=False)
+    """Gives what is stored: the score, or the tuple of scores."""
+    depth: int = field(init=False)
+    """How many parts of the key that is."""
+    rests: tuple[Callable[[Record], Any] | None, ...] = field(init=False, repr=False)
+    """Where scores are stored: for each length, the getter of so many parts that come after."""
+    getters: tuple[Callable[[Record], Any], ...] = field(init=False, repr=False)
+    """What gives each score of a record, if none is stored."""
 
     def __post_init__(self) -> None:
         null = "NULLS_FIRST" if self.nulls_first else "NULLS_LAST"
@@ -70,21 +78,39 @@ class Order:
         sources = [part.source(null) for part in self.parts]
         stored = any(part.hidden is not None for part in self.parts)
         prefixes: list[Callable[[Any], Any] | None] = [None]
-        for length in range(1, len(self.parts) + 1):
-            if stored:
-                whole = length == len(self.parts)
-                prefixes.append(
-                    itemgetter(0) if length == 1 else None if whole else itemgetter(slice(length))
-                )
-            elif all(part.plain for part in self.parts[:length]):
-                prefixes.append(attrgetter(*(part.name for part in self.parts[:length])))
-            else:
-                body = sources[0] if length == 1 else f"({', '.join(sources[:length])})"
-                prefixes.append(eval(f"lambda r: {body}", names))  # noqa: S307
+        ends = [at for at, part in enumerate(self.parts, 1) if part.hidden is not None]
+        depth = max([self.scores, *ends])
+        whole = sources[0] if depth == 1 else f"({', '.join(sources[:depth])},)"
+        rests: list[Callable[[Any], Any] | None] = [None]
+        getters: list[Callable[[Any], Any]] = []
+        if stored:
+            prefixes += [itemgetter(slice(length)) for length in range(1, depth)]
+            prefixes[1:2] = [itemgetter(0)] if depth > 1 else []
+            prefixes.append(None)
+            stops = range(depth + 1, len(self.parts) + 1)
+            rests += [self._getter(depth, stop, sources, names) for stop in stops]
+        else:
+            lengths = range(1, len(self.parts) + 1)
+            prefixes += [self._getter(0, length, sources, names) for length in lengths]
+            getters += [self._getter(at, at + 1, sources, names) for at in range(depth)]
         set_ = object.__setattr__
         set_(self, "stored", stored)
+        set_(self, "depth", depth)
+        set_(self, "getters", tuple(getters))
         set_(self, "prefixes", tuple(prefixes))
+        set_(self, "rests", tuple(rests))
+        set_(self, "score_of", eval(f"lambda r, h: {whole}", names))  # noqa: S307
         set_(self, "key_of", eval(f"lambda r, h: ({', '.join(sources)},)", names))  # noqa: S307
+
+    def _getter(
+        self, start: int, stop: int, sources: Sequence[str], names: dict[str, Any]
+    ) -> Callable[[Any], Any]:
+        """Return what gives some parts of the key of a record: one, or a tuple of them."""
+        parts = self.parts[start:stop]
+        if all(part.plain for part in parts):
+            return attrgetter(*(part.name for part in parts))
+        body = sources[start] if len(parts) == 1 else f"({', '.join(sources[start:stop])})"
+        return cast("Callable[[Any], Any]", eval(f"lambda r: {body}", names))  # noqa: S307
 
     def cut_values(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """Return a prefix of values as it stands in keys, ``None`` for NULL."""

@@ -27,13 +27,13 @@ from .exc import one_line
 from .figures import Reason
 from .keeping import Keeper
 from .layout import Layout
-from .loading import Rows
 from .loads import evicted
 from .planner import Question
 from .redaction import shown_intervals
 from .remembered import Range, Ranges
 from .replacing import loaded
 from .room import Room, by_index
+from .rows import Rows
 from .scores import Interval, IntervalSet
 from .state import State
 from .table import CachedTable

@@ -6,15 +6,16 @@ did not change.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from .deltas import Touched
 from .exc import DuplicateKey
 from .layout import Layout
-from .loading import Rows
-from .orders import Hidden, Record
+from .orders import Record
 from .redaction import shown_key
+from .rows import Rows
 from .scores import IntervalSet
+from .sorting import Pause, ids, no_pause
 from .storage import Storage
 
 
@@ -26,6 +27,7 @@ def loaded(
     target: IntervalSet,
     *,
     extend: bool,
+    pause: Pause = no_pause,
 ) -> tuple[Storage, int]:
     """Return the storage with loaded rows, without what is no longer covered, and how much is not.
 
@@ -36,16 +38,20 @@ def loaded(
     if not extend:
         for interval in ~target:
             outside += storage.orders[index].between(interval)
+            pause()
     if len(outside) == len(storage):
-        storage = layout.build(rows)
+        storage = layout.build(rows, pause)
+    elif storage.is_bulk(len(outside) + len(rows.records)):
+        gone = ids(outside, pause) | storage.ids_of_keys(rows.records, pause)
+        storage = storage.exchanged(gone, rows.records, rows.hidden, pause)
     else:
-        removed = storage.with_hidden(outside)
+        removed = storage.with_hidden(outside, pause)
         gone = {id(record) for record in outside}
         # What another index had covered is there already, and so may be a stale record of a row
         # whose score has moved.
-        removed += [p for p in storage.same_keys(rows.records) if id(p[0]) not in gone]
-        storage = storage.replace(removed, rows.pairs())
-    check_unique(layout, storage)
+        removed += [p for p in storage.same_keys(rows.records, pause) if id(p[0]) not in gone]
+        storage = storage.replace(removed, rows.pairs(), pause)
+    check_unique(layout, storage, pause)
     return storage, len(outside)
 
 
@@ -53,19 +59,16 @@ def refreshed(
     layout: Layout,
     storage: Storage,
     touched: Touched | None,
-    pairs: list[tuple[Record, Hidden | None]],
+    rows: Rows,
+    pause: Pause = no_pause,
 ) -> Storage:
     """Return the storage with the touched records (``None``: all) replaced.
 
     :raises DuplicateKey: see :func:`check_unique`.
     """
     if touched is None:
-        rows = layout.no_rows()
-        rows.records += [record for record, _ in pairs]
-        if rows.hidden is not None:
-            rows.hidden += [cast("Hidden", hidden) for _, hidden in pairs]
-        result = layout.build(rows)
-        check_unique(layout, result)
+        result = layout.build(rows, pause)
+        check_unique(layout, result, pause)
         return result
     gone = {
         id(record): record
@@ -75,16 +78,20 @@ def refreshed(
     for index, intervals in touched.ranges.items():
         for interval in intervals:
             gone.update((id(r), r) for r in storage.orders[index].between(interval))
-    result = storage.replace(storage.with_hidden(list(gone.values())), pairs)
+    if storage.is_bulk(len(gone) + len(rows.records)):
+        result = storage.exchanged(set(gone), rows.records, rows.hidden, pause)
+    else:
+        removed = storage.with_hidden(list(gone.values()), pause)
+        result = storage.replace(removed, rows.pairs(), pause)
     if not layout.key_is_proven:
         primary = result.orders[""]
-        for record, _ in pairs:
+        for record in rows.records:
             if primary.count(primary.order.prefix(layout.plan.key_tuple(record))) > 1:
-                check_unique(layout, result)
+                check_unique(layout, result, pause)
     return result
 
 
-def check_unique(layout: Layout, storage: Storage) -> None:
+def check_unique(layout: Layout, storage: Storage, pause: Pause = no_pause) -> None:
     """Refuse rows that share a primary key, where the user said what the key is.
 
     :raises DuplicateKey: if there are such.
@@ -93,12 +100,14 @@ def check_unique(layout: Layout, storage: Storage) -> None:
         return
     plan = layout.plan
     previous: Any = object()
-    for record in storage.orders[""]:
-        key = plan.key_of(record)
-        if key == previous:
-            shown = shown_key(plan, plan.key, plan.key_tuple(record))
-            raise DuplicateKey(
-                f"view {plan.name}: two rows have {', '.join(plan.key)} = {shown}, so that is no "
-                "key; correct __primary_key__"
-            )
-        previous = key
+    for chunk in storage.orders[""].chunks:
+        for record in chunk:
+            key = plan.key_of(record)
+            if key == previous:
+                shown = shown_key(plan, plan.key, plan.key_tuple(record))
+                raise DuplicateKey(
+                    f"view {plan.name}: two rows have {', '.join(plan.key)} = {shown}, so that is "
+                    "no key; correct __primary_key__"
+                )
+            previous = key
+        pause()

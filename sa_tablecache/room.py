@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 from .figures import rows_bytes
 from .layout import Layout
-from .loading import Rows
 from .loads import evicted
 from .remembered import Range, Ranges
+from .rows import Rows
 from .scores import Interval, IntervalSet
 from .state import State
 from .table import CachedTable

@@ -12,38 +12,39 @@ Keys are not stored: bisection computes the dozen or so that it looks at from th
 saves a tuple and a pointer for each record and index. (``sortedcontainers.SortedKeyList``, which
 stores them, took 176 bytes more for each record of the flights view with three indexes, cannot be
 shared between a reader and a writer without a lock, and removes a record from among equal scores
-in linear time.) Only where a key cannot be computed from the record, because an index sorts by an
-expression, is it kept beside it.
+in linear time.) Only where a score cannot be computed from the record, because an index sorts by an
+expression, is it kept beside it, and equal ones are one object.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
-from operator import attrgetter, itemgetter
-from typing import Any, cast
+from operator import attrgetter
+from typing import Any
 
 from .exc import TableCacheError
+from .merging import CHUNK, Bisect, Chunks, chunked, merged, pair_key, place_in
 from .orders import Hidden, Order, Record
-from .scores import EVERYTHING, MIN, Cut, Interval, Key
+from .scores import EVERYTHING, MAX, MIN, Cut, Interval
+from .sorting import (
+    Pause,
+    along,
+    ids,
+    joined,
+    no_pause,
+    sort,
+    sort_by_scores,
+    sort_by_values,
+    steps,
+)
 
-CHUNK = 256
-"""Records in a chunk after a bulk load; one that grows to twice as many is split.
-
-Changing a record copies one chunk and the list of chunks, so that the square root of the number of
-records would be best.
-"""
-
-BULK = 8
+BULK = 20
 """Changing more than one in so many records is done by going through all of them."""
 
 SCAN = 32
 """Looking at all records costs as much as finding one in so many by key."""
-
-
-def _chunked(items: list[Any]) -> list[list[Any]]:
-    return [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
 
 
 class SortedRecords:
@@ -55,13 +56,11 @@ class SortedRecords:
 
     __slots__ = ("_heads", "_offsets", "beside", "chunks", "order")
 
-    def __init__(
-        self, order: Order, chunks: list[list[Record]], beside: list[list[Any]] | None
-    ) -> None:
+    def __init__(self, order: Order, chunks: Chunks, beside: Chunks | None) -> None:
         self.order = order
         self.chunks = chunks
         self.beside = beside
-        """Beside each record: its key if the order stores keys, else its hidden values if any."""
+        """Beside each record: its scores if the order stores them, else its hidden values."""
         self._heads = [c[0] for c in (beside if order.stored and beside else chunks)]
         self._offsets: list[int] | None = None
 
@@ -69,8 +68,9 @@ class SortedRecords:
     def build(
         cls,
         order: Order,
-        records: Iterable[Record],
-        hidden: Sequence[Hidden] | None,
+        records: list[Record],
+        hidden: list[Hidden] | None,
+        pause: Pause = no_pause,
         *,
         scores_only: bool = False,
     ) -> SortedRecords:
@@ -78,25 +78,29 @@ class SortedRecords:
 
         :param scores_only: the records come in the order of the primary key.
         """
-        items: list[Record] = list(records)
-        beside: list[Any] | None = None
         try:
-            if hidden is not None:
-                key_of = order.key_of
-                keys = [key_of(r, h) for r, h in zip(items, hidden, strict=True)]
-                at = sorted(range(len(items)), key=keys.__getitem__)
-                items = [items[i] for i in at]
-                values = keys if order.stored else hidden
-                beside = [values[i] for i in at]
+            if order.stored and hidden is not None:
+                values: list[Any] = []
+                for some, beside in zip(steps(records), steps(hidden), strict=True):
+                    values += map(order.score_of, some, beside)
+                    pause()
+                items, values = sort_by_values(records, values, pause)
+                return cls(order, chunked(items, pause), chunked(values, pause))
+            if scores_only:
+                get = order.prefixes[order.depth]
+                items = sort_by_scores(records, order.getters, get, pause)
             else:
-                items.sort(key=order.prefixes[order.scores if scores_only else -1])
+                items = sort(records, order.prefixes[-1], pause)
         except TypeError as error:
             names = ", ".join(part.name for part in order.parts)
             raise TableCacheError(
                 f"the values of {names} cannot be sorted ({error}): the stored values are of "
                 "more than one type, or NULL in a column that the model declares NOT NULL"
             ) from error
-        return cls(order, _chunked(items), None if beside is None else _chunked(beside))
+        if hidden is None:
+            return cls(order, chunked(items, pause), None)
+        values = along(hidden, records, items, pause)
+        return cls(order, chunked(items, pause), chunked(values, pause))
 
     @property
     def offsets(self) -> list[int]:
@@ -120,6 +124,8 @@ class SortedRecords:
         if not length:
             return (0, 0) if cut[0] is MIN else (len(self.chunks) - 1, len(self.chunks[-1]))
         prefix = cut[0] if length == 1 else cut[:-1]
+        if self.order.stored and length > self.order.depth:
+            return self._find_whole(cut)
         getter = self.order.prefixes[length]
         bisect = bisect_left if cut[-1] is MIN else bisect_right
         at = bisect(self._heads, prefix, key=getter) - 1
@@ -127,6 +133,24 @@ class SortedRecords:
             return 0, 0
         items = self.beside if self.order.stored and self.beside is not None else self.chunks
         return at, bisect(items[at], prefix, key=getter)
+
+    def _find_whole(self, cut: Cut) -> tuple[int, int]:
+        """Return the place of a cut that is longer than the scores that are stored."""
+        chunks, beside = self.chunks, self.beside
+        assert beside is not None
+        depth, get = self.order.depth, self.order.rests[len(cut) - 1 - self.order.depth]
+        assert get is not None
+        value = cut[0] if depth == 1 else cut[:depth]
+        rest = cut[depth] if len(cut) == depth + 2 else cut[depth:-1]
+        bisect = bisect_left if cut[-1] is MIN else bisect_right
+        start = bisect_left(self._heads, value)
+        stop = bisect_right(self._heads, value, start)
+        at = bisect(chunks, rest, start, stop, key=lambda chunk: get(chunk[0])) - 1
+        if at < 0:
+            return 0, 0
+        start = bisect_left(beside[at], value)
+        stop = bisect_right(beside[at], value, start)
+        return at, bisect(chunks[at], rest, start, stop, key=get)
 
     def rank(self, cut: Cut) -> int:
         """Return the number of records before a cut."""
@@ -141,10 +165,10 @@ class SortedRecords:
         first, start = self.find(interval[0])
         last, stop = self.find(interval[1])
         if first == last:
-            return chunks[first][start:stop]
+            return list(chunks[first][start:stop])
         if first > last:
             return []
-        result = chunks[first][start:]
+        result = list(chunks[first][start:])
         for chunk in chunks[first + 1 : last]:
             result += chunk
         result += chunks[last][:stop]
@@ -175,35 +199,33 @@ class SortedRecords:
         self,
         removed: Sequence[tuple[Record, Hidden | None]],
         added: Sequence[tuple[Record, Hidden | None]],
+        pause: Pause = no_pause,
     ) -> SortedRecords:
         """Return a new sequence without some records and with others."""
         order, key_of = self.order, self.order.key_of
-        by = self.order.prefixes[-1]
-        chunks = self.chunks.copy()
-        beside = None if self.beside is None else self.beside.copy()
+        chunks: list[Any] = self.chunks.copy()
+        beside: list[Any] | None = None if self.beside is None else self.beside.copy()
         touched: set[int] = set()
 
         def own(at: int) -> None:
             if at not in touched:
                 touched.add(at)
-                chunks[at] = chunks[at].copy()
+                chunks[at] = list(chunks[at])
                 if beside is not None:
-                    beside[at] = beside[at].copy()
+                    beside[at] = list(beside[at])
 
-        def in_chunk(key: Key) -> int:
-            prefix = key[0] if len(key) == 1 else key
-            return max(0, bisect_right(self._heads, prefix, key=by) - 1)
+        def place(at: int, record: Record, hidden: Hidden | None, bisect: Bisect) -> int:
+            value = None if not order.stored else order.score_of(record, hidden)
+            return place_in(order, chunks[at], beside and beside[at], record, value, bisect)
 
         for record, hidden in removed:
-            key = key_of(record, hidden)
-            prefix = key[0] if len(key) == 1 else key
-            at = in_chunk(key)
+            at = self.find((*key_of(record, hidden), MAX))[0]
             while True:
                 # Only where keys are hashes can equal ones be many, and span chunks.
                 own(at)
-                items = beside[at] if order.stored and beside is not None else chunks[at]
-                position = bisect_left(items, prefix, key=by)
-                while position < len(items) and chunks[at][position] is not record:
+                items = chunks[at]
+                position = place(at, record, hidden, bisect_left)
+                while position < len(items) and items[position] is not record:
                     position += 1
                 if position < len(items):
                     break
@@ -212,59 +234,38 @@ class SortedRecords:
             del chunks[at][position]
             if beside is not None:
                 del beside[at][position]
+            pause()
         for record, hidden in added:
-            key = key_of(record, hidden)
-            at = in_chunk(key)
+            at = self.find((*key_of(record, hidden), MAX))[0]
             own(at)
-            if beside is None:
-                insort(chunks[at], record, key=by)
-            else:
-                items = beside[at] if order.stored else chunks[at]
-                position = bisect_right(items, key[0] if len(key) == 1 else key, key=by)
-                chunks[at].insert(position, record)
-                beside[at].insert(position, key if order.stored else hidden)
+            position = place(at, record, hidden, bisect_right)
+            chunks[at].insert(position, record)
+            if beside is not None:
+                value = order.score_of(record, hidden) if order.stored else hidden
+                beside[at].insert(position, value)
+            pause()
         for at in sorted(touched, reverse=True):
-            size = len(chunks[at])
-            if not size or size > 2 * CHUNK:
-                chunks[at : at + 1] = _chunked(chunks[at])
-                if beside is not None:
-                    beside[at : at + 1] = _chunked(beside[at])
+            for lists in (chunks,) if beside is None else (chunks, beside):
+                small = 0 < len(lists[at]) <= 2 * CHUNK
+                lists[at : at + 1] = [tuple(lists[at])] if small else chunked(lists[at])
         return SortedRecords(order, chunks, beside)
 
-    def merged(
-        self, gone: set[int], added: Sequence[tuple[Record, Hidden | None]]
-    ) -> SortedRecords:
-        """Return a new sequence without the records of some ids and with others: O(all)."""
-        order, records, values = self.order, [], None
-        if self.beside is None:
-            records = [r for chunk in self.chunks for r in chunk if id(r) not in gone]
-            if added:
-                records += [record for record, _ in added]
-                records.sort(key=order.prefixes[-1])
-        else:
-            pairs = [
-                pair
-                for chunk, beside in zip(self.chunks, self.beside, strict=True)
-                for pair in zip(chunk, beside, strict=True)
-                if id(pair[0]) not in gone
-            ]
-            if added and order.stored:
-                key_of = order.key_of
-                pairs += [(record, key_of(record, hidden)) for record, hidden in added]
-                pairs.sort(key=itemgetter(1))
-            elif added:
-                by = order.prefixes[-1]
-                assert by is not None
-                pairs += added
-                pairs.sort(key=lambda pair: by(pair[0]))
-            records, values = [p[0] for p in pairs], [p[1] for p in pairs]
-        return SortedRecords(order, _chunked(records), None if values is None else _chunked(values))
+    def merged(self, gone: set[int], added: SortedRecords, pause: Pause) -> SortedRecords:
+        """Return a new sequence without the records of some ids and with others: O(all).
+
+        Chunks in which nothing changes are shared.
+        """
+        chunks, beside = merged(
+            self.order, self.chunks, self.beside, added.chunks, added.beside, gone, pause
+        )
+        return SortedRecords(self.order, chunks, beside)
 
     def _check(self) -> None:
         """Assert the invariants: keys ascend over all chunks, none of which is empty."""
-        by = self.order.prefixes[-1]
         items = self.beside if self.order.stored and self.beside is not None else self.chunks
-        keys = [by(item) if by is not None else item for chunk in items for item in chunk]
+        by = pair_key(self.order)
+        both = zip(self.chunks, self.beside or self.chunks, strict=True)
+        keys = [by(pair) for lists in both for pair in zip(*lists, strict=True)]
         hashed = any(part.hashed for part in self.order.parts)
         for left, right in pairwise(keys):
             assert left < right or (hashed and left == right), (self.order.name, left, right)
@@ -283,7 +284,7 @@ class Storage:
     hardly ever written.
     """
 
-    __slots__ = ("_lazy", "orders")
+    __slots__ = ("__weakref__", "_lazy", "orders")
 
     def __init__(self, orders: dict[str, SortedRecords], lazy: Mapping[str, Order]) -> None:
         self.orders = orders
@@ -296,25 +297,26 @@ class Storage:
         lazy: Mapping[str, Order],
         records: list[Record],
         hidden: list[Hidden] | None,
+        pause: Pause = no_pause,
     ) -> Storage:
         """Sort records into all orders but the lazy ones."""
         first, *others = orders
-        primary = SortedRecords.build(first, records, hidden)
+        primary = SortedRecords.build(first, records, hidden, pause)
         storage = cls({first.name: primary}, lazy)
         for order in others:
-            storage.orders[order.name] = storage._sorted(order)
+            storage.orders[order.name] = storage._sorted(order, pause)
         return storage
 
-    def _sorted(self, order: Order) -> SortedRecords:
+    def _sorted(self, order: Order, pause: Pause = no_pause) -> SortedRecords:
         """Sort all records into one more order."""
         primary = self.orders[""]
-        records = list(primary)
+        records = joined(primary.chunks, pause)
+        hidden = None
         if order.stored:
             assert primary.beside is not None
-            hidden = [h for values in primary.beside for h in values]
-            return SortedRecords.build(order, records, hidden)
+            hidden = joined(primary.beside, pause)
         # They come in the order of the key, which the sort keeps among equal scores.
-        return SortedRecords.build(order, records, None, scores_only=True)
+        return SortedRecords.build(order, records, hidden, pause, scores_only=True)
 
     def order(self, name: str) -> SortedRecords:
         """Return the records in one order, made now if it is a lazy one."""
@@ -380,35 +382,64 @@ class Storage:
             chunk, start = chunk + 1, 0
         return None
 
-    def with_hidden(self, records: Sequence[Record]) -> list[tuple[Record, Hidden | None]]:
+    def with_hidden(
+        self, records: Sequence[Record], pause: Pause = no_pause
+    ) -> list[tuple[Record, Hidden | None]]:
         """Return stored records with their hidden values."""
         if self.orders[""].beside is None:
             return [(record, None) for record in records]
         if len(records) * SCAN > len(self):
-            wanted = {id(record) for record in records}
-            return [pair for pair in self.pairs() if id(pair[0]) in wanted]
+            wanted = ids(records, pause)
+            primary, result = self.orders[""], []
+            for chunk, values in zip(primary.chunks, primary.beside or (), strict=True):
+                result += [p for p in zip(chunk, values, strict=True) if id(p[0]) in wanted]
+                pause()
+            return result
         names = [part.name for part in self.orders[""].order.parts]
         result = []
         for record in records:
+            pause()
             found = self.get(tuple(getattr(record, name) for name in names))
             assert found is not None
             result.append(found)
         return result
 
-    def same_keys(self, records: Sequence[Record]) -> list[tuple[Record, Hidden | None]]:
+    def ids_of_keys(self, records: Sequence[Record], pause: Pause) -> set[int]:
+        """Return the ids of the stored records that have the primary key of one of many."""
+        key_of = attrgetter(*(part.name for part in self.orders[""].order.parts))
+        keys: set[Any] = set()
+        for some in steps(records):
+            keys.update(map(key_of, some))
+            pause()
+        found: set[int] = set()
+        for chunk in self.orders[""].chunks:
+            if not keys.isdisjoint(map(key_of, chunk)):
+                found.update(id(record) for record in chunk if key_of(record) in keys)
+            pause()
+        return found
+
+    def same_keys(
+        self, records: Sequence[Record], pause: Pause = no_pause
+    ) -> list[tuple[Record, Hidden | None]]:
         """Return the stored records that have the primary key of one of the given."""
         key_of = attrgetter(*(part.name for part in self.orders[""].order.parts))
         if len(records) * SCAN > len(self):
-            keys = set(map(key_of, records))
-            return [pair for pair in self.pairs() if key_of(pair[0]) in keys]
+            gone = self.ids_of_keys(records, pause)
+            return self.with_hidden([r for r in self if id(r) in gone], pause)
         single = len(self.orders[""].order.parts) == 1
-        found = (self.get((key_of(r),) if single else key_of(r)) for r in records)
-        return [pair for pair in found if pair is not None]
+        found = []
+        for record in records:
+            pair = self.get((key_of(record),) if single else key_of(record))
+            if pair is not None:
+                found.append(pair)
+            pause()
+        return found
 
     def replace(
         self,
         removed: Sequence[tuple[Record, Hidden | None]],
         added: Sequence[tuple[Record, Hidden | None]],
+        pause: Pause = no_pause,
     ) -> Storage:
         """Return a storage without some records and with others.
 
@@ -416,26 +447,35 @@ class Storage:
         """
         if not removed and not added:
             return self
-        if (len(removed) + len(added)) * BULK <= len(self):
-            return Storage(
-                {name: records.replace(removed, added) for name, records in self.orders.items()},
-                self._lazy,
-            )
-        gone = {id(record) for record, _ in removed}
-        if len(gone) * 2 <= len(self):
-            return Storage(
-                {name: records.merged(gone, added) for name, records in self.orders.items()},
-                self._lazy,
-            )
-        kept = [pair for pair in self.pairs() if id(pair[0]) not in gone]
-        kept += added
-        has_hidden = self.orders[""].beside is not None
-        return Storage.build(
-            [records.order for name, records in self.orders.items() if name not in self._lazy],
-            self._lazy,
-            [record for record, _ in kept],
-            [cast("Hidden", hidden) for _, hidden in kept] if has_hidden else None,
+        if not self.is_bulk(len(removed) + len(added)):
+            replaced = {n: each.replace(removed, added, pause) for n, each in self.orders.items()}
+            return Storage(replaced, self._lazy)
+        return self.exchanged(
+            {id(record) for record, _ in removed},
+            [record for record, _ in added],
+            [hidden for _, hidden in added],
+            pause,
         )
+
+    def is_bulk(self, changes: int) -> bool:
+        """Whether so many changes are made by going through all records."""
+        return changes * BULK > len(self)
+
+    def exchanged(
+        self,
+        gone: set[int],
+        records: list[Record],
+        hidden: Sequence[Hidden | None] | None,
+        pause: Pause = no_pause,
+    ) -> Storage:
+        """Return a storage without the records of some ids and with others: O(all)."""
+        values: Any = None if self.orders[""].beside is None else hidden
+        orders = [records.order for records in self.orders.values()]
+        added = Storage.build(orders, {}, records, values, pause)
+        merged = {
+            name: each.merged(gone, added.orders[name], pause) for name, each in self.orders.items()
+        }
+        return Storage(merged, self._lazy)
 
     def _check(self) -> None:
         """Assert the invariants: all orders are sorted and hold the very same records."""
@@ -444,3 +484,11 @@ class Storage:
         for records in self.orders.values():
             records._check()
             assert {id(r) for r in records.between(EVERYTHING.intervals[0])} == everything
+
+
+def dropped(storage: Storage, changes: int) -> list[Any]:
+    """Return what :func:`.merging.let_go` is to drop of a storage that was replaced, if much."""
+    if changes < CHUNK:
+        return []
+    orders = [each for name, each in storage.orders.items() if name] + [storage.orders[""]]
+    return [c for each in orders for some in (each.beside or (), each.chunks) for c in some]

@@ -46,11 +46,14 @@ from .figures import LastRead, Stats
 from .layout import Layout
 from .loading import Snapshots
 from .loads import Loads
+from .merging import let_go
 from .misses import Misses
 from .redaction import shown_coverage
 from .replacing import refreshed
 from .scores import Interval
 from .state import State
+from .storage import dropped
+from .turns import pauses
 from .usage import base_tables
 
 log = logging.getLogger(__name__)
@@ -120,14 +123,17 @@ class CachedTable(Loads):
         """
         if not self._freshness.pending:
             return
+        gone: list[Any] = []
         with self._refreshing:
             if self._freshness.pending:
-                self._refresh()
+                gone = self._refresh()
         if self.keeper is not None:
             self.keeper.trim()
         self._tell()
+        let_go(gone, pauses(in_task=self._in_task))
 
-    def _refresh(self) -> None:
+    def _refresh(self) -> list[Any]:
+        """Refresh once, and return what may be let go."""
         started = time.monotonic()
         layout = self._renewed()
         reader = object()
@@ -136,11 +142,12 @@ class CachedTable(Loads):
             for _ in range(RESTARTS):
                 state, marks, delta = self._read_marked(layout, reader)
                 if not marks:
-                    return
-                if self._replace(layout, token, state.coverage, marks, delta, reader):
+                    return []
+                gone = self._replace(layout, token, state.coverage, marks, delta, reader)
+                if gone is not None:
                     break
             else:
-                return
+                return []
         finally:
             self._end(token)
         seconds = time.monotonic() - started
@@ -151,6 +158,7 @@ class CachedTable(Loads):
             len(delta.rows.records), seconds,
         )  # fmt: skip
         self._tell_timers("refresh", seconds)
+        return gone
 
     def _read_marked(
         self, layout: Layout, reader: object
@@ -205,25 +213,25 @@ class CachedTable(Loads):
         marks: dict[AnyMark, int],
         delta: Delta,
         reader: object,
-    ) -> bool:
-        """Put what a refresh read into storage; say no if the coverage is another by now."""
+    ) -> list[Any] | None:
+        """Put what a refresh read into storage; ``None`` if the coverage is another by now.
+
+        :returns: what may be let go.
+        """
+        pause = pauses(in_task=self._in_task)
         while True:
             state = self._state
             if state.coverage is not coverage:
                 # What it read is not all that would have to be replaced.
-                return False
-            pairs = [
-                (record, hidden)
-                for record, hidden in delta.rows.pairs()
-                if layout.is_covered(coverage, record, hidden)
-            ]
-            storage = refreshed(layout, state.storage, delta.touched, pairs)
+                return None
+            rows = layout.covered(delta.rows, coverage, pause)
+            storage = refreshed(layout, state.storage, delta.touched, rows, pause)
             kept = self.rereads or delta.touched is not None
             with self._lock:
                 if self._is_still(state):
                     after = State(storage, coverage if kept else Coverage())
                     self._apply(token, after, marks, reader, refreshed=True)
-                    return True
+                    return dropped(state.storage, len(rows.records))
 
     # -- figures --------------------------------------------------------------------------------
 

@@ -20,6 +20,9 @@ from typing import Any, Final
 
 from sqlalchemy.util import await_only
 
+PAUSE_EVERY = 0.005
+"""For so many seconds a task works on without letting others go on."""
+
 
 def wait_for(future: Future[Any], timeout: float | None = None, *, in_task: bool) -> bool:
     """Wait for a future, as a thread or from inside a greenlet; say whether it was done in time.
@@ -46,6 +49,27 @@ def sleep(seconds: float, *, in_task: bool) -> None:
         await_only(asyncio.sleep(seconds))
     else:
         time.sleep(seconds)
+
+
+def pauses(*, in_task: bool) -> Callable[[], object]:
+    """Return what has to be called again and again in the middle of what takes long.
+
+    In a task it lets other tasks go on every few milliseconds, so that it may raise what a
+    cancellation raises. Threads take their turns by themselves, between any two calls.
+    """
+    due = time.perf_counter() + PAUSE_EVERY
+
+    def pause() -> None:
+        nonlocal due
+        if time.perf_counter() >= due:
+            await_only(asyncio.sleep(0))
+            due = time.perf_counter() + PAUSE_EVERY
+
+    return pause if in_task else _go_on
+
+
+def _go_on() -> None:
+    pass
 
 
 def new_future() -> Future[Any]:

@@ -89,7 +89,7 @@ class ScoreIndex:
     ``where()`` and ``order_by()``, and what :meth:`.CacheSession.range` takes. Records with equal
     scores are sorted by the view's primary key.
 
-    It costs eight bytes for each record (an index with an expression: a tuple more).
+    It costs eight bytes for each record (an index with an expression: sixteen, and its values).
 
     ::
 

@@ -686,3 +686,17 @@ def test_a_score_that_is_the_key_is_loaded_with_its_bounds(database: Database):
         with factory() as session:
             assert [record.headcount for record in session.range(Plans.by_day)] == [4] * len(DAYS)
         cache._check()
+
+
+def test_hidden_values_that_are_equal_are_one_object(world: World):
+    """What is kept beside records, such as lineage, is kept once for all records that share it."""
+    with world.Session() as session, session.begin():
+        session.execute(update(Flight).where(Flight.id.in_([2, 5])).values(delay=5.0))
+    world.cache.load(OuterBoard)
+    of = {
+        record.id: hidden for record, hidden in world.cache.table(OuterBoard).state.storage.pairs()
+    }
+    assert of[2] is of[5]
+    # 0.0 and -0.0 are equal, and not the same.
+    assert of[6] == (0.0, "UA")
+    assert len(set(map(id, of.values()))) == 5

@@ -32,6 +32,9 @@ ORDER = """
     asking
     actions
     orders
+    sorting
+    merging
+    rows
     storage
     coverage
     redaction

@@ -1,11 +1,15 @@
 """Records in all their orders are checked against plain lists, after every one of many changes."""
 
+import gc
 import random
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any
 
+import msgspec
 import pytest
 
+from sa_tablecache import merging, sorting
 from sa_tablecache import storage as storage_module
 from sa_tablecache.exc import TableCacheError
 from sa_tablecache.orders import NAN, Order, Part
@@ -85,6 +89,11 @@ def orders_of(
                 row.id,
             )
             hidden = lambda chance: ("aside", chance.choice([None, *range(5)]))  # noqa: E731
+        case "hidden ties":
+            part = Part("_score", nullable=True, hidden=1)
+            orders.append(Order("by", (part, key), 1, nulls_first))
+            naive["by"] = lambda row, h: (nullable(h[1], nulls_first=nulls_first), row.id)
+            hidden = lambda chance: ("aside", chance.choice([None, 7]))  # noqa: E731
         case "hidden alone":
             orders.append(Order("by", (Part("_unique", False, hidden=0),), 1, nulls_first))
             naive["by"] = lambda _, h: (h[0],)
@@ -101,13 +110,21 @@ def orders_of(
     return orders, naive, hidden
 
 
-KINDS = ["plain", "nullable", "nan", "hidden", "hidden alone", "hashed"]
+def second(_: object, hidden: Any) -> Any:
+    """Return the hidden values of a record."""
+    return hidden
+
+
+KINDS = ["plain", "nullable", "nan", "hidden", "hidden ties", "hidden alone", "hashed"]
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of four records, so that few records already fill, split and empty some."""
     monkeypatch.setattr(storage_module, "CHUNK", 4)
+    monkeypatch.setattr(merging, "CHUNK", 4)
+    monkeypatch.setattr(sorting, "STEP", 16)
+    monkeypatch.setattr(sorting, "SAMPLE", 4)
 
 
 def is_before(key: tuple[Any, ...], cut: tuple[Any, ...]) -> bool:
@@ -193,8 +210,8 @@ class Model:
             assert records.some(interval, limit, from_end=True) == wanted[::-1][:limit]
             if records.beside is not None:
                 assert [value for values in records.beside for value in values] == [
-                    key if order.stored else hidden_of[id(row)]
-                    for key, row in zip(keys, found, strict=True)
+                    (order.score_of if order.stored else second)(row, hidden_of[id(row)])
+                    for row in found
                 ]
             assert records.rank(cuts[0]) == sum(is_before(key, cuts[0]) for key in keys)
 
@@ -361,15 +378,89 @@ def test_disorder_fails_the_check() -> None:
     model.pairs = model.rows(20)
     storage = model.build()
     order = storage.orders[""]
-    swapped = [chunk.copy() for chunk in order.chunks]
+    swapped = [[*chunk] for chunk in order.chunks]
     swapped[0][0], swapped[0][1] = swapped[0][1], swapped[0][0]
     for broken in (
-        SortedRecords(order.order, swapped, None),
+        SortedRecords(order.order, [tuple(chunk) for chunk in swapped], None),
         SortedRecords(order.order, order.chunks[1:], None),
     ):
         with pytest.raises(AssertionError):
             Storage({**storage.orders, "": broken}, {})._check()
     empty = SortedRecords(order.order, [*order.chunks, order.chunks[0]], None)
-    empty.chunks[-1] = []
+    empty.chunks[-1] = ()
     with pytest.raises(AssertionError):
         empty._check()
+
+
+@pytest.mark.parametrize("values", [10**6, 30, 2], ids=["unique", "some", "few"])
+def test_records_are_sorted_as_by_list_sort(values: int) -> None:
+    """Sorting in steps gives what one sort gives, equal ones in their order."""
+    chance = random.Random(values)
+    for count in (0, 1, 16, 17, 500):
+        items = [(chance.randrange(values), chance.randrange(values), at) for at in range(count)]
+        get = itemgetter(0, 1)
+        assert sorting.sort(items, get, sorting.no_pause) == sorted(items, key=get)
+        scores = [itemgetter(0), itemgetter(1)]
+        found = sorting.sort_by_scores(items, scores, get, sorting.no_pause)
+        assert found == sorted(items, key=get)
+
+
+def test_values_that_cannot_be_hashed_are_sorted() -> None:
+    """What cannot be put into buckets is compared."""
+    items = [[at % 7] for at in range(100)]
+    get = itemgetter(slice(None))
+    assert sorting.sort_by_scores(items, [get], get, sorting.no_pause) == sorted(items)
+
+
+def test_no_step_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two pauses few records are looked at, however many there are."""
+    monkeypatch.setattr(sorting, "STEP", 512)
+    monkeypatch.setattr(sorting, "SAMPLE", 8)
+    model = Model("hidden", 0, nulls_first=True)
+    model.pairs = model.rows(8_000)
+    read: list[int] = []
+
+    class Watched(Row):
+        def __getattribute__(self, name: str) -> Any:
+            read.append(1)
+            return super().__getattribute__(name)
+
+    records = [Watched(r.id, r.score, r.label, r.opaque, r.ratio) for r, _ in model.pairs]
+    most = 0
+
+    def pause() -> None:
+        nonlocal most
+        most = max(most, len(read))
+        read.clear()
+
+    hidden: Any = [h for _, h in model.pairs]
+    storage = Storage.build(model.orders, {}, records, hidden, pause)
+    storage.exchanged({id(r) for r in records[::3]}, records[::3], hidden[::3], pause)
+    assert 0 < most < 5 * 512, most
+
+
+def test_the_garbage_collector_does_not_look_at_records() -> None:
+    """After its first look it has lost track of all chunks, those of a change included."""
+
+    class Plain(msgspec.Struct, frozen=True, gc=False):
+        id: int
+        score: int | None
+        label: str
+
+    key = Part("id", nullable=False)
+    by_score = Part("score", nullable=True), key
+    by_hidden = Part("_hidden", nullable=False, hidden=0), key
+    orders = [
+        Order("", (key,), 1, nulls_first=True),
+        Order("score", by_score, 1, nulls_first=True),
+        Order("hidden", by_hidden, 1, nulls_first=True),
+    ]
+    records = [Plain(at, at % 3, "a") for at in range(100)]
+    storage = Storage.build(orders, {}, records, [(at % 5,) for at in range(100)])
+    changed = storage.replace([(records[0], (0,))], [(Plain(100, 7, "b"), (3,))])
+    merged = changed.exchanged({id(r) for r in records[9::2]}, [Plain(101, 7, "b")], [(3,)])
+    for _ in range(2):  # tuples of hidden values first, then what holds them
+        gc.collect()
+    for each in (storage, changed, merged):
+        for order in each.orders.values():
+            assert not any(map(gc.is_tracked, (*order.chunks, *(order.beside or ()))))
