@@ -24,12 +24,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from sqlalchemy import Connection, Table
 
 from .analysis import TableName
 from .changes import ChangeSet, RowKey, Written
+from .interests import Interest
 from .returning import Rows
 from .statements import Writes
 
@@ -42,20 +43,8 @@ KEY: Final = "sa_tablecache.transaction"
 class Subscriber(Protocol):
     """What a cache does when an engine that it watches commits."""
 
-    def wanted(self, table: str) -> frozenset[str] | None:
-        """Return the columns whose values are wanted of rows of a table that are deleted.
-
-        ``None`` if nobody asks which of its rows are written.
-        """
-
-    def keys(self, table: str) -> Iterable[tuple[str, ...]]:
-        """Return the primary keys, by column names, by which rows of a table are followed."""
-
-    def acts(self, table: str, *, unexplained: bool = False) -> bool:
-        """Whether the database may do something by itself when a table is written.
-
-        :param unexplained: whether nobody said what.
-        """
+    def interest(self) -> Interest:
+        """Return what it asks of written tables: the same object while that is the same."""
 
     def tables_named(self, name: str) -> Iterable[Table]:
         """Return the tables of the views' metadata with a name, in any schema and case."""
@@ -69,10 +58,6 @@ class Subscriber(Protocol):
     def orphan(self, lease: Any, backend: Backend | None) -> None:
         """Keep a lease of which nobody knows how its COMMIT ended."""
 
-    @property
-    def at_once(self) -> frozenset[TableName]:
-        """The tables whose rows are visible when they are written, and stay: no transactions."""
-
 
 @dataclass(frozen=True, slots=True)
 class Backend:
@@ -81,14 +66,15 @@ class Backend:
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
-class Underway:
+class Underway(NamedTuple):
     """A statement that is being executed."""
 
     context: Any
     writes: Writes
     names: Mapping[TableName, Iterable[TableName]]
     """For each table that it writes, the names under which a view may know it."""
+    acts: bool
+    """Whether the database may write something even if it wrote no row."""
     keys: list[RowKey] | None
     """The rows that it names, if it names them."""
     asks: bool
@@ -279,7 +265,7 @@ def _commit(
     dbapi_connection: Any,
     send: Callable[[], None],
 ) -> None:
-    backend = backend_of(dbapi_connection) if transaction.leases else None
+    backend = transaction.backend  # known where leases were taken
     try:
         send()
     except BaseException as error:

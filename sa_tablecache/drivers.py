@@ -2,16 +2,16 @@
 
 In: a connection. Out: whether each statement commits by itself, whether a transaction is open,
 whether a cursor was used that the engine knows nothing of (for COPY, say), whether what it stores
-is what it was given, and which tables its names mean.
+is what it was given.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final, cast
+import sqlite3
+from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from .analysis import TableName
 from .commits import transaction_of
 
 TAINTED: Final = "sa_tablecache.tainted"
@@ -45,9 +45,10 @@ def count_unknown(info: dict[Any, Any]) -> None:
 
 def autocommits(connection: Connection) -> bool:
     """Whether each statement of a connection commits by itself."""
-    driver: Any = connection.connection.driver_connection
     if connection.dialect.name == "sqlite":
-        return driver.isolation_level is None and not driver.in_transaction
+        file = _sqlite_connection(connection)
+        return file.isolation_level is None and not file.in_transaction
+    driver: Any = connection.connection.driver_connection
     status = _server_status(driver)
     if status is not None:
         return status & _IN_TRANSACTION_OR_AUTOCOMMIT == _AUTOCOMMIT
@@ -94,26 +95,18 @@ def _began_by_hand(driver: Any) -> bool:
 
 def is_open(connection: Connection) -> bool:
     """Whether the server still has a transaction, and was not told by the driver to commit."""
-    driver: Any = connection.connection.driver_connection
     if connection.dialect.name == "sqlite":
         return in_transaction(connection)
-    return _began_by_hand(driver)
+    return _began_by_hand(connection.connection.driver_connection)
 
 
 def in_transaction(connection: Connection) -> bool:
-    return bool(cast("Any", connection.connection.driver_connection).in_transaction)
+    """Whether a transaction is open on a connection of SQLite."""
+    return bool(_sqlite_connection(connection).in_transaction)
 
 
-def names_of(table: TableName, connection: Connection, context: Any) -> list[TableName]:
-    """Return all names under which a view may know a written table."""
-    schema, name = table
-    options = connection.get_execution_options() if context is None else context.execution_options
-    translate = options.get("schema_translate_map") or {}
-    schemas = {schema, translate.get(schema, schema)}
-    default = "main" if connection.dialect.name == "sqlite" else None
-    default = default or connection.dialect.default_schema_name
-    if default in schemas:
-        schemas.add(None)
-    elif None in schemas and schema is not None:
-        schemas.add(default)
-    return [(s, name) for s in schemas]
+def _sqlite_connection(connection: Connection) -> Any:
+    """Return what the driver calls a connection; SQLAlchemy is only asked where it adapts it."""
+    fairy: Any = connection.connection
+    made = fairy.dbapi_connection
+    return made if type(made) is sqlite3.Connection else fairy.driver_connection

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import count
+from operator import methodcaller
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Engine, Table, event, inspect
+from sqlalchemy import Connection, Engine, Table, event
 from sqlalchemy.engine.interfaces import ExecuteStyle
-from sqlalchemy.orm import Mapper
 from sqlalchemy.sql.dml import UpdateBase
 
-from .analysis import TableName, table_name
+from .analysis import table_name
 from .cascades import all_cascades
 from .changes import ChangeSet
 from .commits import (
@@ -45,10 +45,9 @@ from .drivers import (
     is_open,
     keeps_keys,
     knows_transactions,
-    names_of,
     watch_cursors,
 )
-from .exc import CriteriaError
+from .interests import Followed, Interest, as_declared, followed, tables_written, together
 from .loading import READER
 from .returning import (
     WRITES,
@@ -70,12 +69,10 @@ SUFFIXED: Final = "_sa_tablecache_suffixed"
 RAW: Final = "sa_tablecache.raw"
 MOVED: Final = "sa_tablecache.moved"
 """In the connection's info: USE or the like ran, and names without a schema mean other tables."""
-_ticks = count(1)
-
-
-def tick() -> int:
-    """Return a number that is larger than all before, to order events of this process by."""
-    return next(_ticks)
+tick: Final = count(1).__next__
+"""Returns a number that is larger than all before, to order events of this process by."""
+_INTEREST: Final = methodcaller("interest")
+_NO_OPTIONS: Final[dict[str, Any]] = {}
 
 
 class Watcher:
@@ -83,6 +80,9 @@ class Watcher:
 
     def __init__(self, engine: Engine) -> None:
         self.subscribers: list[Subscriber] = []
+        self._together: tuple[list[Interest], Interest] = ([], Interest())
+        self._meanings: WeakKeyDictionary[Any, Followed] = WeakKeyDictionary()
+        """What compiled statements mean for the subscribers."""
         self.prepared: dict[Any, ChangeSet] = {}
         """What prepared transactions have written, which any connection may commit."""
         for name in (
@@ -108,33 +108,21 @@ class Watcher:
         if isinstance(statement, UpdateBase) and WRITES not in options:
             table = statement.table
             if isinstance(table, Table):
-                wanted = self._wanted(table.name)
+                wanted = self._interest().wanted.get(table.name)
                 if wanted is not None:
                     statement = ask_for_keys(
                         connection, statement, multiparams, params, options, wanted
                     )
         return statement, multiparams, params
 
-    def _wanted(self, table: str) -> frozenset[str] | None:
-        found = [w for w in (s.wanted(table) for s in self.subscribers) if w is not None]
-        return frozenset[str]().union(*found) if found else None
-
-    def _knows_key_of(self, writes: Writes) -> bool:
-        """Whether the keys of the rows that a statement tells are what they are followed by."""
-        assert writes.table is not None
-        name, key = writes.table[1], tuple(column.name for column in writes.primary_key)
-        return not any(
-            # Other models may have another key of the same table. A trigger may change a new one.
-            any(known != key for known in subscriber.keys(name))
-            or (writes.kind in ("insert", "upsert") and subscriber.acts(name, unexplained=True))
-            for subscriber in self.subscribers
-        )
-
-    def _acts(self, writes: Writes) -> bool:
-        """Whether the database may write something even if a statement wrote no row."""
-        return writes.table is not None and any(
-            subscriber.acts(writes.table[1]) for subscriber in self.subscribers
-        )
+    def _interest(self) -> Interest:
+        """Return what all subscribers ask: the same object while that is the same."""
+        asked = list(map(_INTEREST, self.subscribers))
+        known, together_ = self._together
+        if known != asked:  # they are compared by identity
+            together_ = together(asked)
+            self._together = asked, together_
+        return together_
 
     def _resolved(self, writes: Writes) -> Writes:
         """Return what a text writes that names one table: one that is known, or anything."""
@@ -163,44 +151,42 @@ class Watcher:
         many: Any,
     ) -> tuple[str, Any]:
         """Note what a statement is about to write."""
-        if connection.info.get(CURSOR) is cursor:
-            del connection.info[CURSOR]
-        writes = writes_of(context, statement)
+        info = connection.connection.info
+        if info.get(CURSOR) is cursor:
+            del info[CURSOR]
+        options = _NO_OPTIONS if context is None else context.execution_options
+        original = writes = writes_of(context, statement)
+        declared = options.get(WRITES)
+        if writes is NOTHING and declared is None:
+            return statement, parameters
         if writes.sets:
-            connection.info[TAINTED] = True
+            info[TAINTED] = True
         if writes.moves:
-            connection.info[MOVED] = True
+            info[MOVED] = True
         if writes.locks:
-            transaction_of(connection.info).locks = True
-        if writes.rolls_back and KEY in connection.info:
-            transaction_of(connection.info).changes.forget_before()
-        declared = None if context is None else context.execution_options.get(WRITES)
+            transaction_of(info).locks = True
+        if writes.rolls_back and KEY in info:
+            transaction_of(info).changes.forget_before()
         if declared is not None:
-            writes = _declared(writes, declared)
+            writes = as_declared(writes, declared)
         if not writes and not writes.opaque:
             return statement, parameters
-        if writes.kind == "text":
-            writes = self._resolved(writes)
-        transaction = transaction_of(connection.info)
+        transaction = transaction_of(info)
         if transaction.ending:
             return statement, parameters
-        if connection.info.get(MOVED) and any(schema is None for schema, _ in _tables(writes)):
-            writes = replace(writes, anything=True)
+        meaning = self._meaning(connection, context, original, writes)
+        writes = meaning.writes
         transaction.opaque = transaction.opaque or writes.opaque
-        if writes.primary_key and not self._knows_key_of(writes):
-            writes = replace(
-                writes, further=writes.further | _tables(writes), key=(), primary_key=()
-            )
         keys = rows_of(writes, context) if keeps_keys(connection) else None
         # Results of statements on other tables are nobody's business but their callers'.
-        followed = writes.table is not None and self._wanted(writes.table[1]) is not None
-        suffix = returning_suffix(writes, context) if followed and declared is None else ""
+        suffix = returning_suffix(writes, context) if meaning.asked and declared is None else ""
         transaction.underway[id(context)] = Underway(
             context,
             writes,
-            {table: self._names(table, connection, context) for table in _tables(writes)},
+            meaning.names,
+            meaning.acts,
             keys,
-            asks=(followed or was_asked(context))
+            asks=(meaning.asked or was_asked(context))
             and (keys is None or returns_more(context))
             and tells_keys(writes, context),
             suffixed=bool(suffix),
@@ -208,6 +194,39 @@ class Watcher:
         if writes.opaque or autocommits(connection) or self._at_once(transaction):
             self._lease_underway(transaction, connection, with_earlier=writes.opaque)
         return statement + suffix, parameters
+
+    def _meaning(
+        self, connection: Connection, context: Any, original: Writes, writes: Writes
+    ) -> Followed:
+        """Return what a statement means for the subscribers; remembered where it may be.
+
+        Not where the application says what it writes, nor where names may mean other tables.
+        """
+        interest, dialect = self._interest(), connection.dialect
+        options = (
+            connection.get_execution_options() if context is None else context.execution_options
+        )
+        translate = options.get("schema_translate_map")
+        moved = connection.info.get(MOVED)
+        usual = not (writes is not original or writes.kind == "text" or translate or moved)
+        compiled = None if context is None else context.compiled
+        if usual and compiled is not None:
+            known = self._meanings.get(compiled)
+            if (
+                known is not None
+                and known.interest is interest
+                and known.original is original
+                and known.default_schema == dialect.default_schema_name
+            ):
+                return known
+        if writes.kind == "text":
+            writes = self._resolved(writes)
+        if moved and any(schema is None for schema, _ in tables_written(writes)):
+            writes = replace(writes, anything=True)
+        meaning = followed(interest, original, writes, dialect, translate or {})
+        if usual and compiled is not None:
+            self._meanings[compiled] = meaning
+        return meaning
 
     def _lease_underway(
         self, transaction: Transaction, connection: Connection, *, with_earlier: bool
@@ -225,17 +244,18 @@ class Watcher:
         self, connection: Connection, cursor: Any, statement: str, _: Any, context: Any, many: Any
     ) -> None:
         """Note what a statement wrote, unless its result is to tell."""
-        transaction: Transaction | None = connection.info.get(KEY)
+        transaction: Transaction | None = connection.connection.info.get(KEY)
         if transaction is None:
             return
         executed = transaction.underway.get(id(context))
+        sqlite = connection.dialect.name == "sqlite"
         if executed is None:
             if transaction.changes:  # RELEASE of a savepoint commits on SQLite, say
                 self._publish_if_over(connection, transaction, NOTHING)
-            if connection.dialect.name == "sqlite" and not transaction.ending:
+            if sqlite and transaction.leases is not None and not transaction.ending:
                 release(transaction)  # it did not
             return
-        if connection.dialect.name == "sqlite" and autocommits(connection):
+        if sqlite and autocommits(connection):
             if context.execute_style is ExecuteStyle.INSERTMANYVALUES:
                 return  # SQLAlchemy fetches the rows of this batch next, and then it is committed
             if not executed.suffixed:
@@ -254,7 +274,7 @@ class Watcher:
                 else executed.writes.kind == "text" and cursor.description is None
             )
             none = quiet and not many and cursor.rowcount == 0
-        if none and self._acts(executed.writes):
+        if none and executed.acts:
             rows, none = None, False
         transaction.wrote(executed, rows, any_row=not none)
         self._publish_if_over(connection, transaction, executed.writes)
@@ -263,7 +283,7 @@ class Watcher:
         self, connection: Connection, statement: Any, _: Any, __: Any, ___: Any, result: Any
     ) -> None:
         """Note the rows that a result tells."""
-        transaction: Transaction | None = connection.info.get(KEY)
+        transaction: Transaction | None = connection.connection.info.get(KEY)
         context = getattr(result, "context", None)
         if transaction is None or context is None:
             return
@@ -272,7 +292,7 @@ class Watcher:
         executed = transaction.underway.get(id(context))
         if executed is not None:
             rows = read_rows(executed.writes, context, statement, result)
-            if (rows is not None and not rows.keys and self._acts(executed.writes)) or (
+            if (rows is not None and not rows.keys and executed.acts) or (
                 executed.writes.kind == "insert" and not keeps_keys(connection)
             ):
                 rows = None
@@ -283,8 +303,10 @@ class Watcher:
         self, connection: Connection, transaction: Transaction, writes: Writes
     ) -> None:
         """Publish at once what no COMMIT will follow: AUTOCOMMIT, and what text may have ended."""
-        if autocommits(connection) or (
-            connection.dialect.name == "sqlite" and not in_transaction(connection)
+        if (
+            not in_transaction(connection)  # nor is it in AUTOCOMMIT
+            if connection.dialect.name == "sqlite"
+            else autocommits(connection)
         ):
             publish(self.subscribers, transaction)
             if knows_transactions(connection):
@@ -292,18 +314,10 @@ class Watcher:
         elif self._at_once(transaction) or writes.opaque:
             publish(self.subscribers, transaction)
 
-    def _names(self, table: TableName, connection: Connection, context: Any) -> list[TableName]:
-        """Return all names under which a view may know a written table."""
-        names = names_of(table, connection, context)
-        dialect: Any = connection.dialect
-        folds = dialect.name == "sqlite" or getattr(dialect, "_casing", 0)
-        if folds and self._wanted(table[1]) is None:
-            names += [(schema, name.lower()) for schema, name in names]
-        return names
-
     def _at_once(self, transaction: Transaction) -> bool:
         """Whether it wrote tables that have no transactions."""
-        return any(s.at_once and transaction.touches(s.at_once) for s in self.subscribers)
+        at_once = self._interest().at_once
+        return bool(at_once) and transaction.touches(at_once)
 
     def handle_error(self, context: Any) -> None:
         """Publish what a failed statement may have written where each statement commits."""
@@ -328,7 +342,7 @@ class Watcher:
 
     def begin(self, connection: Connection) -> None:
         """Note when a transaction began."""
-        transaction_of(connection.info).began = tick()
+        transaction_of(connection.connection.info).began = tick()
 
     def begin_twophase(self, connection: Connection, _xid: Any) -> None:
         """Note when a transaction began."""
@@ -351,8 +365,9 @@ class Watcher:
 
     def commit(self, connection: Connection) -> None:
         """Lease what COMMIT is about to make visible."""
-        count_unknown(connection.info)
-        transaction = transaction_of(connection.info)
+        info = connection.connection.info
+        count_unknown(info)
+        transaction = transaction_of(info)
         if not transaction.began:  # it began before anybody watched
             transaction.changes.add_everything()
         transaction.settle()
@@ -435,35 +450,6 @@ class Watcher:
             transaction.settle()
             if transaction.written or transaction.leases is not None:
                 publish(self.subscribers, transaction)
-
-
-def _tables(writes: Writes) -> frozenset[TableName]:
-    own = frozenset() if writes.table is None else frozenset({writes.table})
-    return writes.tables | writes.further | own
-
-
-def _declared(writes: Writes, declared: Any) -> Writes:
-    """Return what a statement writes by the application's own word.
-
-    That replaces what cannot be read from it, and is added to what can.
-    """
-    tables = frozenset(table_name(table) for model in declared for table in tables_of(model))
-    if writes.anything or writes.opaque or writes.kind == "text":
-        return Writes(tables=tables, sets=writes.sets and not writes.opaque)
-    return replace(writes, tables=writes.tables | tables)
-
-
-def tables_of(target: Any) -> list[Table]:
-    """Return the tables of a mapped class, or a table itself.
-
-    :raises CriteriaError: for anything else.
-    """
-    if isinstance(target, Table):
-        return [target]
-    mapper = inspect(target, raiseerr=False)
-    if not isinstance(mapper, Mapper):
-        raise CriteriaError(f"{target!r} is neither a mapped class nor a Table")
-    return [table for table in mapper.tables if isinstance(table, Table)]
 
 
 _watchers: WeakKeyDictionary[Engine, Watcher] = WeakKeyDictionary()

@@ -11,8 +11,9 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from threading import Lock
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Connection, Table, text
 
@@ -21,9 +22,9 @@ from .analysis import TableName, table_name
 from .cascades import all_cascades
 from .changes import ChangeSet, Marks
 from .commits import Backend
-from .events import tables_of
 from .exc import CriteriaError, one_line
 from .feed import Consumer
+from .interests import Interest, tables_of
 from .layout import Layout
 from .loading import Snapshots
 from .statements import exact_value
@@ -42,6 +43,39 @@ class Lease:
 
     marks: dict[CachedTable, Marks]
     changes: ChangeSet
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sum:
+    """What the layouts of all views say of written tables, and what there was to say it."""
+
+    seen: tuple[Any, ...]
+    interest: Interest
+    actions: frozenset[Action]
+
+
+_LAYOUT: Final = attrgetter("layout")
+_CHANGING: Final = attrgetter("actions", "at_once", "acting")
+
+
+def _sum_of(
+    layouts: list[Layout], changing: list[Any], side_effects: dict[TableName, frozenset[TableName]]
+) -> _Sum:
+    wanted: dict[str, frozenset[str]] = {}
+    keys: dict[str, frozenset[tuple[str, ...]]] = {}
+    for layout in layouts:
+        for table, columns in layout.wanted.items():
+            wanted[table] = wanted.get(table, frozenset()) | columns
+        for table, known in layout.keys.items():
+            keys[table] = keys.get(table, frozenset()) | known
+    actions, at_once, acting = (
+        (frozenset[Any]().union(*sets) for sets in zip(*changing, strict=True))
+        if changing
+        else (frozenset[Any](),) * 3
+    )
+    explained = frozenset(name for _, name in side_effects)
+    interest = Interest(wanted, keys, acting | explained, acting - explained, at_once)
+    return _Sum((layouts, changing, side_effects), interest, actions)
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +100,7 @@ class Invalidation:
         """What follows the changes that others make."""
         self._orphans: list[_Orphan] = []
         self._lock = Lock()
+        self._summed: _Sum | None = None
 
     # -- what the database does by itself --------------------------------------------------------
 
@@ -124,7 +159,7 @@ class Invalidation:
                     added = True
 
     def _actions(self) -> frozenset[Action]:
-        return frozenset[Action]().union(*(layout.actions for layout in self._layouts()))
+        return self._sum().actions
 
     def after_fork(self) -> None:
         """In a forked child: the commits under way are the parent's, and end there."""
@@ -133,22 +168,19 @@ class Invalidation:
 
     # -- commits --------------------------------------------------------------------------------
 
-    def wanted(self, table: str) -> frozenset[str] | None:
-        """Return which columns of deleted rows of a table are wanted, if anything of it is."""
-        known = [layout.wanted[table] for layout in self._layouts() if table in layout.wanted]
-        return frozenset().union(*known) if known else None
+    def interest(self) -> Interest:
+        """Return what the views ask of written tables: the same object while that is the same."""
+        return self._sum().interest
 
-    def keys(self, table: str) -> set[tuple[str, ...]]:
-        """Return the primary keys, by column names, by which rows of a table are followed."""
-        return {key for layout in self._layouts() for key in layout.keys.get(table, ())}
-
-    def acts(self, table: str, *, unexplained: bool = False) -> bool:
-        """Whether a table acts by itself when written, perhaps with nobody having said how."""
-        explained = any(name == table for _, name in list(self._side_effects))
-        return not unexplained if explained else any(table in lo.acting for lo in self._layouts())
-
-    def _layouts(self) -> list[Layout]:
-        return [t.layout for t in list(self._tables.values()) if t.layout is not None]
+    def _sum(self) -> _Sum:
+        layouts = list(filter(None, map(_LAYOUT, list(self._tables.values()))))
+        # What DDL changes is replaced as a whole: see :meth:`.Layout.renew`.
+        seen = (layouts, list(map(_CHANGING, layouts)), self._side_effects)
+        known = self._summed
+        if known is None or known.seen != seen:
+            seen = (*seen[:2], dict(self._side_effects))
+            known = self._summed = _sum_of(*seen)
+        return known
 
     def tables_named(self, name: str) -> list[Table]:
         """Return the tables of the views' metadata with a name, in any schema and case."""
@@ -156,11 +188,6 @@ class Invalidation:
         return [
             t for metadata in metadatas for t in metadata.tables.values() if t.name.lower() == name
         ]
-
-    @property
-    def at_once(self) -> frozenset[TableName]:
-        """The tables whose rows are visible when they are written, and stay."""
-        return frozenset[TableName]().union(*(layout.at_once for layout in self._layouts()))
 
     def lease(self, changes: ChangeSet) -> Lease:
         """Take a lease on what the changes of a commit will mark."""

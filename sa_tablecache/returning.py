@@ -62,30 +62,33 @@ def ask_for_keys(
     if statement._returning or statement._return_defaults:
         return statement
     table, dialect = statement.table, connection.dialect
-    key = tuple(table.primary_key.columns)
     many = len(multiparams) if multiparams else 1
+    inserts = isinstance(statement, Insert)
+    if not 1 < many <= MOST_KEYS if inserts else many > 1:
+        return statement
+    key = tuple(table.primary_key.columns)
     first = (multiparams[0] if multiparams else params) or {}
     further: tuple[Any, ...] = ()
     if not key:
         return statement
-    if isinstance(statement, Insert):
+    if inserts:
         named = statement._post_values_clause is None and not statement._prefixes
         if (
-            not 1 < many <= MOST_KEYS
-            or not dialect.insert_executemany_returning
+            not dialect.insert_executemany_returning
             or replaces(statement, table)
             or (named and all(_is_given(column, first) for column in key))
         ):
             return statement
     else:
         deletes = isinstance(statement, Delete)
-        further = tuple(c for c in table.columns if deletes and c.name in wanted and c not in key)
+        if deletes and wanted:
+            further = tuple(c for c in table.columns if c.name in wanted and c not in key)
         keys = {column.key for column in key}
         if (
-            many > 1
-            or not (dialect.delete_returning if deletes else dialect.update_returning)
-            or not (deletes or keys.isdisjoint(_written(statement, first)))
+            not (dialect.delete_returning if deletes else dialect.update_returning)
+            # Those of the unit of work are such.
             or (not further and pinned(statement, table).keys() >= keys)
+            or not (deletes or keys.isdisjoint(_written(statement, first)))
             or _orm_fetches(options)
         ):
             return statement

@@ -62,6 +62,8 @@ class KeyColumn:
     column: Column[Any]
     parameters: tuple[str, ...]
     """More than one for an UPDATE of the key: the old and the new value."""
+    plain: type | None = None
+    """Values of this very type need no :func:`exact_value`: they come back as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,9 @@ def writes_of(context: Any, statement: str) -> Writes:
         return _text(statement, "" if context is None else context.dialect.name)
     known = _by_compiled.get(compiled)
     if known is None:
-        known = _by_compiled[compiled] = _read(compiled, statement)
+        known = _read(compiled, statement)
+        # Most statements only read: that is seen by the identity of what they write.
+        known = _by_compiled[compiled] = NOTHING if known == NOTHING else known
     return known
 
 
@@ -131,19 +135,28 @@ def rows_of(writes: Writes, context: Any) -> list[RowKey] | None:
     if not writes.key:
         return None
     keys: list[RowKey] = []
+    dialect = context.dialect.name
+    # The old values, and the new ones where an UPDATE sets them.
+    versions = (0, -1) if any(len(c.parameters) > 1 for c in writes.key) else (0,)
     for parameters in context.compiled_parameters:
-        for which in (0, 1):
+        for which in versions:
             key = []
             for column in writes.key:
-                name = column.parameters[min(which, len(column.parameters) - 1)]
-                value = exact_value(column.column, parameters.get(name), context.dialect.name)
-                if value is None:
-                    return None
+                value = parameters.get(column.parameters[which])
+                if type(value) is not column.plain:
+                    value = exact_value(column.column, value, dialect)
+                    if value is None:
+                        return None
                 key.append(value)
             keys.append(tuple(key))
-            if all(len(column.parameters) == 1 for column in writes.key):
-                break
     return keys
+
+
+def _plain(column: Column[Any], dialect: str) -> type | None:
+    """Return the type of which all values are exact: see :func:`exact_value`."""
+    if isinstance(column.type, types.Integer) and dialect not in MYSQL:
+        return int
+    return uuid.UUID if isinstance(column.type, types.Uuid) else None
 
 
 def inserted_rows(writes: Writes, context: Any) -> list[RowKey] | None:
@@ -275,7 +288,7 @@ def _dml(statement: Any, compiled: Any) -> Writes:
     table = getattr(compiled.compile_state, "dml_table", statement.table)
     if not isinstance(table, Table):
         return ANYTHING
-    name = table_name(table)
+    name, dialect = table_name(table), compiled.dialect.name
     primary_key = tuple(table.primary_key.columns)
     if isinstance(statement, Insert):
         if replaces(statement, table):
@@ -289,7 +302,9 @@ def _dml(statement: Any, compiled: Any) -> Writes:
                 table=name, further=others, kind="upsert", unnamed=bool(known), primary_key=known
             )
         named = statement.select is None and not statement._multi_values
-        key = tuple(KeyColumn(column, (column.key,)) for column in primary_key) if named else ()
+        key = (
+            tuple(KeyColumn(c, (c.key,), _plain(c, dialect)) for c in primary_key) if named else ()
+        )
         return Writes(
             table=name, kind="insert", key=key, unnamed=not named, primary_key=primary_key
         )
@@ -316,7 +331,7 @@ def _dml(statement: Any, compiled: Any) -> Writes:
         names: tuple[str, ...] = (compiled.bind_names.get(bound, bound.key),)
         if column.name in written:
             names = (*names, column.key)
-        keys.append(KeyColumn(column, names))
+        keys.append(KeyColumn(column, names, _plain(column, dialect)))
     moves_key = deleted or any(column.name in written for column in primary_key)
     return Writes(
         table=name,
@@ -448,7 +463,8 @@ def _text(text: str, dialect: str) -> Writes:
     if known is None:
         if len(_by_text) > 1_000:
             _by_text.clear()
-        known = _by_text[dialect, text] = _read_text(text, dialect)
+        known = _read_text(text, dialect)
+        known = _by_text[dialect, text] = NOTHING if known == NOTHING else known
     return known
 
 

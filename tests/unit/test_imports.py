@@ -57,6 +57,7 @@ ORDER = """
     cascades
     wording
     statements
+    interests
     returning
     commits
     drivers
