@@ -217,6 +217,8 @@ class Following(Invalidation):
 
     def _poll(self) -> float:
         consumer = self._followed
+        # Reads do that, too, but not while a guard sends them all to the database.
+        self.settle_orphans()
         consumer.catch_up()
         return consumer.feed.poll_interval
 

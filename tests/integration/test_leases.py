@@ -24,9 +24,12 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sa_tablecache import CachedView, ScoreIndex, TableCache
+from sa_tablecache import CachedView, ChangeFeed, ScoreIndex, TableCache
+from sa_tablecache.changes import ChangeSet
+from sa_tablecache.following import POLL
 from tests.integration.checking import counting
 from tests.integration.test_protocol import Held, Running
+from tests.integration.test_upkeep import until
 
 
 class Base(DeclarativeBase):
@@ -375,4 +378,20 @@ def test_an_opaque_statement_that_fails_leaves_what_was_written_before_it(
         assert cache.stats(Hotel).leases == 0
         assert floor(cache, 1) == ([(1, "blue", None)], "hit")
         cache._check()
+    engine.dispose()
+
+
+def test_a_lost_commit_is_settled_though_no_read_gets_that_far(sqlite_url: URL) -> None:
+    """Where a guard sends all reads to the database, the poll of the feed ends a lost lease."""
+    engine = create_engine(sqlite_url)
+    Base.metadata.create_all(engine)
+    with TableCache(engine, views=[Hotel], feed=ChangeFeed(poll_interval=60.0)) as cache:
+        cache.install_feed()
+        cache.load(Hotel)
+        changes = ChangeSet()
+        changes.add_rows((None, "lease_room"), [(1,)])
+        cache.orphan(cache.lease(changes), None)
+        assert cache.stats(Hotel).leases == 1
+        cache.upkeep.wake(POLL)
+        until(lambda: cache.stats(Hotel).leases == 0)
     engine.dispose()
