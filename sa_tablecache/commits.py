@@ -233,6 +233,9 @@ def wrap_commit(dialect: Any) -> None:
         transaction = info.get(KEY) if isinstance(info, dict) else None
         if not isinstance(info, dict) or transaction is None:
             do_commit(dbapi_connection)
+        elif transaction.leases is None and transaction.subscribers is None:
+            do_commit(dbapi_connection)
+            info.pop(KEY, None)  # it wrote nothing, and nobody is to be told
         else:
             _commit(
                 dialect, transaction, info, dbapi_connection, lambda: do_commit(dbapi_connection)

@@ -30,7 +30,8 @@ def watch_cursors(connection: Connection) -> None:
     info, make = fairy.info, fairy.dbapi_connection.cursor  # no reference to the fairy itself
 
     def cursor(*args: Any, **kwargs: Any) -> Any:
-        count_unknown(info)
+        if CURSOR in info:
+            count_unknown(info)
         made = info[CURSOR] = make(*args, **kwargs)
         return made
 

@@ -366,11 +366,13 @@ class Watcher:
     def commit(self, connection: Connection) -> None:
         """Lease what COMMIT is about to make visible."""
         info = connection.connection.info
-        count_unknown(info)
+        if CURSOR in info:
+            count_unknown(info)
         transaction = transaction_of(info)
         if not transaction.began:  # it began before anybody watched
             transaction.changes.add_everything()
-        transaction.settle()
+        if transaction.underway:
+            transaction.settle()
         if transaction.written:
             take_leases(self.subscribers, transaction, connection)
 
@@ -440,10 +442,12 @@ class Watcher:
         """Publish what was written unseen: by a raw connection, or with its end unknown."""
         if READER in record.info:
             return
-        count_unknown(record.info)
-        transaction: Transaction | None = record.info.pop(KEY, None)
-        if record.info.get(RAW):
-            record.info[TAINTED] = True  # nobody saw what it SET
+        info = record.info
+        if CURSOR in info:
+            count_unknown(info)
+        transaction: Transaction | None = info.pop(KEY, None)
+        if info.get(RAW):
+            info[TAINTED] = True  # nobody saw what it SET
             for subscriber in list(self.subscribers):
                 subscriber.publish(ChangeSet(everything=True), None)
         elif transaction is not None:

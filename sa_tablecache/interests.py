@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import Table, inspect
 from sqlalchemy.orm import Mapper
 
+from .actions import Action
 from .analysis import TableName, table_name
 from .exc import CriteriaError
 from .statements import Writes
@@ -35,6 +36,8 @@ class Interest:
     """Those of them of which nobody said what."""
     at_once: frozenset[TableName] = frozenset()
     """The tables whose rows are visible when they are written, and stay: no transactions."""
+    actions: frozenset[Action] = frozenset()
+    """What foreign keys of the database do of which the models do not know."""
 
 
 def together(interests: Sequence[Interest]) -> Interest:
@@ -54,6 +57,7 @@ def together(interests: Sequence[Interest]) -> Interest:
         frozenset[str]().union(*(each.acting for each in interests)),
         frozenset[str]().union(*(each.unexplained for each in interests)),
         frozenset[TableName]().union(*(each.at_once for each in interests)),
+        frozenset[Action]().union(*(each.actions for each in interests)),
     )
 
 

@@ -17,7 +17,6 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Table, text
 
-from .actions import Action
 from .analysis import TableName, table_name
 from .cascades import all_cascades
 from .changes import ChangeSet, Marks
@@ -45,22 +44,13 @@ class Lease:
     changes: ChangeSet
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Sum:
-    """What the layouts of all views say of written tables, and what there was to say it."""
-
-    seen: tuple[Any, ...]
-    interest: Interest
-    actions: frozenset[Action]
-
-
 _LAYOUT: Final = attrgetter("layout")
 _CHANGING: Final = attrgetter("actions", "at_once", "acting")
 
 
-def _sum_of(
+def _interest_of(
     layouts: list[Layout], changing: list[Any], side_effects: dict[TableName, frozenset[TableName]]
-) -> _Sum:
+) -> Interest:
     wanted: dict[str, frozenset[str]] = {}
     keys: dict[str, frozenset[tuple[str, ...]]] = {}
     for layout in layouts:
@@ -74,8 +64,7 @@ def _sum_of(
         else (frozenset[Any](),) * 3
     )
     explained = frozenset(name for _, name in side_effects)
-    interest = Interest(wanted, keys, acting | explained, acting - explained, at_once)
-    return _Sum((layouts, changing, side_effects), interest, actions)
+    return Interest(wanted, keys, acting | explained, acting - explained, at_once, actions)
 
 
 @dataclass(slots=True, eq=False)
@@ -100,7 +89,8 @@ class Invalidation:
         """What follows the changes that others make."""
         self._orphans: list[_Orphan] = []
         self._lock = Lock()
-        self._summed: _Sum | None = None
+        self._known: tuple[Any, Interest] = (None, Interest())
+        """What the views ask, and what there was to say it."""
 
     # -- what the database does by itself --------------------------------------------------------
 
@@ -129,7 +119,7 @@ class Invalidation:
 
     def affecting(self, tables: frozenset[TableName]) -> frozenset[TableName]:
         """Return the tables of which a write reaches some tables: they, and by side effects."""
-        actions = self._actions()
+        actions = self.interest().actions
         if not self._side_effects and not actions:
             return tables
         grew = True
@@ -142,7 +132,7 @@ class Invalidation:
 
     def _add_side_effects(self, changes: ChangeSet) -> None:
         """Add to changes what the database itself changed because of them."""
-        actions = self._actions()
+        actions = self.interest().actions
         added = bool(self._side_effects or actions)
         while added:
             added = False
@@ -158,9 +148,6 @@ class Invalidation:
                         changes.add_table(table)
                     added = True
 
-    def _actions(self) -> frozenset[Action]:
-        return self._sum().actions
-
     def after_fork(self) -> None:
         """In a forked child: the commits under way are the parent's, and end there."""
         self._lock = Lock()
@@ -170,17 +157,15 @@ class Invalidation:
 
     def interest(self) -> Interest:
         """Return what the views ask of written tables: the same object while that is the same."""
-        return self._sum().interest
-
-    def _sum(self) -> _Sum:
         layouts = list(filter(None, map(_LAYOUT, list(self._tables.values()))))
         # What DDL changes is replaced as a whole: see :meth:`.Layout.renew`.
         seen = (layouts, list(map(_CHANGING, layouts)), self._side_effects)
-        known = self._summed
-        if known is None or known.seen != seen:
+        known, interest = self._known
+        if known != seen:
             seen = (*seen[:2], dict(self._side_effects))
-            known = self._summed = _sum_of(*seen)
-        return known
+            interest = _interest_of(*seen)
+            self._known = seen, interest
+        return interest
 
     def tables_named(self, name: str) -> list[Table]:
         """Return the tables of the views' metadata with a name, in any schema and case."""

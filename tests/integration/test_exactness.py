@@ -778,3 +778,33 @@ def test_what_foreign_keys_do_that_no_model_declares(database_url: URL) -> None:
         session.commit()
         assert leaves() == ([(1, None), (2, 22)], "hit")
     engine.dispose()
+
+
+def test_what_a_statement_means_is_not_remembered_for_longer_than_it_does(engine: Engine) -> None:
+    """A side effect, a view and another meaning of names count for statements that ran before."""
+    write = update(Tag).where(Tag.id == 1).values(word="other")
+    with TableCache(engine, views=[]) as cache:
+
+        def run(**options: Any) -> None:
+            with engine.begin() as connection:
+                connection.execution_options(**options).execute(write)
+
+        run()
+        run()
+        cache.add(Shelf)
+        cache.load(Shelf)
+        run()
+        assert marks(cache)
+        cache.refresh(Shelf)
+        run(schema_translate_map={None: None})
+        assert marks(cache)
+        cache.refresh(Shelf)
+        run(writes=[Author])
+        assert marks(cache)
+        cache.refresh(Shelf)
+        run()
+        assert marks(cache)
+        cache.refresh(Shelf)
+        cache.side_effects(Tag, writes=[Author])
+        run()
+        assert marks(cache) == {"all"}
