@@ -19,6 +19,7 @@ from typing import Any
 import sqlalchemy
 
 from benchmarks import (
+    commits,
     contestants,
     database,
     feed,
@@ -44,6 +45,7 @@ PARTS: dict[str, dict[Callable[..., Any], str | None]] = {
     "stalls": {stalls.run: "postgres", stalls.run_threads: "sqlite"},
     "transactions": {transactions.run: "postgres"},
     "feed": {feed.run: "postgres"},
+    "commits": {commits.run: "postgres"},
     "throughput": {throughput.run: "sqlite"},
     "growth": {growth.run: None},
 }
