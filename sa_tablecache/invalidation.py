@@ -104,6 +104,9 @@ class Invalidation:
         From then on a commit that writes ``Order`` marks ``Stock`` too, all of it, and so on.
         Foreign keys with ON DELETE and ON UPDATE need no such word. Emits no SQL.
 
+        What counts is the table that statements name. For a trigger of a partition, or of a child
+        by inheritance, say it of the parent, too: a statement that writes that sets it off.
+
         :param source: a mapped class or a table.
         :param writes: mapped classes and tables; none of them if it writes no table of a view,
             which :meth:`check` would otherwise ask about.
