@@ -39,6 +39,10 @@ AIMS: tuple[tuple[str, str, str], ...] = (
     ("stalls", "a full garbage collection is made longer, *", "by * of them"),
     ("transactions", "a transfer of money", "in_transaction"),
     ("feed", "catching up", "changes of a row"),
+    ("commits", "flush and commit, PostgreSQL: *", "a cache watches"),
+    ("commits", "flush and commit, SQLite: *", "a cache watches"),
+    ("commits", "hits beside updates in place elsewhere, *", "2,000 commits/s"),
+    ("commits", "hits beside inserts elsewhere, *", "2,000 commits/s"),
 )
 """Part, benchmark and case of the aims: patterns, because some names have numbers in them."""
 
