@@ -40,7 +40,7 @@ from .prepared import Candidate
 from .redaction import shown_coverage, shown_intervals
 from .scopes import database_reason, flush_pending, in_own_scope
 from .scores import IntervalSet
-from .shapes import Shape, shape_of, view_of
+from .shapes import Asked, Shape, shape_of, view_of
 from .staleness import tolerated
 from .state import State
 from .table import CachedTable
@@ -152,14 +152,18 @@ ATTEMPTS = 3
 def answer(
     cache: BaseTableCache,
     session: Session,
-    statement: Select[Any],
+    statement: Select[Any] | None,
     *,
     view: type[CachedView] | None = None,
+    asked: Asked | None = None,
     fetch: bool = True,
 ) -> Answer | None:
     """Answer a SELECT of a view, or return ``None`` after noting why the database has to.
 
+    :param statement: ``None`` if ``asked`` says it, which only goes without ``fetch`` and for views
+        without scopes.
     :param view: that of the statement, if it is known.
+    :param asked: what the statement asks, if that is known.
     :param fetch: whether refreshing and fetching gaps is allowed. Without it the caller tries
         whether the cache alone can answer, and nothing is noted if not.
     :raises CriteriaError: if the criteria use a table that the statement does not join.
@@ -169,9 +173,10 @@ def answer(
     assert view is not None
     table = cache.table(view)
     if view.__scope__ is not None:
+        assert statement is not None
         statement = in_own_scope(session, statement, view)
     try:
-        shape, parameters = shape_of(statement)
+        shape, parameters = asked or shape_of(statement)  # type: ignore[arg-type]
         for option in shape.options:
             if isinstance(option, BypassCache):
                 raise Inexact(Reason("requested", "bypass_cache()"))
@@ -230,6 +235,7 @@ def answer(
                     found, missing = partial
                     present = found.intervals - missing
                     if stale is None and not state.is_stale(found.index, present):
+                        assert statement is not None
                         return _partial(session, table, statement, question, state, *partial)
                 elif (
                     stale is not None

@@ -26,7 +26,7 @@ from .figures import LastRead
 from .following import AnswerFreshness
 from .listening import COMMITTED, OTHER_LISTENERS, listen
 from .misses import is_wanting
-from .queries import CachedQuery
+from .queries import CachedQuery, LightQuery
 from .quick import range_of, record_of
 from .ranges import RangeRead
 from .reading import Answer
@@ -103,6 +103,18 @@ class CacheSession(Session):
                 if answer is not None:
                     return result_of(answer, statement).scalar()
             return super().scalar(statement, params, **kwargs)
+
+        def query(self, *entities, **kwargs):
+            """Return a query; see :meth:`sqlalchemy.orm.Session.query`."""
+            if (
+                len(entities) == 1
+                and type(entities[0]) is ViewMeta
+                and not entities[0].__abstract__
+                and not kwargs
+                and self._query_cls is CachedQuery
+            ):
+                return LightQuery(entities[0], self)
+            return super().query(*entities, **kwargs)
 
     def _from_cache(self, statement: Any) -> Answer | None:
         """Answer a statement from memory alone; ``None`` sends it on its usual way."""

@@ -7,15 +7,17 @@ take as "ask the database", with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Select
 from sqlalchemy.sql import operators as sql
 from sqlalchemy.sql.elements import BindParameter, ColumnClause, Label, Tuple, UnaryExpression
 from sqlalchemy.sql.functions import count as count_function
+from sqlalchemy.sql.sqltypes import INTEGERTYPE
+from sqlalchemy.types import TypeEngine
 
 from . import criteria
 from .analysis import ViewPlan, plan_of
@@ -71,6 +73,20 @@ class Shape:
         object.__setattr__(self, "used", frozenset().union(*about))
 
 
+class Number(NamedTuple):
+    """A LIMIT or OFFSET of which no parameter was made."""
+
+    value: int
+    type: TypeEngine[Any] = INTEGERTYPE
+    required: bool = False
+    callable: None = None
+    effective_value: None = None
+
+
+Asked: TypeAlias = tuple[Shape, Sequence[BindParameter[Any] | Number]]
+"""What a statement asks: its shape, and its parameters in the order of their numbers."""
+
+
 #: Attributes of a Select that are understood here. Any other that is set means that the statement
 #: has a feature this module does not know, present or future, and is left to the database. The last
 #: three a legacy Query leaves behind; they say how entities are loaded.
@@ -123,7 +139,7 @@ def shape_of(statement: Select[Any]) -> tuple[Shape, list[BindParameter[Any]]]:
     """
     known = _by_statement.get(statement)
     if known is None:
-        _check_features(statement)
+        check_features(statement)
         cache_key = statement._generate_cache_key()
         if cache_key is None:
             raise Inexact("a construct without cache key")
@@ -143,7 +159,7 @@ def shape_of(statement: Select[Any]) -> tuple[Shape, list[BindParameter[Any]]]:
     return known[0], known[1]
 
 
-def _check_features(statement: Select[Any]) -> None:
+def check_features(statement: Select[Any]) -> None:
     """Raise :class:`.Inexact` for what is not (or may not be) part of a statement's cache key."""
     for name, value in statement.__dict__.items():
         # Only empty collections, None and False say that a feature is not used.
