@@ -27,7 +27,7 @@ from .comparison import Inexact
 from .explaining import Explanation
 from .reading import Answer, answer
 from .results import result_of, scalars_of
-from .scopes import cache_of, in_own_scope, is_filtered, overrides
+from .scopes import cache_of, in_own_scope, is_filtered, is_free, overrides
 from .shapes import Asked, Number, Shape, check_features, shape_of, view_of
 from .view import CachedView, ViewIndex, ViewTable
 
@@ -287,14 +287,15 @@ class LightQuery(CachedQuery):
             or view.__scope__ is not None
             or _listened.before_compile
             or "dispatch" in self.__dict__  # listeners of its own
-            or is_filtered(session)
-            or overrides(session)
         ):
+            return None
+        free = is_free(session, cache._engine)
+        if not free and (is_filtered(session) or overrides(session)):
             return None
         asked = self._asked(count=count)
         if asked is None:
             return None
-        return answer(cache, session, None, view=view, asked=asked, fetch=False)
+        return answer(cache, session, None, view=view, asked=asked, fetch=False, free=free)
 
     def _asked(self, *, count: bool) -> Asked | None:
         """Return what is asked for, without the statement if its like was asked before."""

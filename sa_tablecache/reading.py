@@ -157,6 +157,7 @@ def answer(
     view: type[CachedView] | None = None,
     asked: Asked | None = None,
     fetch: bool = True,
+    free: bool = False,
 ) -> Answer | None:
     """Answer a SELECT of a view, or return ``None`` after noting why the database has to.
 
@@ -166,6 +167,7 @@ def answer(
     :param asked: what the statement asks, if that is known.
     :param fetch: whether refreshing and fetching gaps is allowed. Without it the caller tries
         whether the cache alone can answer, and nothing is noted if not.
+    :param free: that :func:`.is_free` has just said so of the session; only without ``fetch``.
     :raises CriteriaError: if the criteria use a table that the statement does not join.
     :raises UnscopedRead: if the view is read by scope, and the session has none.
     """
@@ -180,7 +182,7 @@ def answer(
         for option in shape.options:
             if isinstance(option, BypassCache):
                 raise Inexact(Reason("requested", "bypass_cache()"))
-        if not flush_pending(session, flush=fetch):
+        if not free and not flush_pending(session, flush=fetch):
             return None
         refreshed = loaded = False
         keeper = table.keeper
@@ -193,7 +195,7 @@ def answer(
             # In this order: a transaction that has a snapshot may be answered from this state if
             # the view has not changed since, and from none that a refresh brings.
             state = table.current
-            reason = database_reason(session, cache, table, statement)
+            reason = None if free else database_reason(session, cache, table, statement)
             if reason is not None:
                 raise Inexact(reason)
             stale: Reason | None = None

@@ -39,6 +39,7 @@ from .scopes import (
     flush_pending,
     freshness_of,
     is_filtered,
+    is_free,
     overrides,
     scope_of,
 )
@@ -121,9 +122,13 @@ class CacheSession(Session):
         if type(statement) is not Select:
             return None
         view = view_of(statement)
-        if view is None or is_filtered(self):
+        if view is None:
             return None
-        return reading.answer(cache_of(self), self, statement, view=view, fetch=False)
+        cache = cache_of(self)
+        free = is_free(self, cache._engine)
+        if not free and is_filtered(self):
+            return None
+        return reading.answer(cache, self, statement, view=view, fetch=False, free=free)
 
     if not TYPE_CHECKING:  # typed by Session
 
