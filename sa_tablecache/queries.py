@@ -12,6 +12,7 @@ when anything else is asked of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Exists, Select, exists, func, literal, select
@@ -149,12 +150,6 @@ class LightQuery(CachedQuery):
             "_light_table": view.__table__,
         }
 
-    def _but(self, **changes: Any) -> Any:
-        """Return a copy with other notes, and with what the application has put on this one."""
-        query = _new(LightQuery)
-        query.__dict__ = {**self.__dict__, **changes}
-        return query
-
     def _make(self) -> Any:
         """Become the query that SQLAlchemy would have made."""
         made: Any = CachedQuery((self._light_view,), self.session)
@@ -170,6 +165,9 @@ class LightQuery(CachedQuery):
         self.__dict__ = {**made.__dict__, **others}
         self.__class__ = CachedQuery  # type: ignore[assignment]  # both have nothing but a dict
         return self
+
+    # Each method makes its copy itself, with what the application has put on the query: one that
+    # does it for all would cost more than all else that they do.
 
     if not TYPE_CHECKING:  # the signatures are those of Query
 
@@ -194,10 +192,13 @@ class LightQuery(CachedQuery):
                 ):
                     return self._make().filter(*criterion)
                 said.append((column.name, each.operator))
-            return self._but(
-                _light_where=self._light_where + criterion,
-                _light_said=(*self._light_said, *said),
-            )
+            query = _new(LightQuery)
+            query.__dict__ = {
+                **self.__dict__,
+                "_light_where": self._light_where + criterion,
+                "_light_said": (*self._light_said, *said),
+            }
+            return query
 
         def filter_by(self, **kwargs):
             """See :meth:`sqlalchemy.orm.Query.filter_by`."""
@@ -230,10 +231,13 @@ class LightQuery(CachedQuery):
                 if type(column) is not ColumnClause or column.table is not self._light_table:
                     return self._make().order_by(*clauses)
                 ordered.append((modifier, column.name))
-            return self._but(
-                _light_orders=self._light_orders + clauses,
-                _light_ordered=(*self._light_ordered, *ordered),
-            )
+            query = _new(LightQuery)
+            query.__dict__ = {
+                **self.__dict__,
+                "_light_orders": self._light_orders + clauses,
+                "_light_ordered": (*self._light_ordered, *ordered),
+            }
+            return query
 
         def limit(self, limit):
             """See :meth:`sqlalchemy.orm.Query.limit`."""
@@ -241,7 +245,9 @@ class LightQuery(CachedQuery):
                 return self.limit(limit)
             if type(limit) is not int:
                 return self._make().limit(limit)
-            return self._but(_light_limit=limit)
+            query = _new(LightQuery)
+            query.__dict__ = {**self.__dict__, "_light_limit": limit}
+            return query
 
         def offset(self, offset):
             """See :meth:`sqlalchemy.orm.Query.offset`."""
@@ -249,7 +255,9 @@ class LightQuery(CachedQuery):
                 return self.offset(offset)
             if type(offset) is not int:
                 return self._make().offset(offset)
-            return self._but(_light_offset=offset)
+            query = _new(LightQuery)
+            query.__dict__ = {**self.__dict__, "_light_offset": offset}
+            return query
 
         def _iter(self):
             if type(self) is not LightQuery:
@@ -324,7 +332,7 @@ class LightQuery(CachedQuery):
 
     def _shape(self, values: Sequence[Any], *, count: bool) -> Shape | None:
         """Return the shape of the statement, if its parameters are the ones that are noted."""
-        made = self._but()._make()
+        made = copy(self)._make()
         statement = _counted(made.statement) if count else made._statement_20()
         try:
             shape, parameters = shape_of(statement)

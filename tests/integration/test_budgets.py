@@ -37,10 +37,10 @@ READS: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "limit": (29, lambda s: s.scalars(LIMITED).all()),
     "residual": (37, lambda s: s.scalars(RESIDUAL).all()),
     "columns": (46, lambda s: s.execute(COLUMNS).all()),
-    "query": (30, lambda s: s.query(OuterBoard).filter(*BETWEEN).order_by(OuterBoard.hour).all()),
-    "query with a limit": (32, lambda s: s.query(OuterBoard).filter(*BETWEEN).limit(2).all()),
-    "query first": (37, lambda s: s.query(OuterBoard).filter(*BETWEEN).first()),
-    "query count": (31, lambda s: s.query(OuterBoard).filter(*BETWEEN).count()),
+    "query": (28, lambda s: s.query(OuterBoard).filter(*BETWEEN).order_by(OuterBoard.hour).all()),
+    "query with a limit": (30, lambda s: s.query(OuterBoard).filter(*BETWEEN).limit(2).all()),
+    "query first": (35, lambda s: s.query(OuterBoard).filter(*BETWEEN).first()),
+    "query count": (30, lambda s: s.query(OuterBoard).filter(*BETWEEN).count()),
     "count": (47, lambda s: s.scalar(COUNT)),
 }
 """The calls that are allowed for each read, two of them of the helpers here; and the read."""
