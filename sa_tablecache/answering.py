@@ -131,7 +131,7 @@ def partial_candidate(
     """Return the index of which storage holds most of the answer, and what is missing."""
     best: tuple[Candidate, IntervalSet] | None = None
     most = 0
-    if not all(map(layout.knows_zone, question.shape.projection or ())):
+    if question.shape.exists or not all(map(layout.knows_zone, question.shape.projection or ())):
         return None
     for candidate in question.candidates:
         missing = state.coverage.missing(candidate.index, candidate.intervals)
@@ -170,7 +170,8 @@ def from_state(
     shape, columns = question.shape, layout.columns
     if shape.count and not candidate.residual:
         order = state.storage.orders[candidate.index]
-        return [(sum(map(order.count, candidate.intervals)),)]
+        number = sum(map(order.count, candidate.intervals))
+        return [(number > 0 if shape.exists else number,)]
     direction = candidate.direction
     if direction is None:
         check_sortable(shape.orderings, columns)
@@ -200,7 +201,7 @@ def finished(
     """Apply order, offset, limit and projection."""
     shape, columns = question.shape, layout.columns
     if shape.count:
-        return [(len(records),)]
+        return [(len(records) > 0 if shape.exists else len(records),)]
     if not ordered:
         records = sort(records, shape.orderings, columns)
     if question.limit is not None:

@@ -25,6 +25,11 @@ class CacheOption(HasCacheKey, UserDefinedOption):
     _is_has_cache_key = True
     _cache_key_traversal = [("payload", InternalTraversal.dp_plain_obj)]  # noqa: RUF012
 
+    def _clone(self, **_: object) -> CacheOption:
+        # An option does not change. SQLAlchemy 2.0 would copy it without its payload, where a
+        # statement is copied with all that is in it, as by params().
+        return self
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 

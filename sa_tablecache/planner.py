@@ -22,7 +22,7 @@ from .comparison import Inexact
 from .criteria import And, Compare, Const, In, IsNull, Node, Or, RowCompare, Truth, columns_of
 from .exc import NotExpressible
 from .orders import Order
-from .prepared import Candidate, Columns, Way, prepared_for
+from .prepared import Candidate, Columns, prepared_for
 from .scores import (
     EVERYTHING,
     MAX,
@@ -33,7 +33,7 @@ from .scores import (
     Interval,
     IntervalSet,
 )
-from .shapes import Shape
+from .shapes import Number, Shape
 
 MOST_POINTS: Final = 1_000
 """So many intervals at most are made from IN lists; longer ones are filtered."""
@@ -54,7 +54,9 @@ class Question(NamedTuple):
 # -- questions ---------------------------------------------------------------------------------
 
 
-def ask(shape: Shape, parameters: Sequence[BindParameter[Any]], columns: Columns) -> Question:
+def ask(
+    shape: Shape, parameters: Sequence[BindParameter[Any] | Number], columns: Columns
+) -> Question:
     """Return the question that a shape and its parameters ask of a database.
 
     :raises Inexact: if Python would not give the database's answer.
@@ -78,11 +80,16 @@ def ask(shape: Shape, parameters: Sequence[BindParameter[Any]], columns: Columns
         lists = tuple(v[1:] for v in bound if type(v) is tuple)
     limit = None if shape.limit is None else _row_count(raw[shape.limit])
     offset = 0 if shape.offset is None else _row_count(raw[shape.offset])
-    candidates: list[Candidate] = []
-    for order, way in prepared.ways:
-        candidate = way.candidate(bound) if isinstance(way, Way) else way
-        candidates.append(candidate or candidate_of(order, shape, bound, columns))
-    return Question(shape, tuple(bound), lists, limit, offset, tuple(candidates))
+    candidates: list[Any] = list(prepared.candidates)
+    for number, order, way in prepared.ways:
+        candidate = None if way is None else way.candidate(bound)
+        candidates[number] = candidate or candidate_of(order, shape, bound, columns)
+    # Not Question(...), a function that would be called for each hit.
+    new: Any = tuple.__new__
+    question: Question = new(
+        Question, (shape, tuple(bound), lists, limit, offset, tuple(candidates))
+    )
+    return question
 
 
 def _row_count(value: Any) -> int:

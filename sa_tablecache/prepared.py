@@ -109,6 +109,10 @@ def index_direction(
     return wanted[0].descending
 
 
+#: Makes a named tuple without a call of the function that would do it, at each read.
+_tuple: Final[Any] = tuple.__new__
+
+
 class Bound(NamedTuple):
     """One end of a range: which parameter it is, and on which side of its value it lies."""
 
@@ -150,12 +154,15 @@ class Way:
                 return None
             upper = (*prefix, high, side)
         if self.null is None or (high if self.null is NULLS_LAST else low) is not None:
-            intervals = IntervalSet.of(Interval(lower, upper))
+            intervals = IntervalSet.of(_tuple(Interval, (lower, upper)))
         else:
             cuts = (*prefix, self.null, MIN), (*prefix, self.null, MAX)
             intervals = IntervalSet.of(Interval(lower, cuts[0]), Interval(cuts[1], upper))
         index, _, residual, fixed, testable, direction = self.model
-        return Candidate(index, intervals, residual, fixed, testable, direction)
+        result: Candidate = _tuple(
+            Candidate, (index, intervals, residual, fixed, testable, direction)
+        )
+        return result
 
 
 class Prepared(NamedTuple):
@@ -163,8 +170,10 @@ class Prepared(NamedTuple):
 
     compared: tuple[tuple[int, Comparison], ...] | None
     """With what each parameter is compared; ``None`` if the criteria say more than that."""
-    ways: tuple[tuple[Order, Way | Candidate | None], ...]
-    """For each index a way, or the candidate itself; ``None`` if the planner has to be asked."""
+    candidates: tuple[Candidate | None, ...]
+    """For each index the candidate, if it is the same for all parameters."""
+    ways: tuple[tuple[int, Order, Way | None], ...]
+    """For each other its number and a way; ``None`` if the planner has to be asked."""
 
 
 def prepared_for(shape: Shape, columns: Columns) -> Prepared:
@@ -173,9 +182,16 @@ def prepared_for(shape: Shape, columns: Columns) -> Prepared:
     if known is None:
         if len(columns.prepared) >= MOST_PREPARED:
             columns.prepared.clear()
+        orders = list(columns.orders.values())
+        found = [_way(order, shape, columns) for order in orders]
         known = columns.prepared[shape] = Prepared(
             _compared(shape, columns),
-            tuple((order, _way(order, shape, columns)) for order in columns.orders.values()),
+            tuple(way if isinstance(way, Candidate) else None for way in found),
+            tuple(
+                (number, order, way)
+                for number, (order, way) in enumerate(zip(orders, found, strict=True))
+                if not isinstance(way, Candidate)
+            ),
         )
     return known
 

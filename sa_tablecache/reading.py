@@ -40,7 +40,7 @@ from .prepared import Candidate
 from .redaction import shown_coverage, shown_intervals
 from .scopes import database_reason, flush_pending, in_own_scope
 from .scores import IntervalSet
-from .shapes import Shape, shape_of, view_of
+from .shapes import Asked, Shape, shape_of, view_of
 from .staleness import tolerated
 from .state import State
 from .table import CachedTable
@@ -152,16 +152,22 @@ ATTEMPTS = 3
 def answer(
     cache: BaseTableCache,
     session: Session,
-    statement: Select[Any],
+    statement: Select[Any] | None,
     *,
     view: type[CachedView] | None = None,
+    asked: Asked | None = None,
     fetch: bool = True,
+    free: bool = False,
 ) -> Answer | None:
     """Answer a SELECT of a view, or return ``None`` after noting why the database has to.
 
+    :param statement: ``None`` if ``asked`` says it, which only goes without ``fetch`` and for views
+        without scopes.
     :param view: that of the statement, if it is known.
+    :param asked: what the statement asks, if that is known.
     :param fetch: whether refreshing and fetching gaps is allowed. Without it the caller tries
         whether the cache alone can answer, and nothing is noted if not.
+    :param free: that :func:`.is_free` has just said so of the session; only without ``fetch``.
     :raises CriteriaError: if the criteria use a table that the statement does not join.
     :raises UnscopedRead: if the view is read by scope, and the session has none.
     """
@@ -169,13 +175,14 @@ def answer(
     assert view is not None
     table = cache.table(view)
     if view.__scope__ is not None:
+        assert statement is not None
         statement = in_own_scope(session, statement, view)
     try:
-        shape, parameters = shape_of(statement)
+        shape, parameters = asked or shape_of(statement)  # type: ignore[arg-type]
         for option in shape.options:
             if isinstance(option, BypassCache):
                 raise Inexact(Reason("requested", "bypass_cache()"))
-        if not flush_pending(session, flush=fetch):
+        if not free and not flush_pending(session, flush=fetch):
             return None
         refreshed = loaded = False
         keeper = table.keeper
@@ -188,7 +195,7 @@ def answer(
             # In this order: a transaction that has a snapshot may be answered from this state if
             # the view has not changed since, and from none that a refresh brings.
             state = table.current
-            reason = database_reason(session, cache, table, statement)
+            reason = None if free else database_reason(session, cache, table, statement)
             if reason is not None:
                 raise Inexact(reason)
             stale: Reason | None = None
@@ -230,6 +237,7 @@ def answer(
                     found, missing = partial
                     present = found.intervals - missing
                     if stale is None and not state.is_stale(found.index, present):
+                        assert statement is not None
                         return _partial(session, table, statement, question, state, *partial)
                 elif (
                     stale is not None

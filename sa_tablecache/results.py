@@ -26,7 +26,10 @@ def result_of(answer: Answer, statement: Select[Any]) -> Result[Any]:
     shape = answer.shape
     if shape.is_of_records:
         return _records_result(shape.view, iter(answer.rows))
-    names = shape.projection or tuple(statement.selected_columns.keys())
+    if shape.exists:
+        names: Sequence[str] = (getattr(statement._raw_columns[0], "name", "anon_1"),)
+    else:
+        names = shape.projection or tuple(statement.selected_columns.keys())
     return IteratorResult(SimpleResultMetaData(names), iter(answer.rows))
 
 

@@ -126,7 +126,10 @@ class IntervalSet:
         """Return the set of intervals that are sorted and disjoint, and of which none is empty."""
         result = cls.__new__(cls)
         result.intervals = intervals
-        result._lowers = list(map(itemgetter(0), intervals))
+        if len(intervals) == 1:
+            result._lowers = [intervals[0][0]]
+        else:
+            result._lowers = list(map(itemgetter(0), intervals))
         return result
 
     def _spliced(self, other: IntervalSet, *, add: bool) -> IntervalSet:

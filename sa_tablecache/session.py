@@ -26,7 +26,7 @@ from .figures import LastRead
 from .following import AnswerFreshness
 from .listening import COMMITTED, OTHER_LISTENERS, listen
 from .misses import is_wanting
-from .queries import CachedQuery
+from .queries import CachedQuery, LightQuery
 from .quick import range_of, record_of
 from .ranges import RangeRead
 from .reading import Answer
@@ -39,6 +39,7 @@ from .scopes import (
     flush_pending,
     freshness_of,
     is_filtered,
+    is_free,
     overrides,
     scope_of,
 )
@@ -104,14 +105,30 @@ class CacheSession(Session):
                     return result_of(answer, statement).scalar()
             return super().scalar(statement, params, **kwargs)
 
+        def query(self, *entities, **kwargs):
+            """Return a query; see :meth:`sqlalchemy.orm.Session.query`."""
+            if (
+                len(entities) == 1
+                and type(entities[0]) is ViewMeta
+                and not entities[0].__abstract__
+                and not kwargs
+                and self._query_cls is CachedQuery
+            ):
+                return LightQuery(entities[0], self)
+            return super().query(*entities, **kwargs)
+
     def _from_cache(self, statement: Any) -> Answer | None:
         """Answer a statement from memory alone; ``None`` sends it on its usual way."""
         if type(statement) is not Select:
             return None
         view = view_of(statement)
-        if view is None or is_filtered(self):
+        if view is None:
             return None
-        return reading.answer(cache_of(self), self, statement, view=view, fetch=False)
+        cache = cache_of(self)
+        free = is_free(self, cache._engine)
+        if not free and is_filtered(self):
+            return None
+        return reading.answer(cache, self, statement, view=view, fetch=False, free=free)
 
     if not TYPE_CHECKING:  # typed by Session
 

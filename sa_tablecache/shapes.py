@@ -7,15 +7,26 @@ take as "ask the database", with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Select
 from sqlalchemy.sql import operators as sql
-from sqlalchemy.sql.elements import BindParameter, ColumnClause, Label, Tuple, UnaryExpression
+from sqlalchemy.sql.elements import (
+    BindParameter,
+    ColumnClause,
+    Grouping,
+    Label,
+    TextClause,
+    Tuple,
+    UnaryExpression,
+)
 from sqlalchemy.sql.functions import count as count_function
+from sqlalchemy.sql.selectable import Exists, ScalarSelect, SelectStatementGrouping
+from sqlalchemy.sql.sqltypes import INTEGERTYPE
+from sqlalchemy.types import TypeEngine
 
 from . import criteria
 from .analysis import ViewPlan, plan_of
@@ -48,6 +59,9 @@ class Shape:
     projection: tuple[str, ...] | None
     """The selected columns; ``None`` for whole records."""
     count: bool
+    """Whether it asks for the number of records."""
+    exists: bool
+    """Whether it asks if that is more than none."""
     options: tuple[CacheOption, ...]
     is_of_records: bool = field(init=False)
     """Whether it asks for whole records."""
@@ -69,6 +83,20 @@ class Shape:
         object.__setattr__(self, "conjuncts", conjuncts)
         object.__setattr__(self, "about", about)
         object.__setattr__(self, "used", frozenset().union(*about))
+
+
+class Number(NamedTuple):
+    """A LIMIT or OFFSET of which no parameter was made."""
+
+    value: int
+    type: TypeEngine[Any] = INTEGERTYPE
+    required: bool = False
+    callable: None = None
+    effective_value: None = None
+
+
+Asked: TypeAlias = tuple[Shape, Sequence[BindParameter[Any] | Number]]
+"""What a statement asks: its shape, and its parameters in the order of their numbers."""
 
 
 #: Attributes of a Select that are understood here. Any other that is set means that the statement
@@ -112,7 +140,42 @@ def view_of(statement: Any) -> type[CachedView] | None:
         for source in raw._from_objects:
             if type(source) is ViewTable:
                 return source.view
+    # The types are looked at here, because this is asked of statements that touch no view, too.
+    columns: Any = statement._raw_columns
+    if len(columns) == 1 and type(columns[0]) in (Exists, Label):
+        inner = in_exists(statement)
+        return None if inner is None else _only_view(inner)
     return None
+
+
+def in_exists(statement: Select[Any]) -> Select[Any] | None:
+    """Return what is in the EXISTS, if a statement selects that and nothing else."""
+    raw: Any = statement._raw_columns
+    if len(raw) != 1:
+        return None
+    element = raw[0].element if type(raw[0]) is Label else raw[0]
+    if type(element) is not Exists or statement._from_obj or statement._where_criteria:
+        return None
+    inner: Any = element.element
+    while isinstance(inner, ScalarSelect | Grouping | SelectStatementGrouping):
+        inner = inner.element
+    return inner if type(inner) is Select else None
+
+
+def _only_view(inner: Select[Any]) -> type[CachedView] | None:
+    """Return the view that the SELECT in an EXISTS is from, if it is from no more than that.
+
+    Not one that is read by scope: what scopes add to a statement would be added outside.
+    """
+    tables = {
+        source
+        for clause in (*inner._raw_columns, *inner._where_criteria)
+        for source in clause._from_objects
+    }.union(inner._from_obj)
+    if len(tables) != 1:
+        return None
+    table: Any = tables.pop()
+    return table.view if type(table) is ViewTable and table.view.__scope__ is None else None
 
 
 def shape_of(statement: Select[Any]) -> tuple[Shape, list[BindParameter[Any]]]:
@@ -123,7 +186,10 @@ def shape_of(statement: Select[Any]) -> tuple[Shape, list[BindParameter[Any]]]:
     """
     known = _by_statement.get(statement)
     if known is None:
-        _check_features(statement)
+        check_features(statement)
+        inner = in_exists(statement)
+        if inner is not None:
+            check_features(inner)
         cache_key = statement._generate_cache_key()
         if cache_key is None:
             raise Inexact("a construct without cache key")
@@ -143,7 +209,7 @@ def shape_of(statement: Select[Any]) -> tuple[Shape, list[BindParameter[Any]]]:
     return known[0], known[1]
 
 
-def _check_features(statement: Select[Any]) -> None:
+def check_features(statement: Select[Any]) -> None:
     """Raise :class:`.Inexact` for what is not (or may not be) part of a statement's cache key."""
     for name, value in statement.__dict__.items():
         # Only empty collections, None and False say that a feature is not used.
@@ -160,13 +226,23 @@ def _read(statement: Select[Any], parameters: list[BindParameter[Any]]) -> Shape
     assert view is not None
     table = view.__table__
     plan = plan_of(view)
+    options = _options_of(statement)
+    inner = in_exists(statement)
+    if inner is not None:
+        if (
+            statement._order_by_clauses
+            or statement._limit_clause is not None
+            or statement._offset_clause is not None
+            or statement._fetch_clause is not None
+            or statement._for_update_arg is not None
+        ):
+            raise Inexact("more than EXISTS is left to the database")
+        options += _options_of(inner)
+        statement = inner
     if statement._for_update_arg is not None:
         raise Inexact("FOR UPDATE is left to the database")
     if statement._fetch_clause is not None:
         raise Inexact("FETCH is left to the database")
-    options = tuple(o for o in statement._with_options if isinstance(o, CacheOption))
-    if len(options) < len(statement._with_options):
-        raise Inexact("options of others than the cache are left to the database")
     if any(source is not table for source in statement._from_obj):
         raise Inexact("a join is left to the database")
     positions = {id(parameter): at for at, parameter in enumerate(parameters)}
@@ -181,7 +257,11 @@ def _read(statement: Select[Any], parameters: list[BindParameter[Any]]) -> Shape
             return element.name if element.name in plan.by_name else None
         return None
 
-    projection, count = _selected(statement, table, resolve)
+    if inner is None:
+        projection, count = _selected(statement, table, resolve)
+    else:
+        projection, count = None, True
+        _check_constant(inner, table, resolve)
     for criterion in statement._where_criteria:
         for source in criterion._from_objects:
             if source is not table:
@@ -194,6 +274,8 @@ def _read(statement: Select[Any], parameters: list[BindParameter[Any]]) -> Shape
     orderings: list[Ordering] = []
     for clause in statement._order_by_clauses:
         orderings += _ordering(clause, resolve)
+    if inner is not None:
+        orderings = []  # they do not matter
     if count and (
         orderings or statement._limit_clause is not None or statement._offset_clause is not None
     ):
@@ -202,7 +284,35 @@ def _read(statement: Select[Any], parameters: list[BindParameter[Any]]) -> Shape
         None if clause is None else _limit(clause, position)
         for clause in (statement._limit_clause, statement._offset_clause)
     )
-    return Shape(view, plan, where, tuple(orderings), limit, offset, projection, count, options)
+    exists = inner is not None
+    return Shape(
+        view, plan, where, tuple(orderings), limit, offset, projection, count, exists, options
+    )
+
+
+def _options_of(statement: Select[Any]) -> tuple[CacheOption, ...]:
+    options = tuple(o for o in statement._with_options if isinstance(o, CacheOption))
+    if len(options) < len(statement._with_options):
+        raise Inexact("options of others than the cache are left to the database")
+    return options
+
+
+def _check_constant(
+    inner: Select[Any], table: ViewTable, resolve: Callable[[Any], str | None]
+) -> None:
+    """Raise :class:`.Inexact` unless what is selected in an EXISTS does not matter.
+
+    An aggregate gives a row where there is none, and an expression may fail.
+    """
+    for element in inner._raw_columns:
+        raw: Any = element.element if isinstance(element, Label) else element
+        if not (
+            raw is table
+            or resolve(raw) is not None
+            or isinstance(raw, BindParameter)
+            or (isinstance(raw, ColumnClause | TextClause) and str(raw) in ("*", "1"))
+        ):
+            raise Inexact("an expression selected in EXISTS is left to the database")
 
 
 def _selected(

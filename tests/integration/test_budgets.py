@@ -32,13 +32,16 @@ READS: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "range of a prefix": (40, lambda s: s.range(OuterBoard.by_plane, "N1", ge=hour(0))),
     "range with a limit": (23, lambda s: s.range(OuterBoard.by_hour, limit=2)),
     "get": (20, lambda s: s.get(OuterBoard, 2)),
-    "all": (39, lambda s: s.scalars(PREBUILT).all()),
-    "first": (40, lambda s: s.scalars(PREBUILT).first()),
-    "limit": (39, lambda s: s.scalars(LIMITED).all()),
-    "residual": (48, lambda s: s.scalars(RESIDUAL).all()),
-    "columns": (57, lambda s: s.execute(COLUMNS).all()),
-    "query": (131, lambda s: s.query(OuterBoard).filter(*BETWEEN).order_by(OuterBoard.hour).all()),
-    "count": (57, lambda s: s.scalar(COUNT)),
+    "all": (28, lambda s: s.scalars(PREBUILT).all()),
+    "first": (29, lambda s: s.scalars(PREBUILT).first()),
+    "limit": (29, lambda s: s.scalars(LIMITED).all()),
+    "residual": (37, lambda s: s.scalars(RESIDUAL).all()),
+    "columns": (46, lambda s: s.execute(COLUMNS).all()),
+    "query": (28, lambda s: s.query(OuterBoard).filter(*BETWEEN).order_by(OuterBoard.hour).all()),
+    "query with a limit": (30, lambda s: s.query(OuterBoard).filter(*BETWEEN).limit(2).all()),
+    "query first": (35, lambda s: s.query(OuterBoard).filter(*BETWEEN).first()),
+    "query count": (30, lambda s: s.query(OuterBoard).filter(*BETWEEN).count()),
+    "count": (47, lambda s: s.scalar(COUNT)),
 }
 """The calls that are allowed for each read, two of them of the helpers here; and the read."""
 
