@@ -28,6 +28,7 @@ from benchmarks import (
     memory,
     peers,
     ranges,
+    refreshes,
     report,
     stalls,
     throughput,
@@ -44,6 +45,7 @@ PARTS: dict[str, dict[Callable[..., Any], str | None]] = {
     "stalls": {stalls.run: "postgres", stalls.run_threads: "sqlite"},
     "transactions": {transactions.run: "postgres"},
     "feed": {feed.run: "postgres"},
+    "refreshes": {refreshes.run: None},
     "throughput": {throughput.run: "sqlite"},
     "growth": {growth.run: None},
 }
