@@ -29,6 +29,7 @@ from benchmarks import (
     memory,
     peers,
     ranges,
+    refreshes,
     report,
     stalls,
     throughput,
@@ -46,6 +47,7 @@ PARTS: dict[str, dict[Callable[..., Any], str | None]] = {
     "transactions": {transactions.run: "postgres"},
     "feed": {feed.run: "postgres"},
     "commits": {commits.run: "postgres"},
+    "refreshes": {refreshes.run: None},
     "throughput": {throughput.run: "sqlite"},
     "growth": {growth.run: None},
 }

@@ -18,8 +18,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
-from sqlalchemy import Connection, and_, literal, or_, select, tuple_
+from sqlalchemy import (
+    Connection,
+    Integer,
+    String,
+    Uuid,
+    and_,
+    bindparam,
+    literal,
+    or_,
+    select,
+    tuple_,
+)
 from sqlalchemy.sql import ColumnElement
+from sqlalchemy.sql.operators import in_op
 
 from .analysis import TableName
 from .changes import AnyMark, GroupMark, Mark, RangeMark
@@ -30,6 +42,9 @@ from .orders import Hidden, Record
 from .rows import Rows
 from .scores import IntervalSet
 from .storage import Storage
+
+KEYS = "sa_tablecache_keys"
+"""The parameter of a delta query that is made once."""
 
 BATCH = 5_000
 """Keys in one delta query."""
@@ -96,7 +111,7 @@ def read_touched(
         touched, rows = (
             _read_groups(layout, connection, groups, covered)
             if layout.plan.grouped
-            else _read_anchors(layout, connection, storage, coverage, keys, groups, ranges)
+            else _read_anchors(layout, connection, storage, coverage, covered, keys, groups, ranges)
         )
         if rows is not None:
             delta = Delta(touched, rows)
@@ -146,6 +161,7 @@ def _read_anchors(
     connection: Connection,
     storage: Storage,
     coverage: Coverage,
+    covered: list[ColumnElement[bool]],
     keys: dict[TableName, set[RowKey]],
     groups: dict[tuple[str, ...], set[RowKey]],
     ranges: list[RangeMark],
@@ -157,7 +173,6 @@ def _read_anchors(
     touched: set[RowKey] = set()
     complete: dict[RowKey, tuple[Record, Hidden | None]] = {}
     result = Touched({layout.anchor_order: touched}, {})
-    covered = layout.coverage_clause(coverage)
     ways: list[tuple[int, list[Record], tuple[str, ...], tuple[str, ...], set[RowKey]]] = []
     for leaf in plan.leaves:
         wanted = keys.get(leaf.table, set())
@@ -245,6 +260,14 @@ def _read(
     covered: list[ColumnElement[bool]],
 ) -> Rows:
     """Read the covered records in which columns of the rendered view have certain values now."""
+    if len(names) == 1 and 0 < len(values) <= BATCH and (None,) not in values:
+        [name], keys = names, sorted((value for [value] in values), key=repr)
+        column = layout.plan.column(name).clause
+        # In a list, values of another type are compared as what they are; other types, such as
+        # those of an application, may have an IN of their own.
+        as_is = column.type.coerce_compared_value(in_op, keys[0]) is column.type
+        if as_is and isinstance(column.type, Integer | String | Uuid):
+            return _look_up(layout, connection, name, keys, covered)
     rows = layout.no_rows()
     for criterion in _criteria([layout.plan.column(name).clause for name in names], values):
         more = layout.loader.read(connection, [criterion, *covered])
@@ -252,6 +275,27 @@ def _read(
         if rows.hidden is not None:
             rows.hidden += more.hidden or []
     return rows
+
+
+def _look_up(
+    layout: Layout,
+    connection: Connection,
+    name: str,
+    keys: list[Any],
+    covered: list[ColumnElement[bool]],
+) -> Rows:
+    """Read the covered records in which a column has one of some values now: one SELECT.
+
+    It is made once for a coverage: making it, and SQLAlchemy's looking for how it compiled it
+    before, take longer than all else that a refresh of one record does in Python.
+    """
+    made_for, statement = layout.lookups.get(name, (None, None))
+    if made_for is not covered:
+        column = layout.plan.column(name).clause
+        wanted = column.in_(bindparam(KEYS, type_=column.type, expanding=True))
+        statement = layout.loader.statement(wanted, *covered)
+        layout.lookups[name] = covered, statement
+    return layout.loader.run(connection, statement, {KEYS: keys})
 
 
 def _criteria(

@@ -129,6 +129,11 @@ class Layout:
         self.at_once = catalog.at_once
         """Those of them that have no transactions."""
         self._stored = catalog.stored(plan)
+        self._covered: tuple[Coverage, tuple[Comparison, ...], list[ColumnElement[bool]]] = (
+            Coverage(), (), []
+        )  # fmt: skip
+        self.lookups: dict[str, tuple[list[ColumnElement[bool]], Any]] = {}
+        """The last SELECT of records by values of a column, and the coverage that it reads."""
         self.columns = Columns(
             plan,
             comparisons,
@@ -435,7 +440,19 @@ class Layout:
         return rows.only(lambda record, hidden: key_of(record, hidden) in intervals, pause)
 
     def coverage_clause(self, coverage: Coverage) -> list[ColumnElement[bool]]:
-        """Return criteria for all that is covered, and perhaps more."""
+        """Return criteria for all that is covered, and perhaps more.
+
+        They are the same list while nothing changes, for refreshes one after the other.
+        """
+        known = self.columns.comparisons
+        how = tuple(known[part.name] for name in coverage.sets for part in self.orders[name].parts)
+        last, compared, clauses = self._covered
+        if last is not coverage or compared != how:
+            clauses = self._coverage_clause(coverage)
+            self._covered = coverage, how, clauses
+        return clauses
+
+    def _coverage_clause(self, coverage: Coverage) -> list[ColumnElement[bool]]:
         if coverage.everything:
             return []
         clauses = []

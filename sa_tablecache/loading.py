@@ -372,11 +372,10 @@ class Loader:
 
         :param check: called with what was read so far; it may raise.
         """
-        rows = Rows(hidden=[] if self.hidden else None)
         statement = self.statement(*criteria).order_by(*order_by).limit(limit)
         if not stream:
-            self._add(rows, connection.execute(statement).all(), None)
-            return rows
+            return self.run(connection, statement)
+        rows = Rows(hidden=[] if self.hidden else None)
         shared = [isinstance(clause.type, _SHARED) for clause in self.clauses]
         hidden = shared[len(self.plan.columns) :]
         shared.append(all(hidden))  # and whole tuples of hidden values
@@ -392,6 +391,14 @@ class Loader:
                     progress(len(rows.records))
                 if check is not None:
                     check(rows, False)
+        return rows
+
+    def run(
+        self, connection: Connection, statement: Any, parameters: dict[str, Any] | None = None
+    ) -> Rows:
+        """Read the few records of a :meth:`statement`: one SELECT."""
+        rows = Rows(hidden=[] if self.hidden else None)
+        self._add(rows, connection.execute(statement, parameters).all(), None)
         return rows
 
     def _add(

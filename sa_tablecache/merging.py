@@ -186,3 +186,22 @@ def let_go(parts: list[Any], pause: Pause) -> None:
     while parts:
         parts.pop()
         pause()
+
+
+def settled(
+    order: Order, chunks: list[Any], beside: list[Any] | None, heads: list[Any], touched: set[int]
+) -> list[Any]:
+    """Make chunks of lists that were changed, in place, and return the heads of all chunks.
+
+    A million records have four thousand heads: looking at their chunks would take longer than all
+    else that is done to change one of them.
+    """
+    heads, leading = heads.copy(), beside if order.stored and beside is not None else chunks
+    for at in sorted(touched, reverse=True):
+        for lists in (chunks,) if beside is None else (chunks, beside):
+            small = 0 < len(lists[at]) <= 2 * CHUNK
+            pieces = [tuple(lists[at])] if small else chunked(lists[at])
+            lists[at : at + 1] = pieces
+            if lists is leading:
+                heads[at : at + 1] = [piece[0] for piece in pieces]
+    return heads

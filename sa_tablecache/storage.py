@@ -25,7 +25,7 @@ from operator import attrgetter
 from typing import Any
 
 from .exc import TableCacheError
-from .merging import CHUNK, Bisect, Chunks, chunked, merged, pair_key, place_in
+from .merging import CHUNK, Bisect, Chunks, chunked, merged, pair_key, place_in, settled
 from .orders import Hidden, Order, Record
 from .scores import EVERYTHING, MAX, MIN, Cut, Interval
 from .sorting import (
@@ -56,12 +56,15 @@ class SortedRecords:
 
     __slots__ = ("_heads", "_offsets", "beside", "chunks", "order")
 
-    def __init__(self, order: Order, chunks: Chunks, beside: Chunks | None) -> None:
+    def __init__(
+        self, order: Order, chunks: Chunks, beside: Chunks | None, heads: list[Any] | None = None
+    ) -> None:
         self.order = order
         self.chunks = chunks
         self.beside = beside
         """Beside each record: its scores if the order stores them, else its hidden values."""
-        self._heads = [c[0] for c in (beside if order.stored and beside else chunks)]
+        items = beside if order.stored and beside else chunks
+        self._heads = [chunk[0] for chunk in items] if heads is None else heads
         self._offsets: list[int] | None = None
 
     @classmethod
@@ -244,11 +247,8 @@ class SortedRecords:
                 value = order.score_of(record, hidden) if order.stored else hidden
                 beside[at].insert(position, value)
             pause()
-        for at in sorted(touched, reverse=True):
-            for lists in (chunks,) if beside is None else (chunks, beside):
-                small = 0 < len(lists[at]) <= 2 * CHUNK
-                lists[at : at + 1] = [tuple(lists[at])] if small else chunked(lists[at])
-        return SortedRecords(order, chunks, beside)
+        heads = settled(order, chunks, beside, self._heads, touched)
+        return SortedRecords(order, chunks, beside, heads)
 
     def merged(self, gone: set[int], added: SortedRecords, pause: Pause) -> SortedRecords:
         """Return a new sequence without the records of some ids and with others: O(all).

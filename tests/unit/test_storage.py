@@ -276,6 +276,26 @@ def test_a_small_change_shares_the_other_chunks() -> None:
         assert sum(id(chunk) not in kept for chunk in after.orders[name].chunks) <= 1
 
 
+def test_a_small_change_does_not_look_at_the_other_chunks() -> None:
+    """What it costs does not grow with the records, but for the copies of lists of chunks."""
+    asked: list[Any] = []
+
+    class Chunk(list[Any]):
+        def __getitem__(self, at: Any) -> Any:
+            asked.append(self)
+            return super().__getitem__(at)
+
+    order = Order("", (Part("id", nullable=False),), 1, nulls_first=True)
+    rows = [Row(number, None, "", None, 0.0) for number in range(0, 400, 2)]
+    built = SortedRecords.build(order, rows, None)
+    chunks: Any = [Chunk(chunk) for chunk in built.chunks]
+    before = SortedRecords(order, chunks, None)
+    asked.clear()
+    after = before.replace([(rows[77], None)], [(Row(155, None, "", None, 0.0), None)])
+    assert len({id(chunk) for chunk in asked}) <= 1
+    after._check()
+
+
 def test_many_records_for_one_place_are_split_evenly() -> None:
     """However many records come to lie in one chunk, none grows longer than two."""
     order = Order("", (Part("id", nullable=False),), 1, nulls_first=True)
