@@ -28,6 +28,7 @@ from .keeping import Clock
 from .loading import Progress
 from .policies import Policy
 from .problems import Problem
+from .quick import range_of, record_of
 from .ranges import RangeRead
 from .reading import Answer
 from .results import result_of, scalars_of
@@ -369,6 +370,9 @@ class AsyncCacheSession(AsyncSession):
         async def get(self, entity, ident, **kwargs):
             """Return a record or an instance by primary key; see :meth:`.CacheSession.get`."""
             if isinstance(entity, ViewMeta):
+                found = record_of(self.sync_session, entity, ident)
+                if found is not None:
+                    return found
                 found = self.sync_session._get_stored(entity, ident, fetch=False)
                 if found is not None:
                     return found
@@ -388,9 +392,21 @@ class AsyncCacheSession(AsyncSession):
         after: V | None = None,
     ) -> list[V]:
         """Return the records of a range of an index; see :meth:`.CacheSession.range`."""
+        session = self.sync_session
+        if (
+            not prefix
+            and limit is None
+            and after is None
+            and type(index) is ViewIndex
+            and not self._executes_otherwise()
+        ):
+            found = range_of(session, index, ge, gt, le, lt)
+            if found is not None:
+                if descending:
+                    found.reverse()
+                return found
         _check_range(index, len(prefix), (ge, gt, le, lt), limit)
         read = RangeRead(index, prefix, ge, gt, le, lt, descending, limit, after)
-        session = self.sync_session
         scoped = index.view.__scope__ is not None
         if scoped or overrides(session) or self._executes_otherwise():
             table = session.cache.table(index.view)

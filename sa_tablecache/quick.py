@@ -22,8 +22,8 @@ from .view import ViewIndex
 
 def _state_of(session: Any, view: Any) -> tuple[CachedTable, State] | None:
     """Return the table of a view, and its state if a session may be answered from all of it."""
-    cache = session.cache
-    table: CachedTable | None = cache._tables.get(view)
+    cache: Any = getattr(session, "cache", None)  # a session made by hand has none
+    table: CachedTable | None = None if cache is None else cache._tables.get(view)
     if (
         table is None
         or cache._closed

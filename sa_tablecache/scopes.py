@@ -152,8 +152,12 @@ def may_change_reads(listener: Any) -> bool:
 
 def is_filtered(session: Session) -> bool:
     """Whether the application listens to what is executed, and may add criteria to it."""
-    # A loop where any(map()) would read better: each call counts for a hit.
-    for listener in session.dispatch.do_orm_execute:
+    # Loops where any(map()) would read better: each call counts for a hit. See is_free.
+    listeners = session.dispatch.do_orm_execute
+    for listener in listeners.listeners:
+        if not getattr(listener, "_sa_tablecache_harmless", False):
+            return True
+    for listener in listeners.parent_listeners:
         if not getattr(listener, "_sa_tablecache_harmless", False):
             return True
     return False
@@ -200,7 +204,7 @@ def is_free(session: Any, engine: Engine | None) -> bool:
         or own.get("_Session__binds")
         or type(session).__dict__.get(_OVERRIDES) is not False
         or engine is None
-        or engine.__dict__.get(_ISOLATED) is not False
+        or engine.__dict__.get(_ISOLATED) is not engine._execution_options
         or own.get("execution_options")
         or ATTEMPT in session.info
     ):
@@ -254,11 +258,13 @@ def database_reason(
 
     :param statement: what it reads, where the session may choose its bind by that.
     """
+    engine = cache.engine
+    if is_free(session, engine):
+        return None
     if ATTEMPT in session.info:  # what the database does not see it finds in no conflict
         return Reason(
             "isolation", "the session is in a transaction of in_transaction or Transaction"
         )
-    engine = cache.engine
     bind = session.bind
     own = session.__dict__
     if (
@@ -271,7 +277,7 @@ def database_reason(
         reason = _foreign_bind(session, engine, clause)
         if reason is not None:
             return reason
-    if engine.__dict__.get(_ISOLATED) is not False and isolation_asked_for(engine):
+    if isolation_asked_for(engine):
         return _ASKED_ON_ENGINE
     options = getattr(
         session, "execution_options", None
@@ -300,7 +306,8 @@ def database_reason(
 
 
 #: Where is remembered what a class of sessions and an engine are like: on themselves, where it is
-#: found without a call, and goes with them.
+#: found without a call, and goes with them. Of an engine it is the execution options with which it
+#: asks for no isolation: Engine.update_execution_options() puts another object in their place.
 _OVERRIDES: Final = "_sa_tablecache_overrides"
 _ISOLATED: Final = "_sa_tablecache_isolated"
 
@@ -335,13 +342,11 @@ def _foreign_bind(session: Session, engine: Engine, clause: Any) -> str | None:
 
 def isolation_asked_for(engine: Engine) -> bool:
     """Whether all transactions of an engine are to be REPEATABLE READ or SERIALIZABLE."""
-    known: bool | None = engine.__dict__.get(_ISOLATED)
-    if known is not None:
-        return known
+    options = engine._execution_options  # get_execution_options() is a call for each read
+    if engine.__dict__.get(_ISOLATED) is options:
+        return False
     dialect = engine.dialect
-    asked = engine.get_execution_options().get("isolation_level") or getattr(
-        dialect, "_on_connect_isolation_level", None
-    )
+    asked = options.get("isolation_level") or getattr(dialect, "_on_connect_isolation_level", None)
     if asked is None and dialect.name == "postgresql":
         # A default other than READ COMMITTED was set by someone: server, database, role. It is
         # known when the engine has connected; until then it may be any.
@@ -354,9 +359,10 @@ def isolation_asked_for(engine: Engine) -> bool:
         if default is None:
             return True
         asked = None if default == "REPEATABLE READ" else default
-    result = asked in _ASKED
-    setattr(engine, _ISOLATED, result)
-    return result
+    if asked in _ASKED:
+        return True
+    setattr(engine, _ISOLATED, options)
+    return False
 
 
 def _connection_reason(
