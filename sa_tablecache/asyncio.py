@@ -394,13 +394,12 @@ class AsyncCacheSession(AsyncSession):
         """Return the records of a range of an index; see :meth:`.CacheSession.range`."""
         session = self.sync_session
         if (
-            not prefix
-            and limit is None
+            limit is None
             and after is None
             and type(index) is ViewIndex
             and not self._executes_otherwise()
         ):
-            found = range_of(session, index, ge, gt, le, lt)
+            found = range_of(session, index, prefix, ge, gt, le, lt)
             if found is not None:
                 if descending:
                     found.reverse()

@@ -28,7 +28,7 @@ from .comparison import Inexact
 from .explaining import Explanation
 from .reading import Answer, answer
 from .results import result_of, scalars_of
-from .scopes import cache_of, in_own_scope, is_filtered, is_free, overrides
+from .scopes import cache_of, in_own_scope, is_filtered, is_plain, overrides
 from .shapes import Asked, Number, Shape, check_features, shape_of, view_of
 from .view import CachedView, ViewIndex, ViewTable
 
@@ -297,7 +297,7 @@ class LightQuery(CachedQuery):
             or "dispatch" in self.__dict__  # listeners of its own
         ):
             return None
-        free = is_free(session, cache._engine)
+        free = session._transaction is None and is_plain(session, cache._engine)
         if not free and (is_filtered(session) or overrides(session)):
             return None
         asked = self._asked(count=count)

@@ -13,7 +13,7 @@ from typing import Any
 from .comparison import Inexact
 from .modes import COMPARING
 from .orders import Record
-from .scopes import is_free
+from .scopes import is_plain, transaction_reason
 from .scores import MAX, MIN, Cut, Interval
 from .state import State
 from .table import CachedTable
@@ -30,12 +30,23 @@ def _state_of(session: Any, view: Any) -> tuple[CachedTable, State] | None:
         or table.keeper is not None
         or table.layout is None
         or view.__scope__ is not None
-        or not is_free(session, cache._engine)
+        or not is_plain(session, cache._engine)
         or (table.guards and table.guarded(session, fetch=False) is not None)
     ):
         return None
+    # Before its transaction is looked at, which may have a snapshot: see ranges.py.
     state = table.current
-    return None if state is None or state.stale is not None else (table, state)
+    if (
+        state is None
+        or state.stale is not None
+        or not state.coverage.sets
+        or (
+            session._transaction is not None
+            and transaction_reason(session, cache, table) is not None
+        )
+    ):
+        return None
+    return table, state
 
 
 def _is_read(session: Any, table: CachedTable) -> None:
@@ -46,9 +57,12 @@ def _is_read(session: Any, table: CachedTable) -> None:
 
 
 def range_of(
-    session: Any, index: ViewIndex[Any], ge: Any, gt: Any, le: Any, lt: Any
+    session: Any, index: ViewIndex[Any], prefix: tuple[Any, ...], ge: Any, gt: Any, le: Any, lt: Any
 ) -> list[Record] | None:
-    """Return the records of a range of an index of one score that is never NULL."""
+    """Return the records of a range of an index, below values of its first scores.
+
+    Not where NULL could be among the scores of the range, which has a place of its own.
+    """
     found = _state_of(session, index.view)
     if found is None:
         return None
@@ -57,24 +71,36 @@ def range_of(
     assert layout is not None
     records = state.storage.orders[name]
     order = records.order
-    part = order.parts[0]
-    how = layout.columns.comparisons[part.name]
-    if order.scores != 1 or part.nullable or part.hashed or not how.order or layout.loader.mutable:
+    parts, comparisons, depth = order.parts, layout.columns.comparisons, len(prefix)
+    if depth >= order.scores or layout.loader.mutable:
         return None
-    lower: Cut = (MIN,)
-    upper: Cut = (MAX,)
+    part = parts[depth]
+    how = comparisons[part.name]
+    if part.nullable or part.hashed or not how.order:
+        return None
+    for later in parts[depth + 1 : order.scores]:
+        if later.hashed or not comparisons[later.name].order:
+            return None
+    cut: tuple[Any, ...] = ()
     # Without min() and max(), which would compare cuts that are known to be the outer ones.
     try:
+        for value, earlier in zip(prefix, parts, strict=False):
+            equal = comparisons[earlier.name]
+            if value is None or earlier.hashed or not equal.equality:
+                return None
+            cut += (equal.parameter(value),)
+        lower: Cut = (*cut, MIN)
+        upper: Cut = (*cut, MAX)
         if ge is not None:
-            lower = (how.parameter(ge), MIN)
+            lower = (*cut, how.parameter(ge), MIN)
         if gt is not None:
-            cut = (how.parameter(gt), MAX)
-            lower = cut if ge is None else max(lower, cut)
+            other = (*cut, how.parameter(gt), MAX)
+            lower = other if ge is None else max(lower, other)
         if le is not None:
-            upper = (how.parameter(le), MAX)
+            upper = (*cut, how.parameter(le), MAX)
         if lt is not None:
-            cut = (how.parameter(lt), MIN)
-            upper = cut if le is None else min(upper, cut)
+            other = (*cut, how.parameter(lt), MIN)
+            upper = other if le is None else min(upper, other)
     except Inexact:
         return None
     coverage = state.coverage

@@ -167,7 +167,7 @@ def answer(
     :param asked: what the statement asks, if that is known.
     :param fetch: whether refreshing and fetching gaps is allowed. Without it the caller tries
         whether the cache alone can answer, and nothing is noted if not.
-    :param free: that :func:`.is_free` has just said so of the session; only without ``fetch``.
+    :param free: that the session is known to be free to be answered; only without ``fetch``.
     :raises CriteriaError: if the criteria use a table that the statement does not join.
     :raises UnscopedRead: if the view is read by scope, and the session has none.
     """

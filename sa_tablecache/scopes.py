@@ -152,7 +152,7 @@ def may_change_reads(listener: Any) -> bool:
 
 def is_filtered(session: Session) -> bool:
     """Whether the application listens to what is executed, and may add criteria to it."""
-    # Loops where any(map()) would read better: each call counts for a hit. See is_free.
+    # Loops where any(map()) would read better: each call counts for a hit. See is_plain.
     listeners = session.dispatch.do_orm_execute
     for listener in listeners.listeners:
         if not getattr(listener, "_sa_tablecache_harmless", False):
@@ -187,16 +187,16 @@ def _listening_reason(session: Session, dispatch: Any) -> str | None:
 # -- the session and its connections -----------------------------------------------------------
 
 
-def is_free(session: Any, engine: Engine | None) -> bool:
-    """Whether nothing keeps a session from reading from the cache of an engine, seen at a glance.
+def is_plain(session: Any, engine: Engine | None) -> bool:
+    """Whether nothing keeps a session from the cache of an engine, but perhaps its transaction.
 
-    If not, :func:`flush_pending`, :func:`is_filtered`, :func:`overrides` and
-    :func:`database_reason` say what it is, if anything: they find nothing where this is true.
+    That is seen at a glance. If not, :func:`flush_pending`, :func:`is_filtered`, :func:`overrides`
+    and :func:`database_reason` say what it is, if anything: they find nothing where this is true
+    and no transaction is open; and where one is, what :func:`transaction_reason` finds.
     """
     own = session.__dict__
     if (
-        session._transaction is not None
-        or session._new
+        session._new
         or session._deleted
         or session.identity_map._modified
         or session.bind is not engine
@@ -259,8 +259,10 @@ def database_reason(
     :param statement: what it reads, where the session may choose its bind by that.
     """
     engine = cache.engine
-    if is_free(session, engine):
-        return None
+    if is_plain(session, engine):
+        if session._transaction is None:
+            return None
+        return transaction_reason(session, cache, table)
     if ATTEMPT in session.info:  # what the database does not see it finds in no conflict
         return Reason(
             "isolation", "the session is in a transaction of in_transaction or Transaction"
@@ -291,6 +293,12 @@ def database_reason(
                 reason = _listening_reason(session, dispatch)
                 if reason is not None:
                     return reason
+    return transaction_reason(session, cache, table)
+
+
+def transaction_reason(session: Session, cache: BaseTableCache, table: CachedTable) -> str | None:
+    """Return why the open transaction of a session keeps it from the cache, or ``None``."""
+    bind = session.bind
     if session._transaction is None and not isinstance(bind, Connection):
         return None
     connections = list(session.info.get(CONNECTIONS, ()))
@@ -299,7 +307,7 @@ def database_reason(
     for connection in connections:
         if connection.closed or connection.invalidated:
             continue
-        reason = _connection_reason(connection, cache, table, engine)
+        reason = _connection_reason(connection, cache, table, cache.engine)
         if reason is not None:
             return reason
     return None

@@ -39,7 +39,7 @@ from .scopes import (
     flush_pending,
     freshness_of,
     is_filtered,
-    is_free,
+    is_plain,
     overrides,
     scope_of,
 )
@@ -125,7 +125,7 @@ class CacheSession(Session):
         if view is None:
             return None
         cache = cache_of(self)
-        free = is_free(self, cache._engine)
+        free = self._transaction is None and is_plain(self, cache._engine)
         if not free and is_filtered(self):
             return None
         return reading.answer(cache, self, statement, view=view, fetch=False, free=free)
@@ -266,13 +266,13 @@ class CacheSession(Session):
 
         From memory in O(log n + records) and without SQL if the range is covered; else one SELECT.
         """
-        if not prefix and limit is None and after is None and type(index) is ViewIndex:
-            found = range_of(self, index, ge, gt, le, lt)
+        if limit is None and after is None and type(index) is ViewIndex:
+            found = range_of(self, index, prefix, ge, gt, le, lt)
             if found is not None:
                 if descending:
                     found.reverse()
                 return found
-        else:
+        if prefix or limit is not None or type(index) is not ViewIndex:
             _check_range(index, len(prefix), (ge, gt, le, lt), limit)
         # Not RangeRead(...), a function that would be called for each hit.
         read = tuple.__new__(RangeRead, (index, prefix, ge, gt, le, lt, descending, limit, after))

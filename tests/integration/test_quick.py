@@ -1,18 +1,21 @@
 """The shortest way asks all that the long one asks, at each read: nothing is taken for granted."""
 
+import math
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, event, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
+import sa_tablecache.session as sessions
 from sa_tablecache import CacheSession, TableCache, TableCacheError
 from sa_tablecache.scopes import harmless
 from tests.integration.databases import Database
 from tests.integration.flights import World, flights_world, hour
-from tests.zoo import OuterBoard
+from tests.zoo import DelayRank, Flight, InnerBoard, OuterBoard
 
 READS: dict[str, Callable[[Any], Any]] = {
     "range": lambda s: s.range(OuterBoard.by_hour, ge=hour(1), lt=hour(3)),
@@ -143,3 +146,87 @@ def test_a_session_of_no_cache_says_so(world: World, read: str) -> None:
         pytest.raises(TableCacheError, match="belongs to no cache"),
     ):
         READS[read](session)
+
+
+# -- the two ways ------------------------------------------------------------------------------
+
+VALUES: dict[str, list[Any]] = {
+    "hour": [hour(n / 2) for n in range(10)],
+    "carrier": ["AA", "UA", "ZZ", None],
+    "tailnum": ["N1", "N2", "N9", None],
+    "year": [1999, 2010, 2011, None],
+    "delay": [-3.0, 0, 5, 30.0, math.nan, None, "late"],
+}
+"""What ranges are asked with: values that are there, that are not, and that are none at all."""
+
+
+def some_range(chance: random.Random, view: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return an index, a prefix, and bounds."""
+    index = chance.choice(list(view.__indexes__.values()))
+    names = index.column_names
+    values = [VALUES.get(name, VALUES["delay"]) for name in names]
+    prefix = tuple(chance.choice(v) for v in values[: chance.randint(0, len(names))])
+    bounds: dict[str, Any] = {"descending": chance.random() < 0.3}
+    if len(prefix) < len(names):
+        for bound in chance.sample(["ge", "gt", "le", "lt"], chance.randint(0, 3)):
+            bounds[bound] = chance.choice(values[len(prefix)])
+    return index, prefix, bounds
+
+
+def answered(session: Any, read: Callable[[], Any]) -> tuple[Any, ...]:
+    """Return what a read gives, and how it was answered; an error is an answer, too."""
+    session.last_read = None
+    try:
+        found: Any = read()
+    except Exception as error:
+        session.rollback()
+        return type(error), None
+    last = session.last_read
+    return found, None if last is None else (last.kind, last.reason)
+
+
+@pytest.mark.every_database
+@pytest.mark.parametrize("seed", range(6))
+def test_both_ways_give_the_same(
+    database: Database, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Random ranges and keys, of views that are loaded in part, in and outside of transactions."""
+    chance = random.Random(seed)
+    views = (OuterBoard, InnerBoard, DelayRank)
+    quick = sessions.range_of, sessions.record_of
+    counts = dict.fromkeys(("hit", "other"), 0)
+    with flights_world(database, *views) as world:
+        for view in views:
+            how = chance.choice(["all", "all", "part", "none"])
+            if how != "none":
+                world.cache.load(view, *([view.hour < hour(2)] if how == "part" else []))
+        with world.Session() as session:
+            for _ in range(150):
+                match chance.randint(0, 20):
+                    case 0:
+                        session.execute(text("SELECT 1"))
+                    case 1:
+                        session.execute(select(Flight.id)).all()
+                    case 2:
+                        session.execute(update(Flight).where(Flight.id == 4).values(origin="LGA"))
+                    case 3:
+                        session.commit()
+                    case 4:
+                        session.rollback()
+                view = chance.choice(views)
+                if chance.random() < 0.3:
+                    key = chance.choice([1, 2, 6, 7, None, "1", 2.0, True])
+                    read: Callable[[], Any] = lambda v=view, k=key: session.get(v, k)  # noqa: E731
+                else:
+                    index, prefix, bounds = some_range(chance, view)
+                    read = lambda i=index, p=prefix, b=bounds: session.range(i, *p, **b)  # noqa: E731
+                monkeypatch.setattr(sessions, "range_of", lambda *_: None)
+                monkeypatch.setattr(sessions, "record_of", lambda *_: None)
+                answered(session, read)  # what a first one may have to refresh, or to begin
+                expected = answered(session, read)
+                for name, way in zip(("range_of", "record_of"), quick, strict=True):
+                    monkeypatch.setattr(sessions, name, way)
+                assert answered(session, read) == expected
+                kind = None if expected[1] is None else expected[1][0]
+                counts["hit" if kind == "hit" else "other"] += 1
+    assert min(counts.values()) > 5, counts
