@@ -376,28 +376,27 @@ def isolation_asked_for(engine: Engine) -> bool:
 def _connection_reason(
     connection: Connection, cache: BaseTableCache, table: CachedTable, engine: Engine
 ) -> str | None:
-    transaction: Transaction | None = connection.info.get(KEY)
+    info = connection.info
+    transaction: Transaction | None = info.get(KEY)
     at_home = cache.lives_in is connection
-    if transaction is not None and transaction.touches(
-        cache.affecting(table.tables), settled=not at_home
-    ):
-        return Reason("own_writes", "the transaction wrote a table of the view")
-    if transaction is not None and transaction.locks:
-        return Reason(
-            "isolation",
-            "the transaction has locked tables, for which a refresh could have to wait",
-        )
-    if CURSOR in connection.info:
+    if transaction is not None:
+        wrote = transaction.underway or transaction.changes or transaction.settled is not None
+        if wrote and transaction.touches(cache.affecting(table.tables), settled=not at_home):
+            return Reason("own_writes", "the transaction wrote a table of the view")
+        if transaction.locks:
+            return Reason(
+                "isolation",
+                "the transaction has locked tables, for which a refresh could have to wait",
+            )
+    if CURSOR in info:
         return Reason("connection", "the transaction used a cursor of the driver")
-    if connection.info.get(TAINTED):
+    if info.get(TAINTED):
         return Reason("connection", "the connection ran SET or the like")
-    options = connection.get_execution_options()
+    options, of_engine = connection.get_execution_options(), engine.get_execution_options()
     asked = options.get("isolation_level")
     if asked in _ASKED:
         return Reason("isolation", f"{asked} was asked for")
-    if options.get("schema_translate_map") != engine.get_execution_options().get(
-        "schema_translate_map"
-    ):
+    if options.get("schema_translate_map") != of_engine.get("schema_translate_map"):
         return ANOTHER_SCHEMA
     if (
         asked is None
