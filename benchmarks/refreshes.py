@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from itertools import count
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, func, select, update
+from sqlalchemy import URL, Engine, create_engine, event, func, select, update
 
 from benchmarks import database
-from benchmarks.harness import Case, Result, compare_async
+from benchmarks.harness import Case, Result, compare, compare_async
 from examples.flights_models import Flight, FlightBoard
-from sa_tablecache import CachedView, ScoreIndex, TableCache
+from sa_tablecache import CachedView, LastRead, ScoreIndex, TableCache
 from sa_tablecache.storage import SortedRecords
 
 READ_GOAL = 1.5
@@ -26,6 +27,9 @@ SLIDE_GOAL = 1.3
 SCORES_GOAL = 2.0
 SIZES = (10_000, 100_000, 1_000_000)
 COMMITS = 1_000
+MARKS = 5_000
+BESIDE_GOAL = 1.5
+"""What a range costs beside marks elsewhere: some bisections more, and no refresh."""
 QUICK_DAYS = 14
 
 
@@ -50,6 +54,7 @@ def run(*, quick: bool) -> list[Result]:
                 found += _next_read(cache, size, quick=quick)
                 if size == SIZES[1] or quick:
                     found.append(_many_commits(cache, 20 if quick else COMMITS))
+        found += _beside_marks(url, quick=quick)
         found += _few_scores(engine, quick=quick)
         found += _slide(engine, quick=quick)
         engine.dispose()
@@ -116,6 +121,49 @@ def _many_commits(cache: TableCache, commits: int) -> Result:
         benchmark=f"next read after {commits:,} commits of a row", case="statements",
         value=len(statements), unit="statements", goal=1,
     )  # fmt: skip
+
+
+def _beside_marks(url: URL, *, quick: bool) -> list[Result]:
+    """A range is read while records elsewhere are marked, and where none is."""
+    marks = 100 if quick else MARKS
+    size = 10 * marks
+    engines = [create_engine(url.set(drivername="postgresql+psycopg")) for _ in range(2)]
+    with ExitStack() as stack:
+        runs: list[Callable[[], Any]] = []
+        for engine in engines:
+            cache = stack.enter_context(
+                TableCache(engine, views=[FlightBoard], exclusive_writer=True)
+            )
+            with engine.connect() as connection:
+                end = connection.scalar(select(Flight.time_hour).where(Flight.id == size))
+            cache.load(FlightBoard, FlightBoard.time_hour < end)
+            session = stack.enter_context(cache.sessionmaker()())
+            start = end - timedelta(hours=1)
+            runs.append(
+                lambda session=session, start=start, end=end: session.range(
+                    FlightBoard.by_time, ge=start, lt=end
+                )
+            )
+        with cache.sessionmaker()() as writer:
+            writer.execute(
+                update(Flight).where(Flight.id <= marks).values(arr_delay=Flight.arr_delay)
+            )
+            writer.commit()
+        assert cache.stats(FlightBoard).pending_marks == marks
+        assert runs[0]() == runs[1]() != []
+        results = compare(
+            f"a range beside {marks:,} marks elsewhere",
+            [
+                Case("nothing is marked", runs[0]),
+                Case("they are", runs[1], goal=None if quick else BESIDE_GOAL),
+            ],
+            rounds=5 if quick else 25,
+        )
+        assert session.last_read == LastRead("hit", "", FlightBoard)
+        assert cache.stats(FlightBoard).pending_marks == marks  # no read has refreshed them
+    for engine in engines:
+        engine.dispose()
+    return results
 
 
 def _few_scores(engine: Engine, *, quick: bool) -> list[Result]:

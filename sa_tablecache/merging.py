@@ -22,7 +22,7 @@ collector loses track. It would look at a million records in a quarter of a seco
 """
 Bisect: TypeAlias = Callable[..., int]
 
-CHUNK = 256
+CHUNK = 512
 """Records in a chunk after a bulk load; one that grows to twice as many is split.
 
 Changing a record copies one chunk and the list of chunks, so that the square root of the number of

@@ -21,7 +21,10 @@ from .view import ViewIndex
 
 
 def _state_of(session: Any, view: Any) -> tuple[CachedTable, State] | None:
-    """Return the table of a view, and its state if a session may be answered from all of it."""
+    """Return the table of a view, and its state if a session may be answered from it.
+
+    But for records that may be stale.
+    """
     cache: Any = getattr(session, "cache", None)  # a session made by hand has none
     table: CachedTable | None = None if cache is None else cache._tables.get(view)
     if (
@@ -38,7 +41,6 @@ def _state_of(session: Any, view: Any) -> tuple[CachedTable, State] | None:
     state = table.current
     if (
         state is None
-        or state.stale is not None
         or not state.coverage.sets
         or (
             session._transaction is not None
@@ -106,6 +108,8 @@ def range_of(
     coverage = state.coverage
     if not coverage.everything and not coverage.of(name).covers(Interval(lower, upper)):
         return None
+    if state.stale is not None and state.is_stale(name, (Interval(lower, upper),)):
+        return None
     _is_read(session, table)
     return records.between((lower, upper))
 
@@ -118,15 +122,17 @@ def record_of(session: Any, view: Any, ident: Any) -> Record | None:
     table, state = found
     layout = table.layout
     assert layout is not None
-    parts = layout.orders[""].parts
+    order = layout.orders[""]
+    parts = order.parts
     how = layout.columns.comparisons[parts[0].name]
     if len(parts) != 1 or ident is None or not how.equality or layout.loader.mutable:
         return None
     try:
-        pair = state.storage.get((how.parameter(ident),))
+        key = (how.parameter(ident),)
     except Inexact:
         return None
-    if pair is None:
+    pair = state.storage.get(key)
+    if pair is None or (state.stale is not None and state.is_stale("", (order.prefix(key),))):
         return None
     _is_read(session, table)
     return pair[0]
