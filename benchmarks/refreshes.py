@@ -20,7 +20,7 @@ from benchmarks import database
 from benchmarks.harness import Case, Result, compare, compare_async
 from examples.flights_models import Flight, FlightBoard
 from sa_tablecache import CachedView, LastRead, ScoreIndex, TableCache
-from sa_tablecache.storage import SortedRecords
+from sa_tablecache.records import SortedRecords
 
 READ_GOAL = 1.5
 SLIDE_GOAL = 1.3

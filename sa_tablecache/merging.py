@@ -189,19 +189,29 @@ def let_go(parts: list[Any], pause: Pause) -> None:
 
 
 def settled(
-    order: Order, chunks: list[Any], beside: list[Any] | None, heads: list[Any], touched: set[int]
-) -> list[Any]:
+    order: Order,
+    chunks: list[Any],
+    beside: list[Any] | None,
+    heads: list[Any],
+    firsts: list[Any] | None,
+    touched: set[int],
+) -> tuple[list[Any], list[Any] | None]:
     """Make chunks of lists that were changed, in place, and return the heads of all chunks.
 
-    A million records have four thousand heads: looking at their chunks would take longer than all
-    else that is done to change one of them.
+    A million records have two thousand heads: looking at their chunks would take longer than all
+    else that is done to change one of them. So would computing the first score of each anew.
     """
-    heads, leading = heads.copy(), beside if order.stored and beside is not None else chunks
+    leading, get = beside if order.stored and beside is not None else chunks, order.prefixes[1]
+    heads = heads.copy()
+    firsts = None if firsts is None or get is None else firsts.copy()
     for at in sorted(touched, reverse=True):
         for lists in (chunks,) if beside is None else (chunks, beside):
             small = 0 < len(lists[at]) <= 2 * CHUNK
             pieces = [tuple(lists[at])] if small else chunked(lists[at])
             lists[at : at + 1] = pieces
             if lists is leading:
-                heads[at : at + 1] = [piece[0] for piece in pieces]
-    return heads
+                new = [piece[0] for piece in pieces]
+                heads[at : at + 1] = new
+                if firsts is not None and get is not None:
+                    firsts[at : at + 1] = map(get, new)
+    return heads, firsts

@@ -35,6 +35,7 @@ ORDER = """
     sorting
     merging
     rows
+    records
     storage
     coverage
     redaction

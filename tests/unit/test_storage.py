@@ -13,8 +13,9 @@ from sa_tablecache import merging, sorting
 from sa_tablecache import storage as storage_module
 from sa_tablecache.exc import TableCacheError
 from sa_tablecache.orders import NAN, Order, Part
+from sa_tablecache.records import SortedRecords
 from sa_tablecache.scores import EVERYTHING, MAX, MIN, NULLS_FIRST, NULLS_LAST, Interval
-from sa_tablecache.storage import SortedRecords, Storage
+from sa_tablecache.storage import Storage
 
 
 class Row:
