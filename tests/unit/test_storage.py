@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from sa_tablecache import merging, sorting
+from sa_tablecache import merging, records, sorting
 from sa_tablecache import storage as storage_module
 from sa_tablecache.exc import TableCacheError
 from sa_tablecache.orders import NAN, Order, Part
@@ -123,6 +123,7 @@ KINDS = ["plain", "nullable", "nan", "hidden", "hidden ties", "hidden alone", "h
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of four records, so that few records already fill, split and empty some."""
     monkeypatch.setattr(storage_module, "CHUNK", 4)
+    monkeypatch.setattr(records, "CHUNK", 4)
     monkeypatch.setattr(merging, "CHUNK", 4)
     monkeypatch.setattr(sorting, "STEP", 16)
     monkeypatch.setattr(sorting, "SAMPLE", 4)
