@@ -107,7 +107,8 @@ def loadable_candidate(
         ):
             most = question.offset + question.limit
         is_open = any(map(_is_open, candidate.intervals))
-        if is_open and most is None and (candidate.residual or question.limit is not None):
+        few = question.limit is not None or question.shape.exists
+        if is_open and most is None and (candidate.residual or few):
             continue  # the database needs less for its answer than would have to be read
         rank = (most is None, is_open, len(candidate.residual), -len(candidate.fixed))
         if best is None or rank < best[0]:

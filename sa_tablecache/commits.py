@@ -181,14 +181,12 @@ def transaction_of(info: dict[Any, Any]) -> Transaction:
     return transaction
 
 
-def take_leases(
-    subscribers: list[Subscriber], transaction: Transaction, connection: Connection
-) -> None:
+def take_leases(subscribers: list[Subscriber], transaction: Transaction, pooled: Any) -> None:
     """Have subscribers take leases on what a transaction is about to make visible."""
     release(transaction)
     transaction.leases = []
     if transaction.backend is None:
-        transaction.backend = backend_of(connection.connection)
+        transaction.backend = backend_of(pooled)
     transaction.subscribers = subscribers
     written = transaction.written
     for subscriber in list(subscribers):
@@ -233,10 +231,22 @@ def wrap_commit(dialect: Any) -> None:
         transaction = info.get(KEY) if isinstance(info, dict) else None
         if not isinstance(info, dict) or transaction is None:
             do_commit(dbapi_connection)
-        elif transaction.leases is None and transaction.subscribers is None:
+        elif transaction.leases is None and not (
+            transaction.underway
+            or transaction.settled is not None
+            or (changes := transaction.changes).everything
+            or changes.tables
+            or changes.rows
+            or changes.ranges
+        ):
             do_commit(dbapi_connection)
-            info.pop(KEY, None)  # it wrote nothing, and nobody is to be told
+            info.pop(KEY, None)
         else:
+            if transaction.leases is None and transaction.subscribers is not None:
+                # Listeners of the application that came after ours have written.
+                transaction.settle()
+                if transaction.written:
+                    take_leases(transaction.subscribers, transaction, dbapi_connection)
             _commit(
                 dialect, transaction, info, dbapi_connection, lambda: do_commit(dbapi_connection)
             )

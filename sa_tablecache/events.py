@@ -237,7 +237,7 @@ class Watcher:
             transaction.changes.update(changes)
         underway = dict(transaction.underway)
         transaction.settle()  # the rows are not known yet: any that it could be
-        take_leases(self.subscribers, transaction, connection)
+        take_leases(self.subscribers, transaction, connection.connection)
         transaction.changes, transaction.underway = changes, underway
 
     def after_cursor_execute(
@@ -361,7 +361,7 @@ class Watcher:
         transaction: Transaction | None = connection.info.get(KEY)
         if connection.dialect.name == "sqlite" and transaction is not None and transaction.changes:
             transaction.settle()
-            take_leases(self.subscribers, transaction, connection)
+            take_leases(self.subscribers, transaction, connection.connection)
 
     def commit(self, connection: Connection) -> None:
         """Lease what COMMIT is about to make visible."""
@@ -374,7 +374,9 @@ class Watcher:
         if transaction.underway:
             transaction.settle()
         if transaction.written:
-            take_leases(self.subscribers, transaction, connection)
+            take_leases(self.subscribers, transaction, connection.connection)
+        # Whoever listens after us may write, too; see wrap_commit().
+        transaction.subscribers = self.subscribers
 
     def prepare_twophase(self, connection: Connection, xid: Any) -> None:
         """Keep what is about to be prepared, for whoever commits it."""

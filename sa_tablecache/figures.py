@@ -212,7 +212,10 @@ def records_bytes(
     for name in sample[0].__struct_fields__:
         size += values_bytes([getattr(record, name) for record in sample], count)
     if hidden is not None:
-        size += values_bytes([hidden(i) for i in at], count)
+        beside = [hidden(i) for i in at]
+        size += values_bytes(beside, count)
+        for values in zip(*beside, strict=True):
+            size += values_bytes(values, count)
     return size
 
 

@@ -36,7 +36,7 @@ from .rows import Rows
 from .scores import MAX, MIN, Cut, Extreme, Interval, IntervalSet
 from .sorting import Pause, no_pause
 from .storage import Storage
-from .triggers import Automatic
+from .triggers import Automatic, acting
 from .usage import placing_columns, score_columns, used_columns
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Layout:
         self.plan = plan
         self.automatic = automatic
         """What tables do by themselves when a row is written."""
-        self.acting = frozenset(name for (_, name), what in automatic.items() if what.triggers)
+        self.acting = acting(automatic)
         """The names of those that have triggers or rules."""
         self.coarse: dict[TableName, str] = dict(plan.coarse)
         """Tables of which any change marks the whole view, and why."""
@@ -157,6 +157,7 @@ class Layout:
         self.actions = catalog.actions
         self.at_once = catalog.at_once
         self.automatic = automatic
+        self.acting = acting(automatic)
         self.concerns = self._concerns(self.followed - catalog.unfollowed.keys())
 
     def _index_orders(self) -> tuple[dict[str, tuple[tuple[str, ...], int]], list[str]]:

@@ -267,12 +267,16 @@ class Loader:
         """Columns of text and bytes, and which values MariaDB does not sort as it compares."""
         self._types: list[tuple[type, ...]] = [()] * len(self.columns)
         """The types that values may have, where a column may hold any; empty elsewhere."""
+        self._untested: set[int] = set()
+        """Columns of SQLite that may hold any value, and of which the types are not looked at."""
         sqlite = dialect.name == "sqlite"
         for at, (name, clause) in enumerate(zip(self.columns, self.clauses, strict=True)):
             if self._normalise[at] is to_utc:
                 self._normalise[at] = self._noting_zone(name)
             converted = (Boolean, DateTime, Date, Time, Uuid) if sqlite else (Boolean,)
             if not comparisons[name].equality or dialect.name == "postgresql":
+                if sqlite:
+                    self._untested.add(at)
                 continue
             if not sqlite and comparisons[name].order and str in comparisons[name].accepts:
                 self._unsorted[at] = "len({0}) > 256 or '\\x00' in {0}"
@@ -376,7 +380,11 @@ class Loader:
         if not stream:
             return self.run(connection, statement)
         rows = Rows(hidden=[] if self.hidden else None)
-        shared = [isinstance(clause.type, _SHARED) for clause in self.clauses]
+        shared = [
+            # 12:00+00 equals 13:00+01 in Python only.
+            isinstance(c.type, _SHARED) and not (isinstance(c.type, Time) and c.type.timezone)
+            for c in self.clauses
+        ]
         hidden = shared[len(self.plan.columns) :]
         shared.append(all(hidden))  # and whole tuples of hidden values
         pools: list[dict[Any, Any] | None] = [{} if each else None for each in shared]
@@ -419,9 +427,16 @@ class Loader:
         """Return the test of whether a value is the same as all that are equal to it, if any."""
         if self._types[at]:  # and so 1 and 1.0 may both occur
             return f"{name} and {name} == {name} and type({name}) is {self._types[at][0].__name__}"
-        # Neither 0.0 and -0.0, which are equal, nor a NaN may be exchanged.
-        is_float = isinstance(self.clauses[at].type, Float)
-        return f"{name} and {name} == {name}" if is_float else ""
+        type_ = self.clauses[at].type
+        if isinstance(type_, Float):
+            # Neither 0.0 and -0.0, which are equal, nor a NaN may be exchanged.
+            return f"{name} and {name} == {name}"
+        if at in self._untested:
+            return f"type({name}) is str"
+        if isinstance(type_, DateTime | Time) and self._normalise[at] is None:
+            # In a zone, two that are equal may be an hour apart: those of an autumn night.
+            return f"({name} is None or {name}.tzinfo is None)"
+        return ""
 
     def _maker(self, shared: tuple[bool, ...]) -> Callable[..., None]:
         """Generate the loop that turns rows into records: it is most of the cost of a load."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Exists, Select, exists, func, literal, select
@@ -120,6 +121,20 @@ def _counted(statement: Select[Any]) -> Select[Any]:
 # -- queries that were not made yet -------------------------------------------------------------
 
 
+_making = RLock()
+
+
+def _made_of(query: CachedQuery) -> Any:
+    """Have a query become the one that SQLAlchemy would have made, and return it.
+
+    One at a time: threads may share a query that they only derive theirs from.
+    """
+    with _making:
+        if type(query) is LightQuery:
+            query._make()
+    return query
+
+
 class LightQuery(CachedQuery):
     """A query of one view that was not made yet: a note of what it is asked for.
 
@@ -143,15 +158,13 @@ class LightQuery(CachedQuery):
     _light_limit: int | None = None
     _light_offset: int | None = None
 
-    def __init__(self, view: type[CachedView], session: Session) -> None:
-        self.__dict__ = {  # at once: that of Query would make the query
-            "session": session,
-            "_light_view": view,
-            "_light_table": view.__table__,
-        }
+    def __init__(self, entities: Any, session: Any = None) -> None:
+        # Of whoever calls type(query)(...): light ones are made by light_query().
+        self.__class__ = CachedQuery  # type: ignore[assignment]
+        CachedQuery.__init__(self, entities, session)
 
-    def _make(self) -> Any:
-        """Become the query that SQLAlchemy would have made."""
+    def _make(self) -> None:
+        """Become the query that SQLAlchemy would have made; see :func:`_made_of`."""
         made: Any = CachedQuery((self._light_view,), self.session)
         if self._light_where:
             made = made.filter(*self._light_where)
@@ -164,7 +177,6 @@ class LightQuery(CachedQuery):
         others = {name: value for name, value in self.__dict__.items() if name[:7] != "_light_"}
         self.__dict__ = {**made.__dict__, **others}
         self.__class__ = CachedQuery  # type: ignore[assignment]  # both have nothing but a dict
-        return self
 
     # Each method makes its copy itself, with what the application has put on the query: one that
     # does it for all would cost more than all else that they do.
@@ -176,12 +188,12 @@ class LightQuery(CachedQuery):
             if type(self) is not LightQuery:  # a method that was kept, of a query made since
                 return self.filter(*criterion)
             if self._light_limit is not None or self._light_offset is not None:
-                return self._make().filter(*criterion)
+                return _made_of(self).filter(*criterion)
             table = self._light_table
             said = []
             for each in criterion:
                 if type(each) is not BinaryExpression:
-                    return self._make().filter(*criterion)
+                    return _made_of(self).filter(*criterion)
                 column, value = each.left, each.right
                 if (
                     type(column) is not ColumnClause
@@ -190,7 +202,7 @@ class LightQuery(CachedQuery):
                     or not value.unique
                     or value.expanding
                 ):
-                    return self._make().filter(*criterion)
+                    return _made_of(self).filter(*criterion)
                 said.append((column.name, each.operator))
             query = _new(LightQuery)
             query.__dict__ = {
@@ -207,7 +219,7 @@ class LightQuery(CachedQuery):
             columns = self._light_table.c
             for name in kwargs:
                 if name not in columns:
-                    return self._make().filter_by(**kwargs)
+                    return _made_of(self).filter_by(**kwargs)
             return self.filter(*(columns[name] == value for name, value in kwargs.items()))
 
         def order_by(self, *clauses):
@@ -215,21 +227,21 @@ class LightQuery(CachedQuery):
             if type(self) is not LightQuery:  # a method that was kept, of a query made since
                 return self.order_by(*clauses)
             if self._light_limit is not None or self._light_offset is not None:
-                return self._make().order_by(*clauses)
+                return _made_of(self).order_by(*clauses)
             ordered = []
             for each in clauses:
                 column, modifier = each, None
                 if type(each) is ViewIndex:
                     if each.view is not self._light_view:
-                        return self._make().order_by(*clauses)
+                        return _made_of(self).order_by(*clauses)
                     ordered.append((ViewIndex, each.name))
                     continue
                 if type(each) is UnaryExpression:
                     column, modifier = each.element, each.modifier
                     if each.operator is not None:
-                        return self._make().order_by(*clauses)
+                        return _made_of(self).order_by(*clauses)
                 if type(column) is not ColumnClause or column.table is not self._light_table:
-                    return self._make().order_by(*clauses)
+                    return _made_of(self).order_by(*clauses)
                 ordered.append((modifier, column.name))
             query = _new(LightQuery)
             query.__dict__ = {
@@ -244,7 +256,7 @@ class LightQuery(CachedQuery):
             if type(self) is not LightQuery:  # a method that was kept, of a query made since
                 return self.limit(limit)
             if type(limit) is not int:
-                return self._make().limit(limit)
+                return _made_of(self).limit(limit)
             query = _new(LightQuery)
             query.__dict__ = {**self.__dict__, "_light_limit": limit}
             return query
@@ -254,7 +266,7 @@ class LightQuery(CachedQuery):
             if type(self) is not LightQuery:  # a method that was kept, of a query made since
                 return self.offset(offset)
             if type(offset) is not int:
-                return self._make().offset(offset)
+                return _made_of(self).offset(offset)
             query = _new(LightQuery)
             query.__dict__ = {**self.__dict__, "_light_offset": offset}
             return query
@@ -264,7 +276,7 @@ class LightQuery(CachedQuery):
                 return self._iter()
             answer = self._from_memory()
             if answer is None:
-                return Query._iter(self._make())  # memory was asked
+                return Query._iter(_made_of(self))  # memory was asked
             return scalars_of(answer, None)
 
         def all(self):
@@ -272,7 +284,7 @@ class LightQuery(CachedQuery):
             if type(self) is not LightQuery:
                 return self.all()
             answer = self._from_memory()
-            return Query._iter(self._make()).all() if answer is None else answer.rows
+            return Query._iter(_made_of(self)).all() if answer is None else answer.rows
 
     def count(self) -> int:
         """See :meth:`CachedQuery.count`."""
@@ -282,7 +294,7 @@ class LightQuery(CachedQuery):
             counted = self._from_memory(count=True)
             if counted is not None:
                 return int(counted.rows[0][0])
-        result: int = self._make().count()
+        result: int = _made_of(self).count()
         return result
 
     def _from_memory(self, *, count: bool = False) -> Answer | None:
@@ -332,7 +344,7 @@ class LightQuery(CachedQuery):
 
     def _shape(self, values: Sequence[Any], *, count: bool) -> Shape | None:
         """Return the shape of the statement, if its parameters are the ones that are noted."""
-        made = copy(self)._make()
+        made = _made_of(copy(self))
         statement = _counted(made.statement) if count else made._statement_20()
         try:
             shape, parameters = shape_of(statement)
@@ -366,10 +378,10 @@ class _Made:
         self.name = name
 
     def __get__(self, query: Any, owner: Any = None) -> Any:
-        return getattr(CachedQuery if query is None else query._make(), self.name)
+        return getattr(CachedQuery if query is None else _made_of(query), self.name)
 
     def __set__(self, query: Any, value: Any) -> None:
-        setattr(query._make(), self.name, value)
+        setattr(_made_of(query), self.name, value)
 
 
 #: What a light query answers itself, and what is written in terms of that.
@@ -390,3 +402,14 @@ for _name in {*dir(CachedQuery), *vars(CachedQuery((literal(1),)))} - {"session"
 
 #: Who listens to queries, now: asked of each query, an object would be made for the answer.
 _listened: Final[Any] = _new(LightQuery).dispatch
+
+
+def light_query(view: type[CachedView], session: Session) -> LightQuery:
+    """Return a query of a view that was not made yet."""
+    query: LightQuery = _new(LightQuery)
+    query.__dict__ = {
+        "session": session,
+        "_light_view": view,
+        "_light_table": view.__table__,
+    }
+    return query

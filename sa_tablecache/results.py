@@ -27,9 +27,11 @@ def result_of(answer: Answer, statement: Select[Any]) -> Result[Any]:
     if shape.is_of_records:
         return _records_result(shape.view, iter(answer.rows))
     if shape.exists:
-        names: Sequence[str] = (getattr(statement._raw_columns[0], "name", "anon_1"),)
-    else:
-        names = shape.projection or tuple(statement.selected_columns.keys())
+        column: Any = statement._raw_columns[0]
+        name = getattr(column, "name", "%(")
+        names: Sequence[str] = ("anon_1" if name.startswith("%(") else name,)  # that of label(None)
+        return IteratorResult(SimpleResultMetaData(names, extra=[(column,)]), iter(answer.rows))
+    names = shape.projection or tuple(statement.selected_columns.keys())
     return IteratorResult(SimpleResultMetaData(names), iter(answer.rows))
 
 

@@ -26,7 +26,7 @@ from .figures import LastRead
 from .following import AnswerFreshness
 from .listening import COMMITTED, OTHER_LISTENERS, listen
 from .misses import is_wanting
-from .queries import CachedQuery, LightQuery
+from .queries import CachedQuery, light_query
 from .quick import range_of, record_of
 from .ranges import RangeRead
 from .reading import Answer
@@ -114,7 +114,7 @@ class CacheSession(Session):
                 and not kwargs
                 and self._query_cls is CachedQuery
             ):
-                return LightQuery(entities[0], self)
+                return light_query(entities[0], self)
             return super().query(*entities, **kwargs)
 
     def _from_cache(self, statement: Any) -> Answer | None:

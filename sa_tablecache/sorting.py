@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
+from operator import is_
 from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -66,8 +67,9 @@ def along(
     others: Sequence[Any], items: Sequence[Any], sorted_: Sequence[Any], pause: Pause
 ) -> list[Any]:
     """Return what runs beside items as it runs beside the same items in another order."""
-    if all(a == b for a, b in zip(steps(items), steps(sorted_), strict=True)):
-        return list(others)  # a list is equal to another with the very same items at a glance
+    # Not ==, which would compare the values of records, where they are not the very same.
+    if all(all(map(is_, a, b)) for a, b in zip(steps(items), steps(sorted_), strict=True)):
+        return list(others)
     other_of: dict[int, Any] = {}
     for some, beside in zip(steps(items), steps(others), strict=True):
         other_of.update(zip(map(id, some), beside, strict=True))

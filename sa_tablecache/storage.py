@@ -216,12 +216,11 @@ class Storage:
         pause: Pause = no_pause,
     ) -> Storage:
         """Return a storage without the records of some ids and with others: O(all)."""
-        values: Any = None if self.orders[""].beside is None else hidden
-        orders = [records.order for records in self.orders.values()]
+        mine = self.orders  # readers may have more made in the pauses, which this one lacks
+        values: Any = None if mine[""].beside is None else hidden
+        orders = [records.order for records in mine.values()]
         added = Storage.build(orders, {}, records, values, pause)
-        merged = {
-            name: each.merged(gone, added.orders[name], pause) for name, each in self.orders.items()
-        }
+        merged = {name: each.merged(gone, added.orders[name], pause) for name, each in mine.items()}
         return Storage(merged, self._lazy)
 
     def _check(self) -> None:

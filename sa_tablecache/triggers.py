@@ -75,6 +75,11 @@ def unexplained(
             )
 
 
+def acting(automatic: Mapping[TableName, Automatic]) -> frozenset[str]:
+    """Return the names of the tables that have triggers or rules."""
+    return frozenset(name for (_, name), what in automatic.items() if what.triggers)
+
+
 def automatic(connection: Connection, plan: ViewPlan) -> dict[TableName, Automatic]:
     """Return what the base tables of a view do by themselves: one statement for each table."""
     found = {table: _automatic(connection, table) for table in sorted(plan.tables, key=str)}

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
 
 PAUSE_EVERY = 0.005
 """For so many seconds a task works on without letting others go on."""
@@ -55,7 +56,8 @@ def pauses(*, in_task: bool) -> Callable[[], object]:
     """Return what has to be called again and again in the middle of what takes long.
 
     In a task it lets other tasks go on every few milliseconds, so that it may raise what a
-    cancellation raises. Threads take their turns by themselves, between any two calls.
+    cancellation raises; not outside of a greenlet, where nothing can be awaited. Threads take their
+    turns by themselves, between any two calls.
     """
     due = time.perf_counter() + PAUSE_EVERY
 
@@ -65,7 +67,7 @@ def pauses(*, in_task: bool) -> Callable[[], object]:
             await_only(asyncio.sleep(0))
             due = time.perf_counter() + PAUSE_EVERY
 
-    return pause if in_task else _go_on
+    return pause if in_task and in_greenlet() else _go_on
 
 
 def _go_on() -> None:

@@ -486,3 +486,44 @@ def test_the_garbage_collector_does_not_look_at_records() -> None:
     for each in (storage, changed, merged):
         for order in each.orders.values():
             assert not any(map(gc.is_tracked, (*order.chunks, *(order.beside or ()))))
+
+
+def test_an_order_that_a_reader_asks_for_meanwhile_is_no_matter() -> None:
+    """An exchange of many records goes on with the orders with which it began."""
+    orders, _, _ = orders_of("plain", nulls_first=False)
+    model = Model("plain", 1, nulls_first=False)
+    pairs = [model.row() for _ in range(40)]
+    first, *others = orders.values() if isinstance(orders, dict) else orders
+    lazy = {order.name: order for order in others}
+    storage = Storage.build([first], lazy, [record for record, _ in pairs], None)
+    more = [model.row()[0] for _ in range(40)]
+
+    def others_read() -> None:
+        for name in lazy:
+            storage.order(name)
+
+    result = storage.exchanged(set(), more, None, others_read)
+    assert len(result) == 80
+    assert storage.orders.keys() >= lazy.keys()
+    for name in lazy:
+        result.order(name)
+    result._check()
+
+
+class Incomparable:
+    """A value of which nothing says whether it equals another: such as an array."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> Any:
+        raise ValueError("which of its elements?")
+
+
+def test_records_are_told_apart_by_what_they_are() -> None:
+    """Sorting compares keys, and no other values of records."""
+    get = itemgetter(1)
+    items = [(Incomparable(), 2), (Incomparable(), 1), (Incomparable(), 3)]
+    sorted_ = sorted(items, key=get)
+    beside = sorting.along("bac", items, sorted_, sorting.no_pause)
+    assert beside == ["a", "b", "c"]
+    assert sorting.along("bac", items, list(items), sorting.no_pause) == ["b", "a", "c"]

@@ -2,11 +2,13 @@
 
 import asyncio
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from sa_tablecache import turns
 from sa_tablecache.turns import Section, Turn, after_sections, new_future, wait_for
 
 
@@ -200,3 +202,10 @@ def test_what_a_finalizer_does_inside_a_section_waits_for_its_end() -> None:
     assert done == ["done"]
     work()
     assert done == ["done", "done"]
+
+
+def test_nothing_is_awaited_outside_of_a_greenlet() -> None:
+    """What an asynchronous cache does for a synchronous caller takes no pauses."""
+    pause = turns.pauses(in_task=True)
+    time.sleep(2 * turns.PAUSE_EVERY)
+    pause()
