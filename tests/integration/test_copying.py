@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-import sa_tablecache.storage
+import sa_tablecache.records
 from sa_tablecache import CacheSession
 from tests.integration.databases import Database
 from tests.integration.flights import World, flight, flights_world, hour, ids
@@ -41,7 +41,7 @@ class Copying:
         assert self._copied.wait(20), "storage never returned a list of records"
 
     def _trace(self, frame: FrameType, event: str, value: Any) -> Any:
-        if frame.f_code.co_filename != sa_tablecache.storage.__file__:
+        if frame.f_code.co_filename != sa_tablecache.records.__file__:
             return None
         if event == "return" and isinstance(value, list) and value and not self._copied.is_set():
             self._copied.set()
