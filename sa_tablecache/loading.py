@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import tzinfo
+from datetime import datetime, time, tzinfo
 from typing import Any, TypeAlias, cast
 
 from sqlalchemy import (
@@ -435,7 +435,8 @@ class Loader:
             return f"type({name}) is str"
         if isinstance(type_, DateTime | Time) and self._normalise[at] is None:
             # In a zone, two that are equal may be an hour apart: those of an autumn night.
-            return f"({name} is None or {name}.tzinfo is None)"
+            kind = type_.python_type.__name__  # drivers have text for dates that are none
+            return f"type({name}) is {kind} and {name}.tzinfo is None"
         return ""
 
     def _maker(self, shared: tuple[bool, ...]) -> Callable[..., None]:
@@ -484,6 +485,8 @@ class Loader:
             "odd": self._odd,
             "missing": self._missing,
             "long": self._long,
+            "datetime": datetime,
+            "time": time,
             **{f"normalise{at}": f for at, f in enumerate(self._normalise) if f is not None},
         }
         exec(source, scope)  # noqa: S102 - built from numbers and our own words only
