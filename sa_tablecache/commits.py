@@ -93,6 +93,8 @@ class Transaction:
     underway: dict[int, Underway] = field(default_factory=dict)
     """Statements that are being executed, by the identity of their contexts."""
     leases: list[tuple[Subscriber, Any]] | None = None
+    unleased: bool = False
+    """Whether it wrote anything since these were taken."""
     began: int = 0
     subscribers: list[Subscriber] | None = None
     """Those to tell of its end who had no lease: a list that may grow."""
@@ -137,6 +139,7 @@ class Transaction:
         :param any_row: whether it wrote a row of its table at all.
         """
         self.underway.pop(id(statement.context), None)
+        self.unleased = True
         writes, changes = statement.writes, self.changes
         changes.unlogged = changes.unlogged or writes.replaces
         if writes.anything:
@@ -184,7 +187,7 @@ def transaction_of(info: dict[Any, Any]) -> Transaction:
 def take_leases(subscribers: list[Subscriber], transaction: Transaction, pooled: Any) -> None:
     """Have subscribers take leases on what a transaction is about to make visible."""
     release(transaction)
-    transaction.leases = []
+    transaction.leases, transaction.unleased = [], False
     if transaction.backend is None:
         transaction.backend = backend_of(pooled)
     transaction.subscribers = subscribers
@@ -242,7 +245,9 @@ def wrap_commit(dialect: Any) -> None:
             do_commit(dbapi_connection)
             info.pop(KEY, None)
         else:
-            if transaction.leases is None and transaction.subscribers is not None:
+            if transaction.subscribers is not None and (
+                transaction.leases is None or transaction.underway or transaction.unleased
+            ):
                 # Listeners of the application that came after ours have written.
                 transaction.settle()
                 if transaction.written:

@@ -110,6 +110,36 @@ def test_what_a_later_listener_to_commit_writes_is_seen(engine: Engine) -> None:
         assert cache.stats(Entries).leases == 0
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["alone", "after others"])
+def test_what_a_later_listener_to_commit_writes_is_leased(engine: Engine, first: bool) -> None:
+    """While the COMMIT is under way, and if nobody learns how it ended, it may land at any time."""
+    leased: list[frozenset[Any]] = []
+    send = engine.dialect.do_commit
+
+    def do_commit(connection: Any) -> None:
+        leased.append(frozenset(mark.key for mark in table._freshness.leased))
+        send(connection)
+
+    engine.dialect.do_commit = do_commit  # type: ignore[method-assign]
+    with TableCache(engine, views=[Entries], exclusive_writer=True) as cache:
+        cache.load(Entries)
+        table: Any = cache.table(Entries)
+
+        @event.listens_for(engine, "commit")
+        def audit(connection: Any) -> None:
+            connection.execute(insert(Entry.__table__).values(id=900, number=900))
+
+        leased.clear()
+        with engine.begin() as connection:
+            if first:
+                connection.execute(insert(Entry.__table__).values(id=800, number=800))
+        event.remove(engine, "commit", audit)
+        assert leased == [frozenset({(800,), (900,)} if first else {(900,)})]
+        assert there(cache, 900) == [900]
+        assert there(cache, 800) == ([800] if first else [])
+        assert cache.stats(Entries).leases == 0
+
+
 def test_exists_loads_no_whole_range(engine: Engine) -> None:
     """Whether there is any is less to the database than what would have to be read."""
     with TableCache(engine, exclusive_writer=True) as cache:
