@@ -30,7 +30,7 @@ LIMITED = PREBUILT.limit(2)
 
 READS: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "range": (14, lambda s: s.range(OuterBoard.by_hour, ge=hour(1), lt=hour(3))),
-    "range of a prefix": (36, lambda s: s.range(OuterBoard.by_plane, "N1", ge=hour(0))),
+    "range of a prefix": (24, lambda s: s.range(OuterBoard.by_plane, "N1", ge=hour(0))),
     "range with a limit": (20, lambda s: s.range(OuterBoard.by_hour, limit=2)),
     "get": (10, lambda s: s.get(OuterBoard, 2)),
     "all": (28, lambda s: s.scalars(PREBUILT).all()),
