@@ -16,7 +16,6 @@ from tests.integration.databases import Database
 from tests.stress.actors import Actor
 from tests.stress.run import Run
 
-
 UNTIL_NOTICED = 50
 """Rounds in which a broken rule has to show: the first wrong answer ends them.
 
